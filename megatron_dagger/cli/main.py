@@ -1,0 +1,218 @@
+"""``megatron-dagger``: DAgger rounds for language-model agents, on Megatron-Core and vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, override
+
+logger = logging.getLogger(__name__)
+
+EPILOG = """\
+a run:
+  megatron-dagger run runs/first --recipe quickstart     start (or go on with) a run
+  megatron-dagger status runs/first                      where it is, also while it runs
+  megatron-dagger show runs/first --round 1 --failed     read an episode, turn by turn
+  megatron-dagger report runs/first                      one HTML page about all of it
+
+A killed run goes on where it was: repeat its command. Settings are changed by NAME=VALUE, for
+example `dagger.rounds=5 training.optimizer.lr=1e-3`; --print shows them all.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command again goes on from here\n")
+        return 130
+    except (ValueError, OSError) as error:  # settings, data or the machine: the message says what to change
+        sys.stderr.write(f"error: {error}\n")
+        logger.debug("the error came from here", exc_info=True)
+        return 2
+    except RuntimeError as error:  # a part failed under way: what was committed is kept
+        sys.stderr.write(f"error: {type(error).__name__}: {error}\nthe same command again goes on from here\n")
+        logger.debug("the error came from here", exc_info=True)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("megatron-dagger", description=__doc__, epilog=EPILOG, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=raw)
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_run(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = add(name, command, text)
+        sub.add_argument("run_dir", type=Path, metavar="RUN", help="the run directory")
+        return sub
+
+    run = add_run("run", _run, "Run all rounds: collect, label, aggregate, train, sync, evaluate.")
+    run.add_argument("--recipe", help="the settings to start from (see `recipes`); not needed to go on with a run")
+    run.add_argument("--print", action="store_true", dest="only_print", help="print the resolved settings and stop")
+    run.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings that differ from the recipe's")
+
+    add("recipes", _recipes, "List the recipes.")
+    stages = (
+        ("rollout", _rollout, "Collect and label one round's episodes."),
+        ("train", _train, "Train one round on the aggregated labels."),
+        ("evaluate", _evaluate, "Evaluate one round's weights on the held-out tasks."),
+    )
+    for name, command, text in stages:
+        stage = add_run(name, command, text + " A stage that is done is not run again.")
+        stage.add_argument("--round", type=int, required=True, dest="round_index", metavar="N")
+        if name == "train":
+            stage.add_argument("--rank", action="store_true", help="be one rank; torchrun's variables say which")
+
+    add_run("status", _status, "Rounds, stages, progress, rates, and what failed.")
+    report = add_run("report", _report, "Write one self-contained HTML page about a run.")
+    report.add_argument("--out", type=Path, help="where to write it (default: RUN/report.html)")
+    report.add_argument("--episodes", type=int, default=200, help="how many episodes to put in (default: 200)")
+    show = add_run("show", _show, "Print an episode turn by turn: who acted, what the teacher would have done.")
+    show.add_argument("--round", type=int, default=0, dest="round_index", metavar="N")
+    show.add_argument("--task", default="", help="a task id, or a part of one (default: the first)")
+    show.add_argument("--evaluation", action="store_true", help="of the evaluation, not of the collection")
+    show.add_argument("--failed", action="store_true", help="only episodes that did not solve their task")
+    show.add_argument("--list", action="store_true", help="list the matching episodes")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from megatron_dagger.cli.world import create_run, open_run, world
+    from megatron_dagger.dagger.loop import run_rounds
+    from megatron_dagger.observability.logs import setup_logging
+
+    if arguments.recipe:
+        config = override(_recipe(arguments.recipe), arguments.settings)
+        config = config if arguments.only_print else create_run(config, arguments.run_dir)
+    else:
+        if arguments.settings:
+            raise ConfigError("settings of an existing run cannot be changed; start another with --recipe")
+        config = open_run(arguments.run_dir)
+    if arguments.only_print:
+        sys.stdout.write(dump_yaml(config))
+        return 0
+    setup_logging(arguments.run_dir)
+    with world(config, arguments.run_dir) as parts:
+        asyncio.run(run_rounds(parts))
+    return _report_quietly(arguments.run_dir)
+
+
+def _recipe(name: str) -> RunConfig:
+    from recipes import find_recipe
+
+    return find_recipe(name)()
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        sys.stdout.write(f"{name:32} {(recipe.__doc__ or '').splitlines()[0]}\n")
+    return 0
+
+
+def _rollout(arguments: argparse.Namespace) -> int:
+    from megatron_dagger.dagger.loop import collect
+
+    return _stage(arguments, lambda parts: asyncio.run(collect(parts, arguments.round_index)))
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from megatron_dagger.dagger.loop import evaluate
+
+    return _stage(arguments, lambda parts: asyncio.run(evaluate(parts, arguments.round_index)))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if arguments.rank:
+        from megatron_dagger.cli.world import open_run, train_rank
+
+        level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+        logging.basicConfig(level=level, format="%(asctime)s %(name)s %(message)s")
+        train_rank(open_run(arguments.run_dir), arguments.run_dir, arguments.round_index)
+        return 0
+    from megatron_dagger.dagger.loop import train
+
+    return _stage(arguments, lambda parts: train(parts, arguments.round_index))
+
+
+def _stage(arguments: argparse.Namespace, stage: Callable[..., None]) -> int:
+    from megatron_dagger.cli.world import open_run, world
+    from megatron_dagger.observability.logs import setup_logging
+
+    config = open_run(arguments.run_dir)
+    setup_logging(arguments.run_dir)
+    with world(config, arguments.run_dir) as parts:
+        stage(parts)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from megatron_dagger.observability.status import status
+
+    sys.stdout.write(status(arguments.run_dir, data=_store(arguments.run_dir, "data.zarr")) + "\n")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megatron_dagger.observability.report import write_report
+
+    path = write_report(
+        arguments.run_dir,
+        data=_store(arguments.run_dir, "data.zarr"),
+        evaluations=_store(arguments.run_dir, "evaluations.zarr"),
+        path=arguments.out,
+        max_episodes=arguments.episodes,
+    )
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _report_quietly(run_dir: Path) -> int:
+    return _report(argparse.Namespace(run_dir=run_dir, out=None, episodes=200))
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from megatron_dagger.observability.show import show
+
+    store = _store(arguments.run_dir, "evaluations.zarr" if arguments.evaluation else "data.zarr")
+    keys = sorted(store.committed(arguments.round_index)) if store is not None else []
+    found = (store.read(arguments.round_index, key) for key in keys if arguments.task in key[0])
+    matching = (episode for episode in found if not (arguments.failed and episode.solved))
+    for episode in matching:
+        if not arguments.list:
+            show(episode)
+            return 0
+        mark = "solved" if episode.solved else str(episode.stop_reason)
+        sys.stdout.write(f"{episode.task_id:60} {len(episode.turns):3} turns  {mark}\n")
+    if arguments.list:
+        return 0
+    raise ConfigError(f"no such episode among the {len(keys)} of round {arguments.round_index}; --list shows them")
+
+
+def _store(run_dir: Path, name: str):  # type: ignore[no-untyped-def]
+    if not (run_dir / name).is_dir():
+        return None
+    from megatron_dagger.store.aggregated import DataStore
+
+    return DataStore.open(run_dir / name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

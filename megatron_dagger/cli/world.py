@@ -1,0 +1,173 @@
+"""Puts a run together: tasks, sandboxes, stores, the student's engine, the launch of the trainer."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dagger.agents.chat import ChatRenderer
+from megatron_dagger.agents.tokenizer import train_tokenizer
+from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, load_yaml
+from megatron_dagger.dagger.world import Student, World
+from megatron_dagger.envs.repo_repair.corpus import texts
+from megatron_dagger.envs.repo_repair.env import RepairEnv, TestMemory
+from megatron_dagger.envs.repo_repair.expert import RepairExpert
+from megatron_dagger.envs.repo_repair.repository import read_repository
+from megatron_dagger.envs.repo_repair.task import write_tasks
+from megatron_dagger.envs.repo_repair.taskset import TaskSet, prepare_tasks
+from megatron_dagger.envs.repo_repair.testing import repair_sandbox
+from megatron_dagger.envs.sandbox import SandboxPool, bubblewrap_works
+from megatron_dagger.observability.metrics import Metrics
+from megatron_dagger.observability.progress import track
+from megatron_dagger.store.atomic import write_json, write_text
+
+if TYPE_CHECKING:
+    from megatron_dagger.training.job import TrainJob
+
+logger = logging.getLogger(__name__)
+
+SANDBOX_THREADS = 8
+
+
+def cache_dir() -> Path:
+    """Where packages and tasks are kept between runs; ``MEGATRON_DAGGER_CACHE`` moves it."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron-dagger"
+    return Path(os.environ.get("MEGATRON_DAGGER_CACHE", default))
+
+
+def create_run(config: RunConfig, run_dir: Path) -> RunConfig:
+    """Write the resolved config to a new run directory, or check it against an existing one's."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        write_text(path, dump_yaml(config))
+        return config
+    existing = load_yaml(RunConfig, path)
+    if existing != config:
+        raise ConfigError(
+            f"{path} belongs to a run with other settings; resume it with `megatron-dagger run {run_dir}` "
+            "(no recipe), or choose another --out"
+        )
+    return existing
+
+
+def open_run(run_dir: Path) -> RunConfig:
+    """The config of an existing run."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is no run directory (it has no config.yaml); start one with --recipe")
+    return load_yaml(RunConfig, path)
+
+
+@contextmanager
+def world(config: RunConfig, run_dir: Path) -> Iterator[World]:
+    """Everything a run needs, opened and, whatever happens, closed again."""
+    from megatron_dagger.store.aggregated import DataStore
+
+    if not bubblewrap_works():
+        logger.warning("bubblewrap is missing or does not work: commands run with limits, but not isolated")
+    with ExitStack() as stack:
+        pool = stack.enter_context(SandboxPool(repair_sandbox))
+        tracked = functools.partial(track, run_dir=run_dir)
+        tasks = prepare_tasks(config.tasks, config.seed, cache_dir(), pool, tracked)
+        student_dir = prepare_student(config, run_dir, tasks)
+        renderer = ChatRenderer.load(student_dir)
+        threads = stack.enter_context(ThreadPoolExecutor(SANDBOX_THREADS, thread_name_prefix="sandbox"))
+        memory: TestMemory = {}
+        by_id = {task.instance_id: task for task in (*tasks.train, *tasks.heldout)}
+
+        @functools.lru_cache(maxsize=256)
+        def repository(task_id: str) -> dict[str, bytes]:
+            return read_repository(tasks.repository(by_id[task_id]))
+
+        @functools.cache
+        def student() -> Student:
+            from megatron_dagger.policies.vllm_student import VllmStudent
+
+            served = VllmStudent(student_dir, config.model, config.rollout.engine, seed=config.seed)
+            return stack.enter_context(served)
+
+        yield World(
+            config=config,
+            run_dir=run_dir,
+            renderer=renderer,
+            train_tasks=tuple(task.instance_id for task in tasks.train),
+            heldout_tasks=tuple(task.instance_id for task in tasks.heldout),
+            make_env=lambda task_id: RepairEnv(by_id[task_id], repository(task_id), pool, memory),
+            teacher=RepairExpert(renderer.action),
+            student=student,
+            data=DataStore.create_or_open(run_dir / "data.zarr"),
+            evaluations=DataStore.create_or_open(run_dir / "evaluations.zarr"),
+            metrics=Metrics(run_dir),
+            train=functools.partial(launch_training, config, run_dir),
+            track=track,
+            threads=threads,
+        )
+
+
+def prepare_student(config: RunConfig, run_dir: Path, tasks: TaskSet) -> Path:
+    """Write the task rows and the student's config and tokenizer, once."""
+    write_tasks(run_dir / "tasks" / "train.jsonl", list(tasks.train))
+    write_tasks(run_dir / "tasks" / "heldout.jsonl", list(tasks.heldout))
+    folder = run_dir / "student"
+    if not (folder / "config.json").exists():
+        train_tokenizer(texts(tasks.trees, tasks.train), config.model.vocab_size, folder)
+        write_json(folder / "config.json", config.model.hf_config())
+    return folder
+
+
+def train_job(config: RunConfig, run_dir: Path, round_index: int) -> TrainJob:
+    """What the ranks of a round's training are told."""
+    from megatron_dagger.training.job import TrainJob
+
+    previous = run_dir / "rounds" / f"{round_index - 1:04d}" / "train" / "checkpoint"
+    return TrainJob(
+        round_index=round_index,
+        seed=config.seed,
+        model=config.model,
+        training=config.training,
+        output_dir=str(run_dir / "rounds" / f"{round_index:04d}" / "train"),
+        init_checkpoint=str(previous) if round_index else None,
+        weight_version=round_index,
+    )
+
+
+def launch_training(config: RunConfig, run_dir: Path, round_index: int) -> None:
+    """Start the ranks of a round's training on this host and wait for them."""
+    from megatron_dagger.training.launch import launch
+
+    logger.info("round %d train: %d ranks", round_index, config.training.parallel.world_size)
+    folder = run_dir / "logs" / f"train-{round_index:04d}"
+    launch(
+        ["megatron_dagger.cli.main", "train", str(run_dir), "--round", str(round_index), "--rank"],
+        config.training.parallel,
+        folder,
+        config.training.deadline_s,
+        threads=config.training.threads_per_process,
+        env={"TORCHDYNAMO_DISABLE": os.environ.get("TORCHDYNAMO_DISABLE", "1")} if not _has_gpu() else None,
+    )
+
+
+def _has_gpu() -> bool:
+    return Path("/proc/driver/nvidia").exists() or sys.platform == "darwin"
+
+
+def train_rank(config: RunConfig, run_dir: Path, round_index: int) -> None:
+    """One rank of a round's training: aggregate what the store holds, then train on it."""
+    from megatron_dagger.dagger.aggregation import aggregate, select_rounds
+    from megatron_dagger.store.aggregated import DataStore
+    from megatron_dagger.training import compat
+    from megatron_dagger.training.trainer import train
+
+    compat.quiet()
+    store = DataStore.open(run_dir / "data.zarr")
+    sealed = [index for index in store.rounds() if store.manifest(index) is not None]
+    chosen = select_rounds(config.dagger.aggregation, round_index, sealed)
+    episodes = aggregate((e for index in chosen for e in store.episodes(index)), config.dagger.aggregation)
+    train(train_job(config, run_dir, round_index), episodes)

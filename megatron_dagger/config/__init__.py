@@ -1,0 +1,30 @@
+"""Settings, without any engine: what recipes build and run directories hold."""
+
+from megatron_dagger.config.base import ConfigError, build, dump_yaml, load_yaml, override, to_dict
+from megatron_dagger.config.dagger import AggregationConfig, BetaConfig, DaggerConfig
+from megatron_dagger.config.model import ModelConfig
+from megatron_dagger.config.rollout import EngineConfig, LimitsConfig, RolloutConfig, SamplingConfig
+from megatron_dagger.config.run import RunConfig, TasksConfig
+from megatron_dagger.config.training import OptimizerConfig, ParallelConfig, TrainingConfig
+
+__all__ = [
+    "AggregationConfig",
+    "BetaConfig",
+    "ConfigError",
+    "DaggerConfig",
+    "EngineConfig",
+    "LimitsConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "TasksConfig",
+    "TrainingConfig",
+    "build",
+    "dump_yaml",
+    "load_yaml",
+    "override",
+    "to_dict",
+]

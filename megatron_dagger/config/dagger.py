@@ -1,0 +1,61 @@
+"""The algorithm's settings: who acts, what is kept, what is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dagger.config.base import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetaConfig:
+    """The share of turns in which the teacher acts, by round (round 0 is always 1)."""
+
+    schedule: Literal["linear", "cosine", "exponential", "step", "constant"] = "linear"
+    start: float = 1.0  # in round 1
+    floor: float = 0.0
+    decay: float = 0.2  # linear: per round; exponential: factor 1 - decay; step: per step_rounds
+    step_rounds: int = 1  # step: rounds between two steps
+    horizon_rounds: int = 5  # cosine: rounds from start to floor
+    warmup_rounds: int = 0  # rounds after round 0 that keep ``start``
+
+    def __post_init__(self) -> None:
+        for name in ("start", "floor", "decay"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"dagger.beta.{name} must lie in [0, 1], got {value}")
+        require(self.floor <= self.start, "dagger.beta.floor must not exceed dagger.beta.start")
+        require(self.step_rounds > 0 and self.horizon_rounds > 0, "dagger.beta: rounds must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationConfig:
+    """Which committed episodes a round trains on."""
+
+    window: Literal["all", "last", "current"] = "all"
+    last_rounds: int = 3  # for window=last
+    filter: Literal["none", "finished", "solved"] = "none"
+    deduplicate: bool = True  # the same label after the same tokens counts once
+
+    def __post_init__(self) -> None:
+        require(self.last_rounds > 0, "dagger.aggregation.last_rounds must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaggerConfig:
+    """Rounds of collect, label, aggregate, train, sync, evaluate. Round 0 is SFT on the teacher."""
+
+    rounds: int = 3  # after round 0
+    tasks_per_round: int = 64
+    sft_tasks: int = 64  # of round 0
+    mixing: Literal["per_turn", "prefix"] = "per_turn"
+    beta: BetaConfig = BetaConfig()
+    prefix_turns_per_round: int = 20  # prefix: T_max = min(prefix_turns_per_round x round, limit)
+    prefix_turns_limit: int = 100
+    aggregation: AggregationConfig = AggregationConfig()
+    evaluation_tasks: int = 48  # held-out tasks, the same in every round
+    evaluation_train_tasks: int = 0  # training tasks evaluated as well
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 0, f"dagger.rounds must not be negative, got {self.rounds}")
+        require(self.tasks_per_round > 0 and self.sft_tasks > 0, "dagger: every round needs tasks")

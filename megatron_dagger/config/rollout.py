@@ -1,0 +1,60 @@
+"""How episodes are run: the student's engine, sampling, limits, mixing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dagger.config.base import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the student samples. Temperature 0 is greedy."""
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_tokens: int = 64  # per turn
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
+        require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """vLLM, in words that both its CPU and its CUDA build know."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    tensor_parallel_size: int = 1
+    max_model_len: int = 4096
+    max_num_seqs: int = 64
+    kv_cache_memory_mib: int | None = 256  # None: what gpu_memory_utilization leaves
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = True
+    threads: int = 1  # OpenMP threads, on the CPU
+    start_deadline_s: float = 600.0
+    request_deadline_s: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """When an episode ends though the agent did not end it."""
+
+    max_turns: int = 40
+    max_tokens: int = 4096  # of the whole conversation
+    max_format_errors: int = 5  # replies in a row that are no command
+    max_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        require(self.max_turns > 0, f"limits.max_turns must be positive, got {self.max_turns}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """One phase of acting: collection or evaluation."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    limits: LimitsConfig = LimitsConfig()
+    concurrent_episodes: int = 32

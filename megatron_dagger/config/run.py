@@ -1,0 +1,63 @@
+"""The whole configuration of a run: what a recipe returns and a run directory holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_dagger.config.base import require
+from megatron_dagger.config.dagger import DaggerConfig
+from megatron_dagger.config.model import ModelConfig
+from megatron_dagger.config.rollout import RolloutConfig, SamplingConfig
+from megatron_dagger.config.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksConfig:
+    """Repository-repair tasks: which packages are mutated, and how many tasks each side gets."""
+
+    source: Literal["packages", "stdlib"] = "packages"  # stdlib: nothing is downloaded
+    train_packages: tuple[str, ...] = ()  # empty: the pinned default list
+    heldout_packages: tuple[str, ...] = ()
+    train_tasks: int = 192
+    heldout_tasks: int = 48
+    repeats: int = 3  # agreeing test runs that admit a task
+    suspects: int = 9  # lines that the fault localiser shows
+    most_repairs: int = 12  # repairs that a search line by line tries before the right one, at most
+
+    def __post_init__(self) -> None:
+        both = set(self.train_packages) & set(self.heldout_packages)
+        require(not both, f"tasks: in train_packages and in heldout_packages: {', '.join(sorted(both))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run depends on. The same config and seed give the same run."""
+
+    name: str = "run"
+    seed: int = 1234
+    tasks: TasksConfig = TasksConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    evaluation_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0, top_p=1.0))
+    dagger: DaggerConfig = DaggerConfig()
+
+    def __post_init__(self) -> None:
+        self.training.parallel.check_model(self.model)
+        need = self.rollout.limits.max_tokens
+        require(
+            need <= self.rollout.engine.max_model_len,
+            f"rollout.limits.max_tokens={need} exceeds rollout.engine.max_model_len="
+            f"{self.rollout.engine.max_model_len}",
+        )
+        require(
+            need <= self.training.sequence_length,
+            f"rollout.limits.max_tokens={need} exceeds training.sequence_length="
+            f"{self.training.sequence_length}: an episode must fit one packed row",
+        )
+        require(
+            need <= self.model.max_position_embeddings,
+            f"rollout.limits.max_tokens={need} exceeds model.max_position_embeddings="
+            f"{self.model.max_position_embeddings}",
+        )

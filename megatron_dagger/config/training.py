@@ -1,0 +1,110 @@
+"""How a round is trained: parallel layout, precision, optimizer, batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dagger.config.base import require
+from megatron_dagger.config.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Megatron-Core's parallel layout; the data-parallel size is what the world size leaves."""
+
+    world_size: int = 1  # processes in all
+    nodes: int = 1  # hosts that torchrun is started on
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.world_size % self.model_parallel_size == 0,
+            f"training.parallel.world_size={self.world_size} is no multiple of TP x PP x CP = "
+            f"{self.model_parallel_size}",
+        )
+        require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "training.parallel.sequence_parallel needs tensor_model_parallel_size > 1",
+        )
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // self.model_parallel_size
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise ConfigError if the model cannot be laid out so."""
+        tp = self.tensor_model_parallel_size
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            value = getattr(model, name)
+            require(
+                value % tp == 0,
+                f"training.parallel.tensor_model_parallel_size={tp} does not divide model.{name}={value}; "
+                f"choose one of {[d for d in range(1, value + 1) if value % d == 0][:8]}",
+            )
+        stages = self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+        require(
+            model.num_layers % stages == 0,
+            f"model.num_layers={model.num_layers} cannot be split evenly over {stages} pipeline stages",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up and decay. The schedule restarts each round."""
+
+    lr: float = 2e-3
+    min_lr: float = 0.0
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 10
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    distributed: bool = True  # Megatron's distributed optimizer
+    reset_each_round: bool = False  # forget the moments when a new round begins
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"training.optimizer.lr must be positive, got {self.lr}")
+        require(0 <= self.min_lr <= self.lr, "training.optimizer.min_lr must lie between 0 and lr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One round of training on the aggregated data."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise"] = "fp32"
+    epochs: float = 3.0  # passes over the round's aggregated data, at most max_steps
+    max_steps: int | None = None  # optimizer steps a round, at most
+    sequence_length: int = 2048  # tokens of one packed micro-batch row
+    global_batch_tokens: int = 16384  # tokens of one optimizer step, a multiple of sequence_length
+    recompute: Literal["none", "selective", "full"] = "none"
+    checkpoint_interval: int = 50  # steps between two checkpoints within a round
+    threads_per_process: int = 1  # OpenMP threads, on the CPU
+    deadline_s: float = 7200.0  # a round over this is ended with an error
+
+    def __post_init__(self) -> None:
+        rows = self.global_batch_tokens / self.sequence_length / self.parallel.data_parallel_size
+        require(
+            rows >= 1 and rows == int(rows),
+            f"training.global_batch_tokens={self.global_batch_tokens} must be a multiple of "
+            f"sequence_length x data-parallel size = "
+            f"{self.sequence_length} x {self.parallel.data_parallel_size}",
+        )
+        require(self.epochs > 0, f"training.epochs must be positive, got {self.epochs}")
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one packed row each, per optimizer step and data-parallel rank."""
+        return self.global_batch_tokens // self.sequence_length // self.parallel.data_parallel_size

@@ -1,0 +1,32 @@
+"""Beta: the share of turns in which the teacher acts, as a function of the round.
+
+Round 0 is SFT: the teacher acts alone. From round 1 on a schedule falls from ``start`` to ``floor``
+(Ross, Gordon & Bagnell, 2011, ask only that beta's mean over the rounds goes to 0).
+"""
+
+from __future__ import annotations
+
+import math
+
+from megatron_dagger.config import BetaConfig
+
+
+def beta(config: BetaConfig, round_index: int) -> float:
+    """The teacher's share in a round, in [0, 1]."""
+    if round_index == 0:
+        return 1.0
+    since = max(0, round_index - 1 - config.warmup_rounds)  # rounds of decay so far
+    span = config.start - config.floor
+    match config.schedule:
+        case "constant":
+            value = config.start
+        case "linear":
+            value = config.start - config.decay * since
+        case "step":
+            value = config.start - config.decay * (since // config.step_rounds)
+        case "exponential":
+            value = config.start * (1 - config.decay) ** since
+        case "cosine":
+            share = min(1.0, since / config.horizon_rounds)
+            value = config.floor + span * 0.5 * (1 + math.cos(math.pi * share))
+    return max(config.floor, value)

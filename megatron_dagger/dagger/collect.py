@@ -1,0 +1,121 @@
+"""Collecting a round: the mixture acts on the round's tasks, every state is labelled, episodes commit.
+
+An episode is committed as soon as it has ended; what is committed is never run again. A broken one
+(its sandbox or engine failed) is tried anew and never becomes data.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from megatron_dagger.agents.episode import Actor, EpisodeKey, EpisodeRunner
+from megatron_dagger.config import RunConfig, SamplingConfig
+from megatron_dagger.dagger.world import EpisodeStore, World
+from megatron_dagger.types import Trajectory
+
+logger = logging.getLogger(__name__)
+
+TRIES = 3  # of an episode that breaks
+COMMIT_EPISODES = 8  # at most so many finished episodes wait for their commit
+
+
+class TooManyBroken(RuntimeError):
+    """Episodes keep breaking: the environment or the engine is at fault, not the agent."""
+
+
+def round_tasks(config: RunConfig, tasks: Sequence[str], round_index: int) -> list[str]:
+    """The training tasks of a round: each round takes on where the last one ended, in a seeded order."""
+    first = config.dagger.sft_tasks + (round_index - 1) * config.dagger.tasks_per_round if round_index else 0
+    count = config.dagger.tasks_per_round if round_index else config.dagger.sft_tasks
+    chosen: list[str] = []
+    for position in range(first, first + min(count, len(tasks))):
+        epoch, offset = divmod(position, len(tasks))
+        chosen.append(_shuffled(tuple(tasks), config.seed + epoch)[offset])
+    return sorted(set(chosen))
+
+
+@functools.lru_cache(maxsize=8)
+def _shuffled(tasks: tuple[str, ...], seed: int) -> list[str]:
+    order = sorted(tasks)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+async def run_episodes(
+    world: World,
+    store: EpisodeStore,
+    round_index: int,
+    tasks: Sequence[str],
+    actor: Callable[[EpisodeKey], Actor],
+    sampling: SamplingConfig,
+    *,
+    beta: float,
+    stage: str,
+) -> int:
+    """Run one episode for each task that has none committed yet; the number that broke on the way."""
+    done = {task for task, _ in store.committed(round_index)}
+    waiting = [task for task in tasks if task not in done]
+    runner = EpisodeRunner(
+        renderer=world.renderer,
+        limits=world.config.rollout.limits,
+        max_action_tokens=sampling.max_tokens,
+        threads=world.threads,
+    )
+    broken = solved = 0
+    ended: list[Trajectory] = []
+    with world.track(
+        f"round {round_index} {stage}",
+        len(tasks),
+        done=len(tasks) - len(waiting),
+        run_dir=world.run_dir,
+        round_index=round_index,
+        stage=stage,
+    ) as progress:
+        async for trajectory, tries in _ending(world, runner, round_index, waiting, actor, beta):
+            broken += tries - 1
+            solved += trajectory.solved
+            ended.append(trajectory)
+            if len(ended) >= COMMIT_EPISODES:
+                store.append(ended)
+                ended = []
+            progress.advance(note=f"{solved} solved")
+        if ended:
+            store.append(ended)
+    return broken
+
+
+async def _ending(
+    world: World,
+    runner: EpisodeRunner,
+    round_index: int,
+    tasks: Sequence[str],
+    actor: Callable[[EpisodeKey], Actor],
+    beta: float,
+) -> AsyncIterator[tuple[Trajectory, int]]:
+    """Clean episodes in the order in which they end, with the number of tries each took."""
+    places = asyncio.Semaphore(world.config.rollout.concurrent_episodes)
+
+    async def one(task: str) -> tuple[Trajectory, int]:
+        key = EpisodeKey(run_seed=world.config.seed, round_index=round_index, task_id=task)
+        async with places:
+            for attempt in range(1, TRIES + 1):
+                trajectory = await runner.run(functools.partial(world.make_env, task), actor(key), key, beta)
+                if trajectory.stop_reason.is_clean:
+                    return trajectory, attempt
+                logger.warning("%s broke (%s): %s", task, trajectory.stop_reason, trajectory.details.get("error"))
+        raise TooManyBroken(
+            f"{task} broke {TRIES} times, last with {trajectory.stop_reason}: {trajectory.details.get('error')}"
+        )
+
+    running = [asyncio.create_task(one(task)) for task in tasks]
+    try:
+        for next_ended in asyncio.as_completed(running):
+            yield await next_ended
+    finally:
+        for task_running in running:
+            task_running.cancel()
+        await asyncio.gather(*running, return_exceptions=True)

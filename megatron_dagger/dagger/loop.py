@@ -1,0 +1,109 @@
+"""DAgger on one screen: rounds of collect, label, aggregate, train, sync, evaluate.
+
+Every stage reads files and ends by writing its own manifest atomically. A stage whose manifest is
+there is not run again, so the same command carries on wherever a killed run was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+from megatron_dagger.agents.episode import Actor, EpisodeKey
+from megatron_dagger.dagger.aggregation import summarise
+from megatron_dagger.dagger.beta import beta
+from megatron_dagger.dagger.collect import round_tasks, run_episodes
+from megatron_dagger.dagger.mixing import MixtureActor, SoloActor, mixture
+from megatron_dagger.dagger.world import World
+from megatron_dagger.evaluation.success import success
+from megatron_dagger.observability.metrics import read_lines
+from megatron_dagger.store.atomic import read_json, write_json
+
+
+async def run_rounds(world: World) -> None:
+    """Round 0 is SFT on the teacher's episodes; then N rounds on the states that the student visits."""
+    for round_index in range(world.config.dagger.rounds + 1):
+        await collect(world, round_index)
+        train(world, round_index)
+        await evaluate(world, round_index)
+
+
+async def collect(world: World, round_index: int) -> None:
+    """Let the mixture act on the round's tasks, label every visited state, seal the round."""
+    report = world.round_dir(round_index) / "collect.json"
+    if report.exists():
+        return
+    started, config = time.monotonic(), world.config
+    share = beta(config.dagger.beta, round_index)
+    if round_index:
+        sync(world, round_index - 1)
+    student = world.student().with_sampling(config.rollout.sampling) if round_index else None
+
+    def actor(key: EpisodeKey) -> Actor:
+        acts = mixture(config.dagger, share, key)
+        return MixtureActor(student=student, teacher=world.teacher, teacher_acts=acts)
+
+    tasks = round_tasks(config, world.train_tasks, round_index)
+    broken = 0
+    if world.data.manifest(round_index) is None:
+        sampling = config.rollout.sampling
+        broken = await run_episodes(world, world.data, round_index, tasks, actor, sampling, beta=share, stage="collect")
+    manifest = world.data.seal(round_index)
+    values = summarise(world.data.episodes(round_index)) | {
+        "beta": share,
+        "broken_episodes": broken,
+        "weight_version": round_index - 1,
+        "digest": manifest.digest,
+        "duration_s": time.monotonic() - started,
+    }
+    write_json(report, {"round": round_index, **values})
+    world.metrics.record(round_index, "collect", values)
+
+
+def train(world: World, round_index: int) -> None:
+    """Train the student on the aggregated labels, from the last round's weights."""
+    folder = world.round_dir(round_index) / "train"
+    if not (folder / "manifest.json").exists():
+        world.train(round_index)
+    values = read_json(folder / "manifest.json")
+    shown = {name: value for name, value in values.items() if name not in ("round", "digests", "checkpoint")}
+    world.metrics.record(round_index, "train", shown, steps=read_lines(folder / "metrics.jsonl"))
+
+
+def sync(world: World, round_index: int) -> None:
+    """Bring the weights trained in a round to the rollout workers, proven tensor by tensor."""
+    folder = world.round_dir(round_index) / "train"
+    manifest = read_json(folder / "manifest.json")
+    world.student().sync(folder / manifest["checkpoint"], round_index, manifest["digests"])
+
+
+async def evaluate(world: World, round_index: int) -> None:
+    """Let the student alone work on the held-out tasks, and on some training tasks where asked."""
+    report = world.round_dir(round_index) / "evaluate.json"
+    if report.exists():
+        return
+    started, config = time.monotonic(), world.config
+    sync(world, round_index)
+    policy = world.student().with_sampling(config.evaluation_sampling)
+    heldout = list(itertools.islice(world.heldout_tasks, config.dagger.evaluation_tasks))
+    trained = list(itertools.islice(world.train_tasks, config.dagger.evaluation_train_tasks))
+    await run_episodes(
+        world,
+        world.evaluations,
+        round_index,
+        heldout + trained,
+        lambda key: SoloActor(policy=policy),
+        config.evaluation_sampling,
+        beta=0.0,
+        stage="evaluate",
+    )
+    world.evaluations.seal(round_index)
+    episodes = list(world.evaluations.episodes(round_index))
+    values = {
+        "weight_version": round_index,
+        "heldout": success([e for e in episodes if e.task_id in set(heldout)]),
+        "train": success([e for e in episodes if e.task_id in set(trained)]) if trained else None,
+        "duration_s": time.monotonic() - started,
+    }
+    write_json(report, {"round": round_index, **values})
+    world.metrics.record(round_index, "evaluate", values)

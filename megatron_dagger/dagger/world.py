@@ -1,0 +1,66 @@
+"""What a run needs from the world: tasks, policies, training. The loop knows no more of it than this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor as ThreadPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_dagger.agents.chat import ChatRenderer
+from megatron_dagger.config import RunConfig, SamplingConfig
+from megatron_dagger.envs.base import Env
+from megatron_dagger.policies.base import Policy
+
+
+class Student(Protocol):
+    """The student as the rollout workers serve it: new weights are taken over in place."""
+
+    def with_sampling(self, sampling: SamplingConfig) -> Policy:
+        """The policy that samples so, from the weights served last."""
+        ...
+
+    def sync(self, checkpoint_dir: Path, version: int, expected_digests: dict[str, str]) -> Any:
+        """Serve the weights of a checkpoint; raises where what arrived is not what was trained."""
+        ...
+
+
+class EpisodeStore(Protocol):
+    """The committed episodes of a run; see store.DataStore."""
+
+    def append(self, trajectories: Any) -> Any: ...
+    def committed(self, round_index: int) -> set[tuple[str, int]]: ...
+    def seal(self, round_index: int) -> Any: ...
+    def manifest(self, round_index: int) -> Any: ...
+    def episodes(self, round_index: int) -> Any: ...
+    def rounds(self) -> list[int]: ...
+
+
+class MetricsSink(Protocol):
+    """Takes the numbers of a finished stage; see observability.Metrics."""
+
+    def record(self, round_index: int, stage: str, values: dict[str, Any], *, steps: Any = ()) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The parts that a run is put together from; the command line makes it (cli/world.py)."""
+
+    config: RunConfig
+    run_dir: Path
+    renderer: ChatRenderer
+    train_tasks: tuple[str, ...]
+    heldout_tasks: tuple[str, ...]
+    make_env: Callable[[str], Env]  # by task id
+    teacher: Policy
+    student: Callable[[], Student]  # started when it is first needed
+    data: EpisodeStore
+    evaluations: EpisodeStore
+    metrics: MetricsSink
+    train: Callable[[int], None]  # trains a round to its manifest
+    track: Callable[..., Any]  # observability.progress.track
+    threads: ThreadPool
+
+    def round_dir(self, round_index: int) -> Path:
+        return self.run_dir / "rounds" / f"{round_index:04d}"

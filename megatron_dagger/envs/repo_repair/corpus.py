@@ -1,0 +1,33 @@
+"""Texts of the kind that repair episodes are made of, to train a small student's tokenizer on."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator
+
+from megatron_dagger.envs.repo_repair.env import SYSTEM_MESSAGE
+from megatron_dagger.envs.repo_repair.generate import SourceTree
+from megatron_dagger.envs.repo_repair.task import RepairTask
+from megatron_dagger.envs.repo_repair.tools.swaps import repairs
+
+REPEATS = 40  # of the fixed texts: they stand in every episode, a line of code in few
+
+
+def texts(trees: Iterable[SourceTree], tasks: Iterable[RepairTask]) -> Iterator[str]:
+    """System message, problem statements, lines of code as the tools show them, and commands."""
+    fixed = ["locate", "runtests", "undo", "submit", "edits: 0", "edits: 1", "FAIL 1 of 9\n", "PASS 9"]
+    fixed += ["system\n" + SYSTEM_MESSAGE, "assistant\n", "user\n", "error: nothing to undo", "error: run locate first"]
+    for _ in range(REPEATS):
+        yield from fixed
+        yield from (f"view @{rank}" for rank in range(1, 10))
+    for task in tasks:
+        yield task.problem_statement
+    for tree in trees:
+        for path in tree.source_files:
+            for number, line in enumerate(tree.files[path].decode(errors="replace").splitlines(), 1):
+                candidates = repairs(line)
+                if candidates:
+                    yield f"@{number % 9 + 1} {path}:{number}\n"
+                    yield f"@{number % 9 + 1}: {line}\nedits: 0"
+                for candidate in candidates:
+                    yield f"edit @{number % 9 + 1} " + shlex.join([candidate.old, candidate.new])

@@ -1,0 +1,205 @@
+"""One episode of repairing a repository: the agent's commands run in a sandbox, real tests judge.
+
+Every change of the work tree, by whatever command, is a step that ``undo`` takes back. ``undo`` and
+``submit`` are handled here, outside the sandbox; all else runs inside it, through a shell unless it
+is a plain call of one of the repair tools.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Self
+
+from megatron_dagger.envs.base import CommandResult, EnvironmentBroken, Observation
+from megatron_dagger.envs.repo_repair.task import RepairTask
+from megatron_dagger.envs.repo_repair.testing import SETTINGS_FILE, SUSPECTS_FILE, run_tests
+from megatron_dagger.envs.sandbox import ProcessSandbox, SandboxPool
+
+SYSTEM_MESSAGE = """\
+You repair a Python package in which one token is wrong. Reply with one shell command.
+locate: run the tests, list suspect lines @1 @2 ...
+view @K: show a line
+edit @K OLD NEW [N]: replace the N-th token OLD
+runtests: run the tests
+undo: take back the last edit
+submit: finish
+Also: list, search WORD, view FILE:LINE [COUNT], and the usual shell commands."""
+READS_ONLY = frozenset({"list", "search", "view", "runtests", "locate"})
+TOOLS = READS_ONLY | {"edit"}
+SAYS_EDITS = frozenset({"edit", "runtests", "locate"})  # after these the number of open edits is said
+MOST_OBSERVATION_CHARACTERS = 2000
+
+Tree = Mapping[str, bytes]
+TestMemory = dict[tuple[str, str, str], tuple[CommandResult, bytes | None]]
+
+
+class RepairEnv:
+    """The Env of one RepairTask; ``files`` are its repository, ``.git`` included.
+
+    ``memory``, shared by the episodes of a process, keeps the agent's own test runs by the content of
+    the tree: a task is admitted only where repeated runs agree. The judge always runs the tests.
+    """
+
+    def __init__(self, task: RepairTask, files: Tree, pool: SandboxPool, memory: TestMemory | None = None):
+        self._memory = memory
+        self.task_id = task.instance_id
+        self.task = task
+        self._files = files
+        self._original = {k: v for k, v in files.items() if not k.startswith(".git/")}
+        self._pool = pool
+        self._sandbox: ProcessSandbox | None = None
+        self._tree: dict[str, bytes] = {}
+        self._history: list[dict[str, bytes]] = []
+
+    def reset(self) -> tuple[str, str]:
+        self._sandbox = self._sandbox or self._pool.take()
+        self._sandbox.write({**self._files, **self._settings()})
+        self._tree = dict(self._original)
+        self._history = []
+        return SYSTEM_MESSAGE, self.task.problem_statement
+
+    def step(self, command: str) -> Observation:
+        if self._sandbox is None:
+            raise EnvironmentBroken("the episode has not been reset, or is closed")
+        words = plain_words(command)
+        if words == ["submit"]:
+            return Observation(text="submitted", done=True)
+        if words == ["undo"]:
+            return Observation(text=self._undo())
+        tool = words[0] if words and words[0] in TOOLS else ""
+        result = self._run_tool(words) if words and tool else self._sandbox.run(command)
+        if tool not in READS_ONLY:
+            self._note_changes()
+        if not tool:  # a shell command may have damaged what the tools need
+            self._sandbox.write(self._settings())
+        text = _clip(_describe(result))
+        if not tool or tool in SAYS_EDITS:
+            text = f"{text}\n{self._open_edits()}".lstrip()
+        return Observation(text=text)
+
+    def _run_tool(self, words: list[str]) -> CommandResult:
+        """Run a repair tool; a test run on a tree that was tested before is remembered."""
+        assert self._sandbox is not None
+        if self._memory is None or words[0] not in ("runtests", "locate") or len(words) > 1:
+            return self._sandbox.run(words)
+        key = (self.task_id, words[0], self._tree_digest())
+        known = self._memory.get(key)
+        if known is None:
+            result = self._sandbox.run(words)
+            written = self._sandbox.read(".repair").get(SUSPECTS_FILE) if words[0] == "locate" else None
+            if not result.timed_out:
+                self._memory[key] = (result, written)
+            return result
+        result, written = known
+        if written is not None:
+            self._sandbox.write({SUSPECTS_FILE: written})
+        return result
+
+    def _tree_digest(self) -> str:
+        digest = hashlib.sha256()
+        for name in sorted(self._tree):
+            digest.update(f"{name}\0{len(self._tree[name])}\0".encode() + self._tree[name])
+        return digest.hexdigest()
+
+    def judge(self) -> bool:
+        return run_tests(self._pool, self._submitted(), self.task.tool_settings()).passed(self.task.tests)
+
+    def patch(self) -> str:
+        """What the agent changed in the package, as a unified diff."""
+        return tree_diff(self._original, self._submitted())
+
+    def close(self) -> None:
+        """Give the sandbox back; one in which a command ran is emptied first. May be called twice."""
+        sandbox, self._sandbox = self._sandbox, None
+        if sandbox is not None:
+            self._pool.give(sandbox)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _submitted(self) -> dict[str, bytes]:
+        """The task's files with the modules as the agent left them; changed tests do not count."""
+        package = {name: self._tree[name] for name in self.task.source_files if name in self._tree}
+        return {**self._original, **package}
+
+    def _settings(self) -> dict[str, bytes]:
+        return {SETTINGS_FILE: json.dumps(self.task.tool_settings()).encode()}
+
+    def _note_changes(self) -> None:
+        assert self._sandbox is not None
+        found = self._sandbox.read(".")
+        tree = {name: content for name, content in found.items() if not name.startswith(".repair/")}
+        if tree != self._tree:
+            self._history.append(self._tree)
+            self._tree = tree
+
+    def _undo(self) -> str:
+        assert self._sandbox is not None
+        if not self._history:
+            return f"error: nothing to undo\n{self._open_edits()}"
+        before, self._tree = self._tree, self._history.pop()
+        changed = {name for name in before.keys() | self._tree.keys() if before.get(name) != self._tree.get(name)}
+        self._sandbox.write({name: self._tree.get(name) for name in sorted(changed)})
+        name = min(changed)
+        line = _first_difference(before.get(name, b""), self._tree.get(name, b""))
+        shown = self._sandbox.run(["view", f"{name}:{line}"])
+        return f"{_describe(shown)}\n{self._open_edits()}"
+
+    def _open_edits(self) -> str:
+        return f"edits: {len(self._history)}"
+
+
+def plain_words(command: str) -> list[str] | None:
+    """The words of a command that needs no shell; None where a shell has something to do."""
+    try:
+        lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        lexer.commenters = ""
+        words = list(lexer)
+        unquoted = shlex.split(command)
+    except ValueError:
+        return None
+    if words != unquoted or any(mark in command for mark in "$`\\\n"):
+        return None
+    return words
+
+
+def tree_diff(before: Tree, after: Tree) -> str:
+    """A unified diff in git's form between two trees of text files."""
+    parts = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = (tree.get(name, b"").decode(errors="replace") for tree in (before, after))
+        if old != new:
+            lines = difflib.unified_diff(
+                old.splitlines(keepends=True), new.splitlines(keepends=True), f"a/{name}", f"b/{name}"
+            )
+            parts.append(f"diff --git a/{name} b/{name}\n" + "".join(lines))
+    return "".join(parts)
+
+
+def _first_difference(before: bytes, after: bytes) -> int:
+    pairs = zip(before.splitlines(), after.splitlines(), strict=False)
+    return next((number for number, (a, b) in enumerate(pairs, 1) if a != b), 1)
+
+
+def _describe(result: CommandResult) -> str:
+    text = result.output.rstrip("\n")
+    if result.timed_out:
+        text = f"{text}\nerror: timed out".lstrip()
+    elif result.exit_code != 0 and not text:
+        text = f"error: exit code {result.exit_code}"
+    return text
+
+
+def _clip(text: str) -> str:
+    if len(text) <= MOST_OBSERVATION_CHARACTERS:
+        return text
+    half = MOST_OBSERVATION_CHARACTERS // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters cut ...\n{text[-half:]}"

@@ -1,0 +1,1 @@
+"""What is mounted into the sandbox: these files import nothing of megatron_dagger."""

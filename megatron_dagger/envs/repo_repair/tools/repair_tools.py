@@ -1,0 +1,223 @@
+"""The commands of the repair agent. They live in the sandbox and import nothing of megatron_dagger.
+
+list [DIR]                  files of the repository
+search WORD                 lines of the modules under repair that contain WORD
+view ADDRESS [COUNT]        one line, or COUNT lines from there
+edit ADDRESS OLD NEW [N]    replace the N-th token OLD of a line by NEW
+runtests                    run the tests of the task
+locate                      run them and list the lines that failing tests run most
+An ADDRESS is FILE:LINE, or @K for the K-th line that locate listed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import swaps
+import testrun
+
+STATE = ".repair"  # task.json: what to test; suspects.json: what locate found
+MOST_LINES = 40
+
+
+class UsageError(Exception):
+    """The command cannot be carried out as given."""
+
+
+def main(name: str, arguments: list[str]) -> int:
+    try:
+        for line in COMMANDS[name](*arguments):  # type: ignore[operator]
+            print(line)
+    except UsageError as error:
+        print(f"error: {error}")
+        return 2
+    except TypeError:
+        usage = next(line for line in (__doc__ or "").splitlines() if line.startswith(name))
+        print(f"error: usage: {' '.join(usage.split('  ')[:1])}")
+        return 2
+    return 0
+
+
+def command_list(folder: str = "."):  # type: ignore[no-untyped-def]
+    found = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
+        found += [os.path.relpath(os.path.join(where, name)) for name in sorted(names)]
+    yield from found[:MOST_LINES]
+    if len(found) > MOST_LINES:
+        yield f"... {len(found) - MOST_LINES} more"
+
+
+def command_search(word: str):  # type: ignore[no-untyped-def]
+    task = _read("task.json")
+    count = 0
+    for path in task["source"]:
+        for number, line in enumerate(_lines(path), 1):
+            if word in line:
+                count += 1
+                if count <= MOST_LINES // 2:
+                    yield f"{path}:{number} {line.strip()[:100]}"
+    if count == 0:
+        yield "nothing found"
+    elif count > MOST_LINES // 2:
+        yield f"... {count - MOST_LINES // 2} more"
+
+
+def command_view(address: str, count: str = "1"):  # type: ignore[no-untyped-def]
+    path, number = _address(address)
+    lines = _lines(path)
+    if not 1 <= number <= len(lines):
+        raise UsageError(f"{path} has {len(lines)} lines")
+    if not count.isdigit() or not 1 <= int(count) <= MOST_LINES:
+        raise UsageError(f"COUNT is 1 to {MOST_LINES}")
+    for offset, line in enumerate(lines[number - 1 : number - 1 + int(count)]):
+        yield f"{_name(path, number + offset)}: {line.rstrip()}"
+
+
+def command_edit(address: str, old: str, new: str, nth: str = "1"):  # type: ignore[no-untyped-def]
+    path, number = _address(address)
+    lines = _lines(path)
+    if not 1 <= number <= len(lines):
+        raise UsageError(f"{path} has {len(lines)} lines")
+    if not nth.isdigit():
+        raise UsageError("N is a number")
+    change = swaps.Candidate(old=old, new=new, nth=int(nth))
+    changed = swaps.replace_token(lines[number - 1], change)
+    if changed is None:
+        raise UsageError(f"no token {old} there" if nth == "1" else f"no {nth} tokens {old} there")
+    lines[number - 1] = changed
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.writelines(lines)
+    yield f"{_name(path, number)}: {changed.rstrip()}"
+
+
+def command_runtests():  # type: ignore[no-untyped-def]
+    yield _verdict(_run(_read("task.json")))
+
+
+def command_locate():  # type: ignore[no-untyped-def]
+    task = _read("task.json")
+    recorder = _run(task, trace=True)
+    yield _verdict(recorder)
+    ranked = suspects(recorder, task)
+    with open(os.path.join(STATE, "suspects.json"), "w") as file:
+        json.dump(ranked, file)
+    for rank, (path, number) in enumerate(ranked, 1):
+        yield f"@{rank} {path}:{number}"
+
+
+def command_outcomes(trace: str = ""):  # type: ignore[no-untyped-def]
+    """For the judge and the making of tasks: every outcome, and with "trace" the lines each test ran."""
+    task = _read("task.json")
+    recorder = _run(task, trace=bool(trace))
+    root = os.getcwd() + os.sep
+    lines = {
+        test: sorted((path.removeprefix(root), line) for path, line in ran) for test, ran in recorder.lines.items()
+    }
+    result = {"outcomes": recorder.outcomes, "timed_out": recorder.timed_out, "lines": lines}
+    result["suspects"] = suspects(recorder, task) if trace and task["tests"] else []
+    with open(os.path.join(STATE, "outcomes.json"), "w") as file:
+        json.dump(result, file)
+    yield "written"
+
+
+def suspects(recorder: testrun.Recorder, task: dict) -> list[tuple[str, int]]:
+    """Lines that failing tests run, most suspicious first, by Ochiai's coefficient.
+
+    ef / sqrt((ef + nf) * (ef + ep)), with ef and ep the failing and passing tests that ran the line
+    (Abreu et al., "On the accuracy of spectrum-based fault localization", 2007). Lines without a
+    token of the bug family are left out. Equal scores keep the order of the file.
+    """
+    root = os.getcwd() + os.sep
+    failing = {test for test in task["tests"] if recorder.outcomes.get(test) != "passed"}
+    ran: dict[tuple[str, int], list[int]] = {}
+    for test, lines in recorder.lines.items():
+        for line in lines:
+            ran.setdefault(line, [0, 0])[0 if test in failing else 1] += 1
+    scored = []
+    texts: dict[str, list[str]] = {}
+    for (path, number), (failed, passed) in ran.items():
+        if failed == 0:
+            continue
+        text = texts.setdefault(path, _lines(path))
+        if number <= len(text) and swaps.repairs(text[number - 1]):
+            score = failed / math.sqrt(len(failing) * (failed + passed))
+            scored.append((-round(score, 6), path.removeprefix(root), number))
+    return [(path, number) for _, path, number in sorted(scored)[: task["suspects"]]]
+
+
+def _run(task: dict, *, trace: bool = False) -> testrun.Recorder:
+    return testrun.run(
+        task["test_files"],
+        task["tests"],
+        paths=task["paths"],
+        extra=task["pytest_args"],
+        traced=task["source"] if trace else [],
+    )
+
+
+def _verdict(recorder: testrun.Recorder) -> str:
+    task = _read("task.json")
+    passed = sum(recorder.outcomes.get(test) == "passed" for test in task["tests"])
+    if passed == len(task["tests"]):
+        return f"PASS {passed}"
+    return f"FAIL {len(task['tests']) - passed} of {len(task['tests'])}"
+
+
+def _address(text: str) -> tuple[str, int]:
+    if text.startswith("@"):
+        try:
+            listed = _read("suspects.json")
+        except UsageError:
+            raise UsageError("run locate first") from None
+        if not text[1:].isdigit() or not 1 <= int(text[1:]) <= len(listed):
+            raise UsageError(f"there are @1 to @{len(listed)}")
+        path, number = listed[int(text[1:]) - 1]
+        return path, number
+    path, _, number = text.rpartition(":")
+    if not path or not number.isdigit():
+        raise UsageError("ADDRESS is FILE:LINE or @K")
+    return path, int(number)
+
+
+def _name(path: str, number: int) -> str:
+    try:
+        return f"@{[tuple(line) for line in _read('suspects.json')].index((path, number)) + 1}"
+    except (UsageError, ValueError):
+        return f"{path}:{number}"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.readlines()
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"cannot read {path}") from None
+
+
+def _read(name: str):  # type: ignore[no-untyped-def]
+    try:
+        with open(os.path.join(STATE, name)) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        raise UsageError(f"{STATE}/{name} is missing or broken") from None
+
+
+COMMANDS = {
+    "list": command_list,
+    "search": command_search,
+    "view": command_view,
+    "edit": command_edit,
+    "runtests": command_runtests,
+    "locate": command_locate,
+    "outcomes": command_outcomes,
+}
+
+
+def _applet(name: str):  # type: ignore[no-untyped-def]
+    return lambda arguments: main(name, arguments)
+
+
+APPLETS = {name: _applet(name) for name in COMMANDS}

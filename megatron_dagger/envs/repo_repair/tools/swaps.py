@@ -1,0 +1,84 @@
+"""The family of bugs: pairs of tokens that programmers confuse.
+
+A bug is one such swap (or an integer one too large) at one place; so is its repair. Both the
+mutator and the expert read this table; neither tells the other where it was applied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# name of the operator -> pairs that are each other's repair
+SWAPS: dict[str, tuple[tuple[str, str], ...]] = {
+    "comparison": (("<", "<="), (">", ">="), ("==", "!="), ("is", "is not"), ("in", "not in")),
+    "arithmetic": (("+", "-"), ("*", "/"), ("+=", "-="), ("%", "//")),
+    "boolean": (("and", "or"), ("True", "False"), ("any", "all")),
+    "condition": (("if", "if not"), ("while", "while not")),
+    "return": (("return", "return not"),),
+    "name": (("min", "max"), ("break", "continue"), ("startswith", "endswith"), ("lower", "upper")),
+}
+LARGEST_NUMBER = 9  # integers 0..8 become one larger; 1..9 may be one too large
+REPLACEMENTS: dict[str, str] = {a: b for pairs in SWAPS.values() for x, y in pairs for a, b in ((x, y), (y, x))}
+OPERATOR_OF: dict[str, str] = {token: name for name, pairs in SWAPS.items() for pair in pairs for token in pair}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """Replace the ``nth`` (from 1) occurrence of the token ``old`` in a line by ``new``."""
+
+    old: str
+    new: str
+    nth: int = 1
+
+
+_STRING = re.compile(r"""(?i)[rbfu]*('''|\"\"\"|'|")(?:\\.|(?!\1).)*(?:\1|$)|\#.*""")
+_TWO_WORDS = re.compile(r"\b(is not|not in|if not|while not|return not)\b")
+_TOKEN = re.compile(
+    r"\b(?:is not|not in|if not|while not|return not)\b|[A-Za-z_]\w*|\d[\w.]*|\*\*=?|//=?|->|:=|<<|>>"
+    r"|[-+*/%<>=!&|^@]=|[-+*/%<>=&|^~@.,:;()\[\]{}]"
+)
+_ARITHMETIC = frozenset(token for pair in SWAPS["arithmetic"] for token in pair if "=" not in token)
+_OPERAND_END = re.compile(r"[\w)\]]$")
+
+
+def tokens(line: str) -> Iterator[tuple[int, str]]:
+    """The code tokens of one line with their columns; strings and comments are passed over.
+
+    Two-word operators (``is not``) are one token.
+    """
+    blank = _STRING.sub(lambda match: " " * len(match.group()), line)
+    for match in _TOKEN.finditer(blank):
+        yield match.start(), match.group()
+
+
+def repairs(line: str) -> list[Candidate]:
+    """Every repair that one line of code may need, from left to right."""
+    seen: dict[str, int] = {}
+    found = []
+    before = ""
+    in_loop_head = False
+    for _, token in tokens(line):
+        seen[token] = seen.get(token, 0) + 1
+        if token in REPLACEMENTS:
+            unary = token in _ARITHMETIC and not _OPERAND_END.search(before)
+            loop = token == "in" and in_loop_head
+            if not unary and not loop:
+                found.append(Candidate(old=token, new=REPLACEMENTS[token], nth=seen[token]))
+        elif token.isdigit() and 1 <= int(token) <= LARGEST_NUMBER:
+            found.append(Candidate(old=token, new=str(int(token) - 1), nth=seen[token]))
+        in_loop_head = token == "for" or (in_loop_head and token != "in")
+        before = token
+    return found
+
+
+def replace_token(line: str, candidate: Candidate) -> str | None:
+    """The line with the candidate applied, or None where it has no such token."""
+    count = 0
+    for column, token in tokens(line):
+        if token == candidate.old:
+            count += 1
+            if count == candidate.nth:
+                return line[:column] + candidate.new + line[column + len(token) :]
+    return None

@@ -1,0 +1,107 @@
+"""Runs chosen pytest tests in this process and says what passed, and which lines each test ran.
+
+It lives in the sandbox, beside the code under repair, and imports nothing of megatron_dagger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import types
+from collections.abc import Sequence
+
+import pytest
+
+QUIET = ["-q", "--tb=no", "-p", "no:cacheprovider", "-c", os.devnull, "--assert=plain"]
+UNUSED = "faulthandler unraisableexception threadexception junitxml doctest pastebin stepwise logging"
+TEST_TIMEOUT_S = 2.0
+
+
+class TestTimeout(Exception):
+    """A single test ran too long."""
+
+    __test__ = False
+
+
+class Recorder:
+    """A pytest plugin: keeps the wanted tests, times them out, notes outcomes and executed lines."""
+
+    def __init__(self, wanted: list[str] | None, traced: Sequence[str]):
+        self.wanted = None if wanted is None else set(wanted)
+        self.traced = frozenset(os.path.abspath(path) for path in traced)
+        self.outcomes: dict[str, str] = {}
+        self.lines: dict[str, set[tuple[str, int]]] = {}
+        self.timed_out = False
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.wanted is not None:
+            items[:] = [item for item in items if item.nodeid in self.wanted]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item):  # type: ignore[no-untyped-def]
+        def expired(*_: object) -> None:
+            self.timed_out = True
+            raise TestTimeout(f"over {TEST_TIMEOUT_S} s")
+
+        previous = signal.signal(signal.SIGALRM, expired)
+        signal.setitimer(signal.ITIMER_REAL, TEST_TIMEOUT_S)
+        if self.traced:
+            sys.settrace(self._tracer(item.nodeid))
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+            if self.timed_out:
+                item.session.shouldstop = "a test ran too long"
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        known = self.outcomes.get(report.nodeid, "passed")
+        if report.outcome != "passed" and known == "passed":
+            self.outcomes[report.nodeid] = report.outcome
+        else:
+            self.outcomes.setdefault(report.nodeid, known)
+
+    def _tracer(self, test: str):  # type: ignore[no-untyped-def]
+        lines = self.lines.setdefault(test, set())
+
+        def in_frame(frame: types.FrameType, event: str, _: object):  # type: ignore[no-untyped-def]
+            if event == "line":
+                lines.add((frame.f_code.co_filename, frame.f_lineno))
+            return in_frame
+
+        def on_call(frame: types.FrameType, event: str, _: object):  # type: ignore[no-untyped-def]
+            return in_frame if frame.f_code.co_filename in self.traced else None
+
+        return on_call
+
+
+def run(
+    files: list[str], wanted: list[str] | None, *, paths: list[str], extra: list[str], traced: Sequence[str] = ()
+) -> Recorder:
+    """Run the ``wanted`` tests (None: all) of ``files``; outcomes of the rest stay absent."""
+    recorder = Recorder(wanted, traced)
+    for path in paths:  # a package under repair must not be found among the modules loaded before
+        for name in os.listdir(path):
+            sys.modules.pop(name.removesuffix(".py"), None)
+    sys.path[:0] = [os.path.abspath(path) for path in paths]
+    options = list(QUIET)
+    for name in UNUSED.split():
+        options += ["-p", f"no:{name}"]
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        pytest.main([*options, "--rootdir", os.getcwd(), *extra, *files], plugins=[recorder])
+    return recorder
+
+
+def _warm_up() -> None:
+    """Import all that a run needs: children forked from the sandbox's server then start at once."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        pytest.main([*QUIET, "--collect-only", os.devnull])
+
+
+_warm_up()

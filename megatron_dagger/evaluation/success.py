@@ -1,0 +1,39 @@
+"""The share of solved tasks, with its confidence interval."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_dagger.types import Trajectory
+
+Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
+
+
+def wilson_interval(solved: int, tasks: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson, JASA 22, 1927)."""
+    if tasks == 0:
+        return 0.0, 1.0
+    share = solved / tasks
+    centre = share + z * z / (2 * tasks)
+    spread = z * math.sqrt(share * (1 - share) / tasks + z * z / (4 * tasks * tasks))
+    scale = 1 + z * z / tasks
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def success(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """tasks, solved, success in [0, 1], its 95% interval, the median turns, the stop reasons."""
+    solved = sum(trajectory.solved for trajectory in trajectories)
+    low, high = wilson_interval(solved, len(trajectories))
+    return {
+        "tasks": len(trajectories),
+        "solved": solved,
+        "success": solved / len(trajectories) if trajectories else 0.0,
+        "ci_low": low,
+        "ci_high": high,
+        "median_turns": statistics.median(len(t.turns) for t in trajectories) if trajectories else 0,
+        "stop_reasons": dict(Counter(str(t.stop_reason) for t in trajectories)),
+    }

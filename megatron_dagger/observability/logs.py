@@ -1,0 +1,50 @@
+"""Logging of a process: readable on the console, complete in a file of the run directory."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+FORMAT = "%(asctime)s %(levelname)-7s %(name)s[%(process)d] %(message)s"
+_OURS = "_megatron_dagger_handler"
+
+
+def setup_logging(
+    run_dir: Path | None = None, *, name: str = "driver", level: int | str = logging.INFO
+) -> Path | None:
+    """Log to stderr at ``level`` and, with a run directory, to ``logs/NAME.log`` in full (DEBUG of ours).
+
+    Returns the log file. Calling it again replaces what it set up before. Colours and rich's layout
+    only on a terminal: a log that goes to a file or to SLURM stays plain lines.
+    """
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if getattr(h, _OURS, False)]:
+        root.removeHandler(handler)
+        handler.close()
+    console: logging.Handler
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        console = RichHandler(
+            console=Console(stderr=True), show_path=False, markup=False, rich_tracebacks=True
+        )
+    else:
+        console = logging.StreamHandler(sys.stderr)
+        console.setFormatter(logging.Formatter(FORMAT))
+    console.setLevel(level)
+    handlers: list[logging.Handler] = [console]
+    path = None
+    if run_dir is not None:
+        path = run_dir / "logs" / f"{name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(logging.Formatter(FORMAT))
+        handlers.append(file)
+    for handler in handlers:
+        setattr(handler, _OURS, True)
+        root.addHandler(handler)
+    root.setLevel(min(logging.INFO, console.level))
+    logging.getLogger("megatron_dagger").setLevel(logging.DEBUG)
+    return path

@@ -1,0 +1,66 @@
+"""An episode turn by turn: what was seen, who acted, what the teacher would have done, the outcome."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+from megatron_dagger.observability.source import visible
+from megatron_dagger.types import Executor, Trajectory, Turn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STYLES = {Executor.STUDENT: "bold blue", Executor.TEACHER: "bold yellow"}
+
+
+def show(trajectory: Trajectory, *, stream: TextIO | None = None, max_lines: int = 30) -> None:
+    """Write the episode to ``stream`` (stdout), in colours only on a terminal.
+
+    An observation longer than ``max_lines`` is cut in its middle; 0 shows all.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    stream = stream or sys.stdout
+    width = None if stream.isatty() else 100
+    console = Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+    t = trajectory
+    console.print(Text(visible(t.task_id), style="bold"), end="")
+    console.print(
+        Text(f"  round {t.round_index}, attempt {t.attempt}, beta {t.beta:g}, {t.duration_s:.1f} s", "dim")
+    )
+    for depth, turn in enumerate(t.turns):
+        _show_turn(console, depth, turn, max_lines)
+    outcome = "solved" if t.solved else "not solved"
+    compared = [turn for turn in t.turns if turn.executor is Executor.STUDENT and turn.label is not None]
+    agreeing = sum(turn.agrees for turn in compared)
+    console.rule(style="dim")
+    console.print(Text(outcome, style="bold green" if t.solved else "bold red"), end="")
+    agreement = f"the student agreed with the teacher in {agreeing} of {len(compared)} of its turns"
+    console.print(Text(f"  ({t.stop_reason.value}, {len(t.turns)} turns; {agreement})"))
+    if t.details:
+        console.print(Text("  ".join(f"{k}={visible(str(v))}" for k, v in t.details.items()), style="dim"))
+
+
+def _show_turn(console: Console, depth: int, turn: Turn, max_lines: int) -> None:
+    from rich.text import Text
+
+    console.rule(Text(f"turn {depth + 1}"), style="dim", align="left")
+    console.print(Text(_clip(visible(turn.observation).rstrip(), max_lines), style="dim"))
+    console.print(Text(f"{turn.executor.value:>8} > ", style=STYLES[turn.executor]), end="")
+    console.print(Text(visible(turn.action.text).strip()))
+    if turn.label is None:
+        console.print(Text("   (no label)", style="dim"))
+    elif not turn.agrees:
+        console.print(Text("teacher would ", style="bold magenta"), end="")
+        console.print(Text("> " + visible(turn.label.text).strip(), style="magenta"))
+
+
+def _clip(text: str, max_lines: int) -> str:
+    lines = text.split("\n")
+    if max_lines <= 0 or len(lines) <= max_lines:
+        return text
+    head = max_lines * 2 // 3
+    tail = max_lines - head
+    return "\n".join([*lines[:head], f"... lines left out: {len(lines) - max_lines} ...", *lines[-tail:]])

@@ -1,0 +1,215 @@
+"""A vLLM engine in this process, in the few words that the student needs.
+
+With ``weights/vllm_transfer.py`` this is the only module that touches vLLM. Nothing here depends on
+CPU or CUDA: vLLM's build decides. All methods belong to one thread (``engine_thread``).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dagger.config import EngineConfig, ModelConfig, to_dict
+from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.weights.digest import compare
+from megatron_dagger.weights.errors import WeightSyncError
+
+logger = logging.getLogger(__name__)
+
+_ENVIRONMENT = {  # read when vLLM is imported; whoever has set one already is obeyed
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the sandboxes need the cores as well
+}
+_PREFILL_TOKENS = 2048  # tokens of a step, on the CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one request is sampled; ``prompt_logprobs`` asks for those of the prompt's tokens as well."""
+
+    temperature: float
+    top_p: float = 1.0
+    max_tokens: int
+    seed: int | None = None
+    stop_token: int | None = None
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What was sampled: ids (n,) int32, the stop token included, and their log-probs (n,) float32.
+
+    Log-probs are of the model's own distribution (temperature 1, no top-p). ``prompt_logprobs`` is
+    (prompt length - 1,) float32 or None. ``weight_version`` is what the engine served with.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    prompt_logprobs: np.ndarray | None
+    weight_version: str
+    cached_tokens: int
+
+
+class VllmEngine:
+    """vLLM started on ``model_dir`` (config.json) with dummy weights: ``load`` brings real ones."""
+
+    def __init__(self, model_dir: Path, model: ModelConfig, config: EngineConfig, *, seed: int):
+        self.intact = False  # the dummy weights are nobody's
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if config.enforce_eager:
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else helpers are compiled for 10 s
+        with _no_garbage_collection():
+            import torch
+            from vllm import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            from megatron_dagger.weights import vllm_transfer
+        prefill: dict[str, Any] = {}
+        if not torch.cuda.is_available():
+            torch.set_num_threads(config.threads)  # of this thread; later vLLM makes it a no-op
+            # Where a prompt is computed in pieces, vLLM winds a seeded request's generator back after each;
+            # torch's CPU generator cannot do that, and the engine dies. So a prompt is never cut there.
+            budget = max(config.max_model_len, _PREFILL_TOKENS)
+            prefill = {"enable_chunked_prefill": False, "max_num_batched_tokens": budget}
+        vllm_transfer.register()
+        memory = config.kv_cache_memory_mib
+        arguments = EngineArgs(
+            model=str(model_dir),
+            skip_tokenizer_init=True,  # ids in, ids out
+            generation_config="vllm",  # nothing is read beside config.json
+            load_format="dummy",
+            dtype=config.dtype,
+            seed=seed,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            kv_cache_memory_bytes=None if memory is None else memory << 20,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            tensor_parallel_size=config.tensor_parallel_size,
+            enforce_eager=config.enforce_eager,
+            enable_prefix_caching=True,
+            **prefill,
+            logprobs_mode="raw_logprobs",
+            disable_log_stats=True,
+            weight_transfer_config={"backend": vllm_transfer.BACKEND},  # type: ignore[arg-type]
+            worker_extension_cls=vllm_transfer.WORKER_EXTENSION,
+        )
+        self._engine = LLMEngine.from_engine_args(arguments)
+        self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"model": to_dict(model)}})
+
+    def add(self, name: str, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Queue a request. Raises PolicyError if vLLM refuses it."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        try:
+            params = SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                seed=sampling.seed,
+                stop_token_ids=None if sampling.stop_token is None else [sampling.stop_token],
+                logprobs=0,  # of the sampled token only
+                prompt_logprobs=0 if sampling.prompt_logprobs else None,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            self._engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        except (ValueError, TypeError) as error:
+            raise PolicyError(f"vLLM refused the request: {error}") from error
+
+    def step(self) -> list[tuple[str, Completion | PolicyError]]:
+        """Compute one token for every running request; return the requests that ended."""
+        ended: list[tuple[str, Completion | PolicyError]] = []
+        for output in self._engine.step():
+            if output.finished:
+                ended.append((output.request_id, _completion(output)))
+        return ended
+
+    def abort(self, name: str) -> None:
+        """Give up a request."""
+        self._engine.abort_request([name])
+
+    def load(self, checkpoint: Path, version: str, digests: dict[str, str]) -> None:
+        """Take over new weights while nothing runs.
+
+        Raises WeightSyncError if a worker could not, or did not receive exactly ``digests``. Afterwards
+        ``intact`` says whether all workers' weights are of one version, be it the one before.
+        """
+        was_intact, self.intact = self.intact, False
+        rpc = self._engine.collective_rpc
+        rpc("start_weight_update")
+        rpc("update_weights", kwargs={"update_info": {"directory": str(checkpoint), "digests": digests}})
+        rpc("finish_weight_update")
+        states = rpc("transfer_state")
+        self.intact = was_intact and all(state.error and not state.touched for state in states)
+        for rank, state in enumerate(states):
+            problem = state.error or compare(digests, state.received)
+            if problem is not None:
+                raise WeightSyncError(problem if len(states) == 1 else f"worker {rank}: {problem}")
+        if not self._engine.reset_prefix_cache():  # what it holds was computed with the old weights
+            raise WeightSyncError("the prefix cache could not be emptied: requests are still running")
+        self._engine.set_weight_version(version)
+        self.intact = True
+
+    def weight_version(self) -> str:
+        return self._engine.get_weight_version()
+
+    def close(self) -> None:
+        """End the workers and free their memory."""
+        import torch
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        set_num_threads = torch._C.set_num_threads
+        self._engine.engine_core.shutdown()
+        del self._engine
+        cleanup_dist_env_and_memory()
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker had replaced it
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """For the imports: they make millions of objects that stay, and vLLM's start walks them five times."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
+
+
+def _completion(output: Any) -> Completion | PolicyError:
+    [sample] = output.outputs
+    if sample.finish_reason not in ("stop", "length"):
+        return PolicyError(f"vLLM ended the request with {sample.finish_reason!r}")
+    versions = sample.weight_versions or []
+    if len(versions) > 1:
+        return PolicyError(f"weights changed under the request: {versions}")
+    tokens = np.asarray(sample.token_ids, dtype=np.int32)
+    prompt = None
+    if output.prompt_logprobs is not None:  # the first token has none
+        pairs = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+        prompt = np.asarray([row[token].logprob for row, token in pairs], dtype=np.float32)
+    return Completion(
+        tokens=tokens,
+        logprobs=np.asarray(
+            [row[token].logprob for row, token in zip(sample.logprobs, sample.token_ids, strict=True)],
+            dtype=np.float32,
+        ),
+        prompt_logprobs=prompt,
+        weight_version=versions[0].version if versions else "",
+        cached_tokens=output.num_cached_tokens or 0,
+    )

@@ -1,0 +1,229 @@
+"""The student: the model under training, served by vLLM.
+
+Tokens in, tokens out: a prompt is ids, and the sampled ids come back verbatim, end-of-turn token
+included. Every action carries the version of the weights that sampled it. The student serves nothing
+before its first ``sync`` and nothing after a failed one that left its weights mixed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dagger.config import EngineConfig, ModelConfig, SamplingConfig
+from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.policies.engine_thread import EngineThread
+from megatron_dagger.policies.vllm_engine import Completion, Sampling, VllmEngine
+from megatron_dagger.types import Action, State
+from megatron_dagger.weights.errors import WeightSyncError
+
+logger = logging.getLogger(__name__)
+
+END_OF_TURN = "<|im_end|>"
+_SEEDS = 2**63  # a torch generator takes a seed below this
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncReport:
+    """One take-over of weights: ``tensors`` canonical tensors, all found equal to the trainer's."""
+
+    weight_version: int
+    tensors: int
+    duration_s: float
+
+
+class VllmStudent:
+    """A Policy. ``model_dir`` holds config.json and tokenizer.json, no weights.
+
+    ``decode`` turns ids (without the end-of-turn token) into text and ``end_of_turn`` is the token that
+    ends a turn; both come from tokenizer.json unless given.
+    """
+
+    name = "student"
+
+    def __init__(
+        self,
+        model_dir: Path,
+        model: ModelConfig,
+        engine: EngineConfig,
+        *,
+        seed: int,
+        sampling: SamplingConfig | None = None,
+        decode: Callable[[np.ndarray], str] | None = None,
+        end_of_turn: int | None = None,
+    ):
+        self.config = engine
+        self.sampling = sampling or SamplingConfig()
+        self.weight_version = -1  # of the weights being served
+        self._not_serving: str | None = "no weights were brought to it yet: call sync() first"
+        self._thread = EngineThread(lambda: VllmEngine(model_dir, model, engine, seed=seed))
+        if decode is None or end_of_turn is None:
+            own_decode, own_end = _tokenizer(model_dir)
+            decode, end_of_turn = decode or own_decode, own_end if end_of_turn is None else end_of_turn
+        self._decode, self.end_of_turn = decode, end_of_turn
+
+    def start(self) -> None:
+        """Start the engine, with no weights. Raises PolicyError; takes ``start_deadline_s`` at most."""
+        began = time.monotonic()
+        self._thread.start(timeout_s=self.config.start_deadline_s)
+        logger.info("vLLM is up after %.1f s", time.monotonic() - began)
+
+    def close(self) -> None:
+        """Stop the engine and free its memory; requests under way fail. May be called twice."""
+        self._thread.close()
+
+    def __enter__(self) -> VllmStudent:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def engine_busy_s(self) -> float:
+        """Seconds that the engine spent computing since it was started."""
+        return self._thread.busy_s
+
+    def set_sampling(self, sampling: SamplingConfig) -> None:
+        """How ``act`` samples from now on."""
+        self.sampling = sampling
+
+    def with_sampling(self, sampling: SamplingConfig) -> SampledStudent:
+        """The same student as a policy of its own that samples so."""
+        return SampledStudent(student=self, sampling=sampling)
+
+    async def act(self, state: State) -> Action:
+        """Sample one turn. The same state and seed give the same tokens, whatever else is being served.
+
+        The turn ends with the end-of-turn token, or without one after ``sampling.max_tokens`` tokens or
+        at ``max_model_len``. Log-probs are the model's own: temperature 1, no top-p.
+        """
+        return await self.sample(state, self.sampling)
+
+    async def sample(self, state: State, sampling: SamplingConfig) -> Action:
+        """``act`` with a sampling of the caller's."""
+        room = self.config.max_model_len - len(state.tokens)
+        if room < 1:
+            raise PolicyError(
+                f"the conversation has {len(state.tokens)} tokens, the engine's max_model_len is "
+                f"{self.config.max_model_len}; lower limits.max_tokens or raise engine.max_model_len"
+            )
+        completion = await self._complete(
+            state.tokens.tolist(),
+            Sampling(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=min(sampling.max_tokens, room),
+                seed=state.seed % _SEEDS,
+                stop_token=self.end_of_turn,
+            ),
+        )
+        tokens = completion.tokens
+        ended = len(tokens) > 0 and tokens[-1] == self.end_of_turn
+        return Action(
+            text=self._decode(tokens[:-1] if ended else tokens),
+            tokens=tokens,
+            logprobs=completion.logprobs,
+            weight_version=int(completion.weight_version),
+        )
+
+    async def _complete(self, prompt: list[int], sampling: Sampling) -> Completion:
+        self._check_serving()
+        name, future = self._thread.submit(prompt, sampling)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self.config.request_deadline_s)
+        except TimeoutError:
+            raise PolicyError(
+                f"no answer from vLLM within request_deadline_s={self.config.request_deadline_s:.0f}"
+            ) from None
+        finally:
+            if not future.done():
+                self._thread.abort(name)
+
+    def logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        """The served log-probs of a given sequence: (n,) ids -> (n - 1,) float32, of tokens[1:].
+
+        At temperature 1, computed afresh (the prefix cache is not read). At most max_model_len - 1 ids.
+        """
+        self._check_serving()
+        if not 2 <= len(tokens) < self.config.max_model_len:
+            raise ValueError(f"need 2 to {self.config.max_model_len - 1} tokens, got {len(tokens)}")
+        sampling = Sampling(temperature=0.0, max_tokens=1, prompt_logprobs=True)
+        name, future = self._thread.submit([int(token) for token in tokens], sampling)
+        try:
+            result = future.result(self.config.request_deadline_s).prompt_logprobs
+        except TimeoutError:
+            if not future.cancel():
+                self._thread.abort(name)
+            raise PolicyError(f"no answer within {self.config.request_deadline_s:.0f} s") from None
+        assert result is not None, "they were asked for"
+        return result
+
+    def sync(self, checkpoint_dir: Path, version: int, expected_digests: dict[str, str]) -> SyncReport:
+        """Take over the weights of a Megatron checkpoint, after the running requests have ended.
+
+        ``expected_digests`` is what the trainer had in memory, by canonical name. Raises WeightSyncError,
+        naming the tensor or file at fault. If that was found before any weight changed, the student goes
+        on serving the version it had; else it refuses to act until a sync succeeds.
+        """
+        began = time.monotonic()
+
+        def load(engine: VllmEngine) -> None:
+            try:
+                engine.load(checkpoint_dir, str(version), expected_digests)
+            except BaseException as error:
+                if not engine.intact and self.weight_version >= 0:
+                    self._not_serving = f"its weights are mixed since a sync failed ({error}); sync again"
+                raise
+            self.weight_version, self._not_serving = version, None
+
+        try:
+            self._thread.run(load, timeout_s=self.config.start_deadline_s)
+        except Exception as error:
+            now = "it does not serve" if self._not_serving else f"it serves version {self.weight_version} on"
+            raise WeightSyncError(
+                f"the student did not take over version {version} of the weights from {checkpoint_dir}: {error}; {now}"
+            ) from error
+        report = SyncReport(weight_version=version, tensors=len(expected_digests), duration_s=time.monotonic() - began)
+        logger.info("weights %d: %d tensors in %.2f s", version, report.tensors, report.duration_s)
+        return report
+
+    def _check_serving(self) -> None:
+        if self._not_serving is not None:
+            raise PolicyError(f"the student does not serve: {self._not_serving}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledStudent:
+    """A student with a sampling of its own, on the same engine and weights."""
+
+    student: VllmStudent
+    sampling: SamplingConfig
+    name: str = "student"
+
+    async def act(self, state: State) -> Action:
+        return await self.student.sample(state, self.sampling)
+
+
+def _tokenizer(model_dir: Path) -> tuple[Callable[[np.ndarray], str], int]:
+    from tokenizers import Tokenizer
+
+    path = Path(model_dir) / "tokenizer.json"
+    if not path.is_file():
+        raise PolicyError(f"{path} is missing; pass decode and end_of_turn, or put the tokenizer there")
+    tokenizer: Any = Tokenizer.from_file(str(path))
+    end = tokenizer.token_to_id(END_OF_TURN)
+    if end is None:
+        raise PolicyError(f"{path} has no {END_OF_TURN} token to end a turn with")
+
+    def decode(tokens: np.ndarray) -> str:
+        return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=False))
+
+    return decode, end

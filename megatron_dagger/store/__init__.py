@@ -1,0 +1,1 @@
+"""The aggregated dataset: zarr v3, append-only, sealed by manifests, digests. zarr loads lazily."""

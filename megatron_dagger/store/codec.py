@@ -1,0 +1,176 @@
+"""One trajectory to columns and back, exactly (``details`` as JSON gives it back)."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from megatron_dagger.store.columns import (
+    EPISODE_COLUMNS,
+    EXECUTORS,
+    LAYOUT,
+    STOP_REASONS,
+    TURN_COLUMNS,
+    Columns,
+    cut,
+    string,
+    utf8,
+)
+from megatron_dagger.store.errors import BrokenEpisodeError, StoreError
+from megatron_dagger.types import Action, Trajectory, Turn
+
+
+def encode(trajectory: Trajectory) -> Columns:
+    """One episode as columns.
+
+    Raises BrokenEpisodeError for an episode that did not end cleanly, and StoreError where an array
+    has the wrong shape or ``details`` is no JSON.
+    """
+    where = f"episode {trajectory.task_id!r} attempt {trajectory.attempt} of round {trajectory.round_index}"
+    if not trajectory.stop_reason.is_clean:
+        raise BrokenEpisodeError(
+            f"{where} ended with {trajectory.stop_reason.value}: something broke under it, so it is no data; "
+            "run it again"
+        )
+    try:
+        details = json.dumps(trajectory.details).encode()
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{where}: details cannot be written as JSON: {error}") from error
+    flat = {name: _Flat(name) for name in ("tokens", "logprobs", "label_tokens", "label_logprobs", "text")}
+    task_id = utf8(trajectory.task_id)
+    flat["text"].add(task_id)
+    flat["text"].add(np.frombuffer(details, np.uint8))
+    rows = np.zeros((len(trajectory.turns), len(TURN_COLUMNS)), LAYOUT["turns"][0])
+    for depth, turn in enumerate(trajectory.turns):
+        row = _encode_turn(turn, flat, f"{where}, turn {depth}")
+        row["depth"] = depth
+        rows[depth] = [row.get(name, 0) for name in TURN_COLUMNS]
+    episode = {
+        "round": trajectory.round_index,
+        "attempt": trajectory.attempt,
+        "stop_reason": STOP_REASONS.index(trajectory.stop_reason),
+        "solved": trajectory.solved,
+        "turn_count": len(rows),
+        "token_count": flat["tokens"].size,
+        "label_count": flat["label_tokens"].size,
+        "text_count": flat["text"].size,
+        "task_id_bytes": len(task_id),
+        "details_bytes": len(details),
+    }
+    return Columns(
+        **{name: part.join() for name, part in flat.items()},
+        turns=rows,
+        episodes=np.array([[int(episode.get(name, 0)) for name in EPISODE_COLUMNS]], LAYOUT["episodes"][0]),
+        episode_floats=np.array([[trajectory.beta, trajectory.duration_s]], LAYOUT["episode_floats"][0]),
+    )
+
+
+def decode(columns: Columns, index: int) -> Trajectory:
+    """Episode ``index`` of ``columns``; its arrays are copies."""
+    one = cut(columns, index)
+    episode = dict(zip(EPISODE_COLUMNS, one.episodes[0].tolist(), strict=True))
+    raw = one.text.tobytes()
+    details_end = episode["task_id_bytes"] + episode["details_bytes"]
+    beta, duration_s = one.episode_floats[0].tolist()
+    return Trajectory(
+        task_id=string(raw[: episode["task_id_bytes"]]),
+        attempt=episode["attempt"],
+        round_index=episode["round"],
+        turns=tuple(_decode_turn(one, raw, row) for row in one.turns.tolist()),
+        stop_reason=STOP_REASONS[episode["stop_reason"]],
+        solved=bool(episode["solved"]),
+        beta=beta,
+        duration_s=duration_s,
+        details=json.loads(raw[episode["task_id_bytes"] : details_end]),
+    )
+
+
+def _encode_turn(turn: Turn, flat: dict[str, _Flat], where: str) -> dict[str, int]:
+    tokens, logprobs, text = flat["tokens"], flat["logprobs"], flat["text"]
+    row: dict[str, int] = {"executor": EXECUTORS.index(turn.executor), "prompt_start": tokens.size}
+    tokens.add(_ids(turn.prompt_tokens, where))
+    logprobs.add(_logprobs(None, len(turn.prompt_tokens), where))
+    row["action_start"] = tokens.size
+    tokens.add(_ids(turn.action.tokens, where))
+    logprobs.add(_logprobs(turn.action.logprobs, len(turn.action.tokens), where))
+    row["action_end"] = tokens.size
+    row["weight_version"] = turn.action.weight_version
+    row["has_logprobs"] = turn.action.logprobs is not None
+    row["observation_start"] = text.size
+    text.add(utf8(turn.observation))
+    row["action_text_start"] = text.size
+    text.add(utf8(turn.action.text))
+    row["label_text_start"] = text.size
+    row["label_start"] = flat["label_tokens"].size
+    if turn.label is not None:
+        flat["label_tokens"].add(_ids(turn.label.tokens, where))
+        flat["label_logprobs"].add(_logprobs(turn.label.logprobs, len(turn.label.tokens), where))
+        text.add(utf8(turn.label.text))
+        row["has_label"] = 1
+        row["label_has_logprobs"] = turn.label.logprobs is not None
+        row["label_weight_version"] = turn.label.weight_version
+    row["label_end"] = flat["label_tokens"].size
+    row["text_end"] = text.size
+    return row
+
+
+def _decode_turn(one: Columns, raw: bytes, values: list[int]) -> Turn:
+    row = dict(zip(TURN_COLUMNS, values, strict=True))
+    action = slice(row["action_start"], row["action_end"])
+    labels = slice(row["label_start"], row["label_end"])
+    label = None
+    if row["has_label"]:
+        label = Action(
+            text=string(raw[row["label_text_start"] : row["text_end"]]),
+            tokens=one.label_tokens[labels].copy(),
+            logprobs=one.label_logprobs[labels].copy() if row["label_has_logprobs"] else None,
+            weight_version=row["label_weight_version"],
+        )
+    return Turn(
+        observation=string(raw[row["observation_start"] : row["action_text_start"]]),
+        prompt_tokens=one.tokens[row["prompt_start"] : row["action_start"]].copy(),
+        executor=EXECUTORS[row["executor"]],
+        action=Action(
+            text=string(raw[row["action_text_start"] : row["label_text_start"]]),
+            tokens=one.tokens[action].copy(),
+            logprobs=one.logprobs[action].copy() if row["has_logprobs"] else None,
+            weight_version=row["weight_version"],
+        ),
+        label=label,
+    )
+
+
+class _Flat:
+    """A flat array that grows by parts."""
+
+    def __init__(self, name: str) -> None:
+        self.size = 0
+        self._parts: list[np.ndarray] = [np.zeros(0, LAYOUT[name][0])]
+
+    def add(self, part: np.ndarray) -> None:
+        self.size += len(part)
+        self._parts.append(part)
+
+    def join(self) -> np.ndarray:
+        return np.concatenate(self._parts)
+
+
+def _ids(values: np.ndarray, where: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or not (array.dtype.kind in "iu" or array.size == 0):
+        raise StoreError(
+            f"{where}: token ids must be a 1-D array of integers, got shape {array.shape} of {array.dtype}"
+        )
+    ids = array.astype(LAYOUT["tokens"][0], copy=False)
+    if not np.array_equal(ids, array):
+        raise StoreError(f"{where}: token ids must fit 32 bits, got {array.max()} at most")
+    return ids
+
+
+def _logprobs(values: np.ndarray | None, length: int, where: str) -> np.ndarray:
+    if values is None:
+        return np.full(length, np.nan, LAYOUT["logprobs"][0])
+    if np.shape(values) != (length,):
+        raise StoreError(f"{where}: {length} tokens but log-probs of shape {np.shape(values)}")
+    return np.asarray(values, LAYOUT["logprobs"][0])

@@ -1,0 +1,140 @@
+"""Segments and sealed rounds on the disk: two forms of the same columns.
+
+A segment is what one commit wrote: a single zarr array of bytes that holds all columns one after
+another, because a commit's time goes with the number of files. Its attributes list the episodes and
+say where each column lies. Sealing turns a round's segments into a group of one array per column.
+Both are immutable once they are in place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_dagger.store import columns as c
+from megatron_dagger.store.arrays import open_array, read_rows, write_array
+from megatron_dagger.store.atomic import UnreadableFileError, read_json, write_json
+from megatron_dagger.store.columns import LAYOUT, Columns
+from megatron_dagger.store.errors import CorruptDataError
+from megatron_dagger.types import SCHEMA_VERSION
+
+CHUNK_ROWS = {"turns": 1024, "episodes": 1024, "episode_floats": 1024}
+DEFAULT_CHUNK_ROWS = 65536  # tokens: 256 KiB, what one read of an episode decompresses at least
+CHUNKS_PER_SHARD = 64  # tokens: 16 MiB a file before compression
+
+
+def write_segment(path: Path, columns: Columns) -> None:
+    """Write ``columns`` as a segment at ``path``; neither synced nor put in place."""
+    layout, parts, offset = {}, [], 0
+    for name, (dtype, _) in LAYOUT.items():
+        raw = np.ascontiguousarray(getattr(columns, name), dtype).tobytes()
+        layout[name] = [offset, len(raw)]
+        parts.append(raw)
+        offset += len(raw)
+    data = np.frombuffer(b"".join(parts), np.uint8)
+    write_array(path, data, attributes={"keys": c.keys(columns), "layout": layout, **_schema()})
+
+
+def read_segment(path: Path) -> Columns:
+    """The columns of a segment. FileNotFoundError when it is gone (its round was sealed)."""
+    array = open_array(path)
+    layout = dict(array.attrs).get("layout", {})
+    if set(layout) != set(LAYOUT) or max(sum(place) for place in layout.values()) != array.shape[0]:
+        raise CorruptDataError(f"{path / 'zarr.json'}: the segment's attributes do not describe its data")
+    raw = read_rows(path, array)
+    arrays = {}
+    for name, (dtype, width) in LAYOUT.items():
+        start, size = layout[name]
+        values = raw[start : start + size].view(dtype)
+        arrays[name] = values.reshape(-1, width) if width else values
+    return Columns(**arrays)
+
+
+def segment_keys(path: Path) -> list[tuple[str, int]]:
+    """(task_id, attempt) of every episode in a segment or a group, from its attributes alone."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such segment or group")
+    try:
+        attributes = read_json(path / "zarr.json")["attributes"]
+        return [(task_id, attempt) for task_id, attempt in attributes["keys"]]
+    except (UnreadableFileError, KeyError, TypeError, ValueError) as error:
+        if not path.is_dir():  # a seal removed it meanwhile
+            raise FileNotFoundError(f"{path}: there is no such segment or group") from error
+        raise CorruptDataError(f"{path / 'zarr.json'}: unreadable metadata: {error}") from error
+
+
+def write_group(path: Path, columns: Columns) -> None:
+    """Write ``columns`` as a group of sharded, compressed arrays at ``path``; not synced."""
+    write_json(path / "zarr.json", group_metadata({"keys": c.keys(columns), **_schema()}))
+    for name in LAYOUT:
+        rows = CHUNK_ROWS.get(name, DEFAULT_CHUNK_ROWS)
+        write_array(path / name, getattr(columns, name), chunk_rows=rows, chunks_per_shard=CHUNKS_PER_SHARD)
+
+
+def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``zarr.json`` for a zarr v3 group."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+class SealedEpisodes:
+    """Reads a sealed round: whole blocks in order, or single episodes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.keys = segment_keys(path)
+        self.position = {key: index for index, key in enumerate(self.keys)}
+        self._arrays = {name: open_array(path / name) for name in LAYOUT}
+        for name, (dtype, width) in LAYOUT.items():
+            array = self._arrays[name]
+            if array.dtype != dtype or array.shape[1:] != ((width,) if width else ()):
+                raise CorruptDataError(
+                    f"{path / name}: expected {dtype} of width {width}, found {array.dtype} of {array.shape}"
+                )
+        self._episodes = self._read("episodes", 0, len(self.keys))
+        self._floats = self._read("episode_floats", 0, len(self.keys))
+
+    def block(self, first: int, last: int) -> Columns:
+        """Episodes ``first`` to ``last`` (not included), read with one access per array."""
+        rows = self._episodes[first:last].copy()
+        parts: dict[str, np.ndarray] = {"episode_floats": self._floats[first:last]}
+        names = {"turn": ["turns"], "token": ["tokens", "logprobs"],
+                 "label": ["label_tokens", "label_logprobs"], "text": ["text"]}  # fmt: skip
+        for unit, arrays in names.items():
+            start_column, count_column = c.E[f"{unit}_start"], c.E[f"{unit}_count"]
+            start = int(rows[0, start_column])
+            stop = int(rows[-1, start_column] + rows[-1, count_column])
+            rows[:, start_column] -= start
+            for name in arrays:
+                parts[name] = self._read(name, start, stop)
+        return Columns(episodes=rows, **parts)
+
+    def blocks(self, first: int, bytes_per_block: int = 32 << 20) -> list[tuple[int, int]]:
+        """Ranges of episodes from ``first`` on, of about ``bytes_per_block`` each."""
+        sizes = self._episodes[:, [c.E["token_count"], c.E["label_count"], c.E["text_count"]]] @ [8, 8, 1]
+        ranges, start, size = [], first, 0
+        for index in range(first, len(sizes)):
+            if size and size + sizes[index] > bytes_per_block:
+                ranges.append((start, index))
+                start, size = index, 0
+            size += int(sizes[index])
+        if start < len(sizes):
+            ranges.append((start, len(sizes)))
+        return ranges
+
+    def _read(self, name: str, start: int, stop: int) -> np.ndarray:
+        array = self._arrays[name]
+        if stop > array.shape[0]:
+            raise CorruptDataError(f"{self.path / name}: {stop} rows expected, {array.shape[0]} found")
+        return read_rows(self.path / name, array, start, stop)
+
+
+def _schema() -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "turn_columns": list(c.TURN_COLUMNS),
+        "episode_columns": list(c.EPISODE_COLUMNS),
+        "executors": [str(value) for value in c.EXECUTORS],
+        "stop_reasons": [str(value) for value in c.STOP_REASONS],
+    }

@@ -1,0 +1,185 @@
+"""Megatron distributed checkpoints (torch_dist): saved atomically, loaded in any parallel layout.
+
+A checkpoint directory is written under a temporary name, synced and renamed; ``complete.json`` is put
+into it last and says what it holds. A directory without that file is half-written and is ignored.
+Tensors are Megatron's own sharded state: global names, optimizer state in the fully reshardable form.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core import parallel_state
+
+from megatron_dagger.config import ModelConfig, build, to_dict
+from megatron_dagger.store import atomic
+from megatron_dagger.training import compat
+from megatron_dagger.training.model import bare
+from megatron_dagger.training.optimizer import each_optimizer
+
+logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+FINAL = "checkpoint"
+_IN_ROUND = "checkpoint-step-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, half-written, or of another model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """What ``complete.json`` says: where in the round the checkpoint was taken, and of which model.
+
+    ``step`` is the number of finished steps; ``fingerprint`` names the job and its data.
+    """
+
+    step: int
+    round_index: int
+    seed: int
+    weight_version: int
+    fingerprint: str
+    model: ModelConfig
+    megatron_core: str
+
+
+def save(directory: Path, chunks: list[Any], optimizer: Any, state: CheckpointState) -> None:
+    """Write a checkpoint to ``directory`` on all ranks together, replacing one that is there."""
+    temporary = directory.parent / _shared_name(directory)
+    if torch.distributed.get_rank() == 0:
+        temporary.mkdir(parents=True)
+    torch.distributed.barrier()
+    sharded = _model_state(chunks)
+    sharded["optimizer"] = optimizer.sharded_state_dict(dict(sharded), metadata=_metadata())
+    compat.save_sharded(sharded, temporary)
+    if torch.distributed.get_rank() == 0:
+        atomic.sync_tree(temporary)
+        atomic.remove_tree(directory)
+        atomic.publish_directory(temporary, directory)
+        atomic.write_json(directory / MARKER, to_dict(state))
+    torch.distributed.barrier()
+
+
+def load(directory: Path, chunks: list[Any], optimizer: Any | None, *, exact: bool = False) -> None:
+    """Fill the model from ``directory``, and the optimizer too if one is given, on all ranks together.
+
+    ``exact`` also takes Transformer Engine's FP8 scales, which only a run of the same precision has.
+    """
+    if optimizer is not None:
+        _allocate_states(optimizer)
+    sharded = _model_state(chunks, with_engine_state=exact)
+    if optimizer is not None:
+        sharded["optimizer"] = optimizer.sharded_state_dict(
+            dict(sharded), is_loading=True, metadata=_metadata()
+        )
+    loaded = compat.load_sharded(sharded, directory)
+    for index, chunk in enumerate(chunks):
+        bare(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+    if optimizer is None:
+        return
+    optimizer.load_state_dict(loaded["optimizer"])
+    for part in each_optimizer(optimizer):
+        for values in part.optimizer.state.values():
+            if torch.is_tensor(values.get("step")):
+                values["step"] = values["step"].clone()  # Megatron gives all parameters the same tensor
+
+
+def read_state(directory: Path) -> CheckpointState:
+    """What a checkpoint holds; CheckpointError if it is missing or half-written."""
+    marker = directory / MARKER
+    if not marker.is_file():
+        what = "is half-written (it has no complete.json)" if directory.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint {directory} {what}; train the round before again, or name another")
+    return build(CheckpointState, atomic.read_json(marker))
+
+
+def check_model(directory: Path, model: ModelConfig) -> None:
+    """Raise CheckpointError unless the checkpoint is of ``model``."""
+    theirs, ours = to_dict(read_state(directory).model), to_dict(model)
+    for name, value in ours.items():
+        if name != "init_std" and theirs[name] != value:
+            raise CheckpointError(
+                f"checkpoint {directory} has model.{name}={theirs[name]}, the settings say {value}"
+            )
+
+
+def find_resumable(output_dir: Path, fingerprint: str) -> tuple[Path, CheckpointState] | None:
+    """The newest complete checkpoint of this very job in ``output_dir``, if there is one."""
+    found = []
+    for directory in [output_dir / FINAL, *output_dir.glob(_IN_ROUND + "*")]:
+        try:
+            state = read_state(directory)
+        except CheckpointError:
+            if directory.exists():
+                logger.warning("ignoring half-written checkpoint %s", directory)
+            continue
+        if state.fingerprint == fingerprint:
+            found.append((state.step, directory, state))
+        else:
+            logger.warning("ignoring %s: it belongs to other settings or other data", directory)
+    if not found:
+        return None
+    _, directory, state = max(found, key=lambda item: item[0])
+    return directory, state
+
+
+def in_round(output_dir: Path, step: int) -> Path:
+    return output_dir / f"{_IN_ROUND}{step:06d}"
+
+
+def remove_others(output_dir: Path, keep: Path) -> None:
+    """Remove in-round checkpoints other than ``keep``, and what killed saves left behind."""
+    if torch.distributed.get_rank() == 0:
+        leftovers = output_dir.glob(f"{atomic.TEMPORARY_PREFIX}checkpoint*")
+        for directory in [*output_dir.glob(_IN_ROUND + "*"), *leftovers]:
+            if directory != keep:
+                atomic.remove_tree(directory)
+
+
+def _shared_name(directory: Path) -> str:
+    """A temporary name that all ranks know."""
+    names = [atomic.temporary_name(directory.name)]
+    torch.distributed.broadcast_object_list(names, src=0)
+    return names[0]
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _model_state(chunks: list[Any], *, with_engine_state: bool = True) -> dict[str, Any]:
+    """Every chunk's sharded state, with Transformer Engine's FP8 scales or without."""
+    state = {}
+    for index, chunk in enumerate(chunks):
+        values = bare(chunk).sharded_state_dict(metadata=_metadata())
+        if not with_engine_state:
+            values = {key: value for key, value in values.items() if not key.endswith("_extra_state")}
+        state[f"model{index}"] = values
+    return state
+
+
+def _allocate_states(optimizer: Any) -> None:
+    """Torch's AdamW makes its state in the first step; Megatron wants it before it loads one."""
+    for part in each_optimizer(optimizer):
+        if not isinstance(part.optimizer, torch.optim.AdamW):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not part.optimizer.state.get(parameter):
+                    part.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }

@@ -1,0 +1,184 @@
+"""Starts the ranks of a job on this host, watches them, and leaves none behind.
+
+The ranks are plain child processes with torchrun's variables. Rank 0 inherits a socket that listens
+already, so there is no race for a free port. Several hosts: run the same call on each, with NODE_RANK
+(or SLURM_NODEID), MASTER_ADDR and MASTER_PORT set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dagger.config import ConfigError, ParallelConfig
+
+_POLL_S = 0.05
+_OTHERS_MAY_FAIL_S = 1.0  # the rank that died first may be seen after those that it took along
+_TAIL_LINES = 25
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
+_PR_SET_PDEATHSIG = 1
+
+
+class LaunchError(RuntimeError):
+    """A rank failed or the deadline passed; names the rank and ends with the tail of its log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rank:
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def launch(
+    module_args: Sequence[str],
+    parallel: ParallelConfig,
+    log_dir: Path,
+    deadline_s: float,
+    *,
+    threads: int = 1,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Run ``python -m *module_args`` once for each of this host's ranks until all have ended well.
+
+    Each rank writes to ``log_dir/rank-N.log``. If one fails, or after ``deadline_s`` seconds, or if
+    this process is interrupted or killed, all are killed. Raises LaunchError.
+    """
+    if parallel.world_size % parallel.nodes:
+        raise ConfigError(
+            f"training.parallel.world_size={parallel.world_size} is no multiple of "
+            f"training.parallel.nodes={parallel.nodes}"
+        )
+    log_dir.mkdir(parents=True, exist_ok=True)
+    ranks: list[_Rank] = []
+    listener = _listen() if parallel.nodes == 1 else None
+    try:
+        for local_rank in range(parallel.world_size // parallel.nodes):
+            variables = {**os.environ, **_variables(parallel, local_rank, threads, listener), **(env or {})}
+            ranks.append(_start(module_args, variables, log_dir, listener if local_rank == 0 else None))
+        _watch(ranks, time.monotonic() + deadline_s, deadline_s)
+    finally:
+        if listener is not None:
+            listener.close()
+        for rank in ranks:
+            _kill(rank.process)
+
+
+def _listen() -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(4096)
+    return listener
+
+
+def _variables(
+    parallel: ParallelConfig, local_rank: int, threads: int, listener: socket.socket | None
+) -> dict[str, str]:
+    here = parallel.world_size // parallel.nodes
+    node = int(os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", "0")))
+    variables = {
+        "WORLD_SIZE": str(parallel.world_size),
+        "RANK": str(node * here + local_rank),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(here),
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron orders its kernels and transfers by this
+    }
+    if listener is not None:
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+        if os.path.exists("/sys/class/net/lo"):
+            variables["GLOO_SOCKET_IFNAME"] = "lo"  # the host's own name may not resolve
+        if local_rank == 0:
+            variables["MEGATRON_DAGGER_STORE_FD"] = str(listener.fileno())
+        else:
+            variables["MEGATRON_DAGGER_STORE_FD"] = ""
+        return variables
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(f"training.parallel.nodes={parallel.nodes} needs the variable {name}")
+    return variables
+
+
+def _start(
+    module_args: Sequence[str], variables: dict[str, str], log_dir: Path, listener: socket.socket | None
+) -> _Rank:
+    number = int(variables["RANK"])
+    log = log_dir / f"rank-{number}.log"
+    prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
+
+    def die_with_the_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)  # it was gone before the call
+
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module_args],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[listener.fileno()] if listener is not None else [],
+            preexec_fn=die_with_the_parent if sys.platform == "linux" else None,
+        )
+    return _Rank(number=number, process=process, log=log)
+
+
+def _watch(ranks: list[_Rank], deadline: float, deadline_s: float) -> None:
+    while True:
+        codes = [rank.process.poll() for rank in ranks]
+        if all(code == 0 for code in codes):
+            return
+        if any(code not in (None, 0) for code in codes):
+            time.sleep(_OTHERS_MAY_FAIL_S)
+            raise LaunchError(_describe(_culprit(ranks)))
+        if time.monotonic() > deadline:
+            late = next(rank for rank in ranks if rank.process.poll() is None)
+            raise LaunchError(f"not finished after {deadline_s:.0f} s; rank {late.number}: {_tail(late)}")
+        time.sleep(_POLL_S)
+
+
+def _culprit(ranks: list[_Rank]) -> _Rank:
+    """The failed rank that most likely failed by itself: killed, or not for want of a peer."""
+
+    def key(rank: _Rank) -> tuple[bool, bool]:
+        code = rank.process.returncode
+        victim = any(sign in _read_tail(rank.log) for sign in _LOST_PEER)
+        return (victim and code >= 0, code >= 0)
+
+    return min((rank for rank in ranks if rank.process.poll() not in (None, 0)), key=key)
+
+
+def _describe(rank: _Rank) -> str:
+    code = rank.process.returncode
+    how = f"exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    if code == -signal.SIGKILL:
+        how += " (out of memory?)"
+    return f"rank {rank.number} failed: {how}; {_tail(rank)}"
+
+
+def _tail(rank: _Rank) -> str:
+    text = _read_tail(rank.log)
+    return f"the end of {rank.log}:\n{text}" if text else f"{rank.log} is empty"
+
+
+def _read_tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a rank and whatever it started (its process group)."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,80 @@
+"""metrics.jsonl: one line a step, consistent after a resume, and progress in the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_dagger.store import atomic
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "metrics.jsonl"
+_LOG_EVERY_S = 5.0
+
+
+class Metrics:
+    """Written by rank 0: {step, loss, grad_norm, lr, label_tokens, tokens, step_s}; steps count from 1."""
+
+    def __init__(self, output_dir: Path, steps: int) -> None:
+        self.path, self.steps = output_dir / FILE_NAME, steps
+        self.lines: list[dict[str, Any]] = []
+        self._file: TextIO | None = None
+        self._logged = 0.0
+
+    def begin(self, finished_steps: int) -> None:
+        """Keep the lines of the first ``finished_steps`` steps; later ones will be repeated."""
+        self.lines = [line for line in read(self.path) if line["step"] <= finished_steps]
+        atomic.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._file = self.path.open("a")
+
+    def add(self, **line: Any) -> None:
+        assert self._file is not None
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        now = time.monotonic()
+        if now - self._logged > _LOG_EVERY_S or line["step"] == self.steps:
+            self._logged = now
+            recent = self.lines[-20:]
+            per_step = sum(x["step_s"] for x in recent) / len(recent)
+            logger.info(
+                "step %d/%d  loss %.4f  %.0f tokens/s  %.0f s to go",
+                line["step"],
+                self.steps,
+                line["loss"],
+                sum(x["tokens"] for x in recent) / max(1e-9, sum(x["step_s"] for x in recent)),
+                (self.steps - line["step"]) * per_step,
+            )
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def summary(self) -> dict[str, Any]:
+        """The manifest's numbers about the steps; a token counts as often as it was trained on."""
+        losses = [line["loss"] for line in self.lines]
+        tokens = sum(line["tokens"] for line in self.lines)
+        return {
+            "steps": len(self.lines),
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "mean_loss_last_10": sum(losses[-10:]) / len(losses[-10:]),
+            "tokens": tokens,
+            "label_tokens": sum(line["label_tokens"] for line in self.lines),
+            "tokens_per_s": tokens / max(1e-9, sum(line["step_s"] for line in self.lines)),
+        }
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that a kill cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

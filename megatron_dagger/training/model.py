@@ -1,0 +1,227 @@
+"""Builds Megatron-Core's GPTModel for a Qwen3 decoder, and fills it with layout-independent weights.
+
+Layers are Transformer Engine's on a GPU in BF16 and FP8, else Megatron's local ones with the
+modules in ``local_modules``. Both have the same names in a checkpoint.
+
+Random weights are drawn per parameter from a seed made of the run's seed and the parameter's global
+name, and then cut: the same seed gives the same model under every parallel layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dagger.config import ConfigError, ModelConfig, TrainingConfig
+from megatron_dagger.training import compat, layout
+
+_VOCAB_MULTIPLE = 128  # as Megatron pads, but the same for every power-of-two tensor-parallel size
+
+
+def padded_vocab_size(model: ModelConfig, tensor_parallel: int) -> int:
+    """The rows of the embedding: the vocabulary, filled up so that every rank has as many."""
+    multiple = math.lcm(_VOCAB_MULTIPLE, tensor_parallel)
+    return -(-model.vocab_size // multiple) * multiple
+
+
+def check_supported(model: ModelConfig, training: TrainingConfig) -> None:
+    """Raise ConfigError for settings that this trainer cannot run."""
+    parallel = training.parallel
+    parallel.check_model(model)
+    if parallel.context_parallel_size > 1:
+        raise ConfigError(
+            f"training.parallel.context_parallel_size={parallel.context_parallel_size}: packed rows are "
+            "trained without context parallelism; set it to 1 and use tensor or pipeline parallelism"
+        )
+    if training.sequence_length % parallel.tensor_model_parallel_size:
+        raise ConfigError(
+            f"training.sequence_length={training.sequence_length} is no multiple of "
+            f"training.parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}"
+        )
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual is not None and virtual > 1:
+        if parallel.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                f"training.parallel.virtual_pipeline_model_parallel_size={virtual} needs "
+                "pipeline_model_parallel_size > 1"
+            )
+        if training.micro_batches % parallel.pipeline_model_parallel_size:
+            raise ConfigError(
+                f"the interleaved schedule needs a multiple of "
+                f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} micro-batches, got "
+                f"{training.micro_batches}; change training.global_batch_tokens"
+            )
+    if training.precision.startswith("fp8"):
+        if not torch.cuda.is_available():
+            raise ConfigError(f"training.precision={training.precision} needs a GPU; use fp32 or bf16 here")
+        if training.sequence_length % 128:
+            raise ConfigError(
+                f"training.precision={training.precision} needs training.sequence_length to be a "
+                f"multiple of 128, got {training.sequence_length}"
+            )
+
+
+def uses_transformer_engine(training: TrainingConfig) -> bool:
+    """Whether the layers are Transformer Engine's (its packed attention has no fp32)."""
+    return torch.cuda.is_available() and training.precision != "fp32"
+
+
+def transformer_config(model: ModelConfig, training: TrainingConfig) -> TransformerConfig:
+    """Megatron's config for this model, layout and precision."""
+    parallel = training.parallel
+    engine = uses_transformer_engine(training)
+    cuda = torch.cuda.is_available()
+    dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    settings: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.kv_channels,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "qk_layernorm": True,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": model.init_std,
+        "bf16": dtype is torch.bfloat16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual if virtual and virtual > 1 else None,
+        "sequence_parallel": parallel.sequence_parallel,
+        "calculate_per_token_loss": True,  # gradients are summed; the loss is normalised by itself
+        "batch_p2p_comm": cuda,  # gloo delivers batched interleaved transfers to the wrong receive
+        "use_cpu_initialization": not cuda,
+        "apply_rope_fusion": engine,
+        "bias_activation_fusion": engine,
+        "bias_dropout_fusion": engine,
+        "gradient_accumulation_fusion": False,  # wants APEX for the output layer
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "cross_entropy_loss_fusion": False,
+        "attention_softmax_in_fp32": True,
+        **_recompute(training),
+        **_fp8(training),
+    }
+    return compat.transformer_config(**settings)
+
+
+def _recompute(training: TrainingConfig) -> dict[str, Any]:
+    if training.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if training.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def _fp8(training: TrainingConfig) -> dict[str, Any]:
+    """Transformer Engine's recipes as Megatron names them; E4M3 forward, E5M2 gradients."""
+    if training.precision == "fp8_delayed":
+        history = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+        return {"fp8": "hybrid", "fp8_recipe": "delayed", **history}
+    if training.precision == "fp8_tensorwise":
+        return {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+    if training.precision == "fp8_blockwise":
+        return {"fp8": "e4m3", "fp8_recipe": "blockwise"}
+    return {}
+
+
+def build(model: ModelConfig, training: TrainingConfig, config: TransformerConfig) -> list[Any]:
+    """This rank's model chunks (one, or one for each virtual pipeline stage), on this rank's device."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.module import Float16Module
+
+    virtual = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(virtual or 1):
+        where = {"ignore_virtual": False, "vp_stage": stage} if virtual else {}
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=_layer_spec(config, uses_transformer_engine(training), stage, virtual),
+            vocab_size=padded_vocab_size(model, training.parallel.tensor_model_parallel_size),
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(**where),
+            post_process=parallel_state.is_pipeline_last_stage(**where),
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rotary_base,
+            vp_stage=stage if virtual else None,
+        )
+        if torch.cuda.is_available():
+            chunk.cuda(torch.cuda.current_device())
+        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+    return chunks
+
+
+def _layer_spec(config: TransformerConfig, engine: bool, stage: int, virtual: int | None) -> Any:
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+
+    from megatron_dagger.training.local_modules import PackedSelfAttention, RMSNorm
+
+    if engine:
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = spec.submodules.self_attention.submodules
+    attention.q_layernorm = RMSNorm
+    attention.k_layernorm = RMSNorm
+    attention.core_attention = PackedSelfAttention
+    layers = get_num_layers_to_build(config, vp_stage=stage if virtual else None)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+
+
+def bare(chunk: Any) -> Any:
+    """The GPTModel inside Megatron's wrappers (DDP, Float16Module)."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+@torch.no_grad()
+def initialize_weights(chunks: list[Any], model: ModelConfig, seed: int) -> None:
+    """Give every matrix its random values: normal, with Megatron's scaled std before a residual."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for chunk in chunks:
+        for name, parameter in layout.global_parameters(bare(chunk)):
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)  # norms
+                continue
+            if name == "output_layer.weight" and model.tie_embeddings:
+                name = "embedding.word_embeddings.weight"
+            parameter.copy_(layout.shard(_random(name, parameter, model, seed, size), name, rank, size))
+
+
+def _random(name: str, part: torch.Tensor, model: ModelConfig, seed: int, size: int) -> torch.Tensor:
+    """The full parameter ``name``; rows beyond the vocabulary are zero."""
+    cut = layout.cut_of(name)
+    rows, columns = part.shape
+    rows = rows * size if cut in (layout.Cut.ROWS, layout.Cut.GATED_ROWS) else rows
+    columns = columns * size if cut is layout.Cut.COLUMNS else columns
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+    std = model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std
+    if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+        values = torch.randn(model.vocab_size, columns, generator=generator) * std
+        return torch.nn.functional.pad(values, (0, 0, 0, rows - model.vocab_size))
+    return torch.randn(rows, columns, generator=generator) * std

@@ -1,0 +1,76 @@
+"""Gradient buffers and AdamW, Megatron-Core's own: distributed over data-parallel ranks, clipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import finalize_model_grads as megatron_finalize
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+
+from megatron_dagger.config import TrainingConfig
+
+
+def data_parallel(chunks: list[Any], training: TrainingConfig) -> list[Any]:
+    """Wrap model chunks with Megatron's gradient buffers and data-parallel reduction."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=training.optimizer.distributed,
+        overlap_grad_reduce=torch.cuda.is_available(),
+        overlap_param_gather=False,  # between steps the weights are whole: they are saved and digested
+        check_for_nan_in_grad=True,
+        average_in_collective=False,
+    )
+    config = chunks[0].config
+    wrapped = [
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if settings.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return wrapped
+
+
+def finalize_model_grads(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+    """Megatron's, without its division by ``num_tokens``: the loss is normalised already."""
+    megatron_finalize(model, None, **kwargs)
+
+
+def build(chunks: list[Any], training: TrainingConfig) -> Any:
+    """AdamW over the wrapped ``chunks`` as ``training`` says."""
+    config = training.optimizer
+    dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=config.distributed,
+        ),
+        chunks,
+    )
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    if not torch.cuda.is_available():
+        for group in optimizer.param_groups:
+            group["fused"] = True  # torch's AdamW in one pass over the memory
+    return optimizer
+
+
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_mult", 1.0)
+
+
+def each_optimizer(optimizer: Any) -> list[Any]:
+    """The Megatron optimizers inside a ChainedOptimizer."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))

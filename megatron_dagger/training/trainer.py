@@ -1,0 +1,186 @@
+"""Trains one round: from labelled episodes to a checkpoint, metrics.jsonl and, last, manifest.json.
+
+Runs on all ranks alike. A killed round resumes from its newest checkpoint with the same losses as an
+uninterrupted one: the rows of a step are a function of the job alone, and a resumed round drops the
+metrics that it repeats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_dagger.config import to_dict
+from megatron_dagger.store import atomic
+from megatron_dagger.training import checkpoint, compat, digests, packing, parallel
+from megatron_dagger.training.batches import BatchPlan
+from megatron_dagger.training.engine import Engine
+from megatron_dagger.training.job import TrainJob
+from megatron_dagger.training.metrics import Metrics
+from megatron_dagger.training.schedule import learning_rate
+from megatron_dagger.types import LabelledEpisode
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+class NoTrainingDataError(ValueError):
+    """The episodes have no label to train on."""
+
+
+def train(job: TrainJob, episodes: Sequence[LabelledEpisode]) -> dict[str, Any] | None:
+    """Train ``job`` on ``episodes`` (the same on every rank); the manifest on rank 0, None elsewhere.
+
+    Raises ConfigError for settings that cannot work, NoTrainingDataError without labels, CheckpointError
+    for an unusable ``init_checkpoint``.
+    """
+    began, training = time.monotonic(), job.training
+    data = packing.pack(episodes, training.sequence_length)
+    if not data.label_tokens:
+        raise NoTrainingDataError(
+            f"round {job.round_index}: {len(episodes)} episodes with no label within "
+            f"training.sequence_length={training.sequence_length} tokens; collect more, or widen the filter"
+        )
+    with parallel.process_groups(
+        training.parallel,
+        seed=job.seed,
+        deadline_s=training.deadline_s,
+        threads=training.threads_per_process,
+    ) as device:
+        engine = Engine(job.model, training, seed=job.seed, device=device)
+        return _Round(job, data, engine).run(began)
+
+
+class _Round:
+    def __init__(self, job: TrainJob, data: packing.PackedDataset, engine: Engine) -> None:
+        self.job, self.data, self.engine = job, data, engine
+        self.output_dir = Path(job.output_dir)
+        self.plan = BatchPlan(
+            rows=len(data.rows),
+            rows_per_step=job.training.micro_batches * job.training.parallel.data_parallel_size,
+            epochs=job.training.epochs,
+            max_steps=job.training.max_steps,
+            seed=job.seed,
+            round_index=job.round_index,
+        )
+        self.fingerprint = fingerprint(job, data)
+        self.metrics = Metrics(self.output_dir, self.plan.steps) if parallel.is_rank_zero() else None
+
+    def run(self, began: float) -> dict[str, Any] | None:
+        first = self._start()
+        if self.metrics is not None:
+            self.metrics.begin(first)
+        for step in range(first, self.plan.steps):
+            self._step(step)
+            done = step + 1
+            if done % self.job.training.checkpoint_interval == 0 and done < self.plan.steps:
+                self._save(checkpoint.in_round(self.output_dir, done), done)
+        final = self.output_dir / checkpoint.FINAL
+        if first < self.plan.steps or not (final / checkpoint.MARKER).is_file():
+            self._save(final, self.plan.steps)
+        hashes = digests.parameter_digests(self.engine.chunks, self.job.model)
+        if self.metrics is None:
+            return None
+        self.metrics.close()
+        manifest = self._manifest(hashes, time.monotonic() - began)
+        atomic.write_json(self.output_dir / MANIFEST, manifest)
+        return manifest
+
+    def _start(self) -> int:
+        """Load what the round goes on from; return the number of steps that are done."""
+        resumable = checkpoint.find_resumable(self.output_dir, self.fingerprint)
+        if resumable is not None:
+            directory, state = resumable
+            logger.info("resuming after step %d of %d, from %s", state.step, self.plan.steps, directory)
+            self.engine.load(directory, with_optimizer=True, exact=True)
+            return state.step
+        if self.job.init_checkpoint is not None:
+            keep_moments = not self.job.training.optimizer.reset_each_round
+            self.engine.load(Path(self.job.init_checkpoint), with_optimizer=keep_moments)
+        return 0
+
+    def _step(self, step: int) -> None:
+        training, began = self.job.training, time.monotonic()
+        rows = self.plan.rows_of(step)
+        mine = self.plan.rows_of_rank(
+            step, parallel_state.get_data_parallel_rank(), training.parallel.data_parallel_size
+        )
+        real = rows[rows >= 0]
+        rate = learning_rate(step, self.plan.steps, training.optimizer)
+        result = self.engine.step(
+            [self.data.row(int(index)) for index in mine],
+            normaliser=float(self.data.row_weights[real].sum()),
+            learning_rate=rate,
+        )
+        if self.metrics is not None:
+            self.metrics.add(
+                step=step + 1,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                lr=rate,
+                label_tokens=int(self.data.row_label_tokens[real].sum()),
+                tokens=int(self.data.row_tokens[real].sum()),
+                step_s=time.monotonic() - began,
+            )
+
+    def _save(self, directory: Path, step: int) -> None:
+        state = checkpoint.CheckpointState(
+            step=step,
+            round_index=self.job.round_index,
+            seed=self.job.seed,
+            weight_version=self.job.weight_version,
+            fingerprint=self.fingerprint,
+            model=self.job.model,
+            megatron_core=compat.version(),
+        )
+        checkpoint.save(directory, self.engine.chunks, self.engine.optimizer, state)
+        checkpoint.remove_others(self.output_dir, keep=directory)
+
+    def _manifest(self, hashes: dict[str, str], duration_s: float) -> dict[str, Any]:
+        assert self.metrics is not None
+        return {
+            "round": self.job.round_index,
+            **self.metrics.summary(),
+            "samples": len(self.data.samples),
+            "rows": len(self.data.rows),
+            "fill": self.data.fill,
+            "too_long": self.data.too_long,
+            "duration_s": duration_s,
+            "peak_memory_mib": peak_memory_mib(),
+            "checkpoint": checkpoint.FINAL,
+            "weight_version": self.job.weight_version,
+            "digests": hashes,
+        }
+
+
+def peak_memory_mib() -> float:
+    """The most memory that this rank had: the GPU's where there is one, else the process's."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def fingerprint(job: TrainJob, data: packing.PackedDataset) -> str:
+    """A hash of what a round's losses depend on: settings and data, but not the parallel layout."""
+    hasher = hashlib.sha256()
+    neutral = replace(job, output_dir="", weight_version=0)
+    settings = to_dict(neutral)
+    for name in ("parallel", "checkpoint_interval", "threads_per_process", "deadline_s", "recompute"):
+        del settings["training"][name]
+    hasher.update(json.dumps(settings, sort_keys=True).encode())
+    for sample in data.samples:
+        hasher.update(f"{len(sample.prefix)} {len(sample.suffix)} {sample.spans}".encode())
+        hasher.update(sample.prefix.tobytes())
+        hasher.update(sample.suffix.tobytes())
+    return hasher.hexdigest()

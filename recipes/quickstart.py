@@ -1,0 +1,65 @@
+"""The whole method in minutes on two CPU cores: a small Qwen3 learns to repair real packages."""
+
+from __future__ import annotations
+
+from megatron_dagger.config import (
+    BetaConfig,
+    DaggerConfig,
+    EngineConfig,
+    LimitsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    SamplingConfig,
+    TasksConfig,
+    TrainingConfig,
+)
+
+TOKENS = 2048
+
+
+def quickstart() -> RunConfig:
+    """A 0.6M-parameter Qwen3 repairs pure-Python packages; CPU, TP2 x PP2, minutes."""
+    return RunConfig(
+        name="quickstart",
+        tasks=TasksConfig(
+            train_packages=("boltons", "deepmerge", "humanize", "munch", "parse", "semver", "toolz", "webcolors"),
+            heldout_packages=("inflection", "pytimeparse", "roman", "schema", "texttable", "xmltodict"),
+            train_tasks=144,
+            heldout_tasks=48,
+        ),
+        model=ModelConfig(
+            num_layers=4,
+            hidden_size=96,
+            ffn_hidden_size=256,
+            num_attention_heads=4,
+            num_query_groups=2,
+            kv_channels=32,
+            vocab_size=1024,
+            max_position_embeddings=TOKENS,
+            rotary_base=10_000,
+        ),
+        training=TrainingConfig(
+            parallel=ParallelConfig(world_size=4, tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+            optimizer=OptimizerConfig(lr=4e-3, warmup_steps=8),
+            epochs=8,
+            sequence_length=TOKENS,
+            global_batch_tokens=4 * TOKENS,
+        ),
+        rollout=RolloutConfig(
+            sampling=SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=24),
+            engine=EngineConfig(max_model_len=TOKENS, max_num_seqs=64, kv_cache_memory_mib=128),
+            limits=LimitsConfig(max_turns=64, max_tokens=TOKENS),
+            concurrent_episodes=48,
+        ),
+        evaluation_sampling=SamplingConfig(temperature=0.0, top_p=1.0, max_tokens=24),
+        dagger=DaggerConfig(
+            rounds=3,
+            sft_tasks=48,
+            tasks_per_round=32,
+            beta=BetaConfig(schedule="linear", start=0.5, decay=0.25),
+            evaluation_tasks=48,
+        ),
+    )

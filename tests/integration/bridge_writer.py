@@ -1,0 +1,51 @@
+"""One rank of a small training that writes what the bridge's tests read (``python -m``, from ``launch``).
+
+For each version: a checkpoint after two optimizer steps, the digests of the weights in memory, and
+Megatron's own log-probs of ``tokens.npy``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dagger.config import ModelConfig, TrainingConfig, build
+from megatron_dagger.training import checkpoint, digests, packing, parallel
+from megatron_dagger.training.engine import Engine
+from megatron_dagger.types import LabelledEpisode, StateLabel
+
+
+def main(directory: Path) -> None:
+    job = json.loads((directory / "job.json").read_text())
+    model, training = build(ModelConfig, job["model"]), build(TrainingConfig, job["training"])
+    tokens = np.load(directory / "tokens.npy")
+    episode = LabelledEpisode(tokens=tokens, labels=(StateLabel(position=1, tokens=tokens[1:]),))
+    row = packing.pack([episode], training.sequence_length).row(0)
+    with parallel.process_groups(training.parallel, seed=1, deadline_s=120, threads=1) as device:
+        for version in range(job["versions"]):
+            engine = Engine(model, training, seed=version, device=device)
+            for _ in range(2):
+                engine.step([row], normaliser=float(len(tokens) - 1), learning_rate=5e-3)
+            state = checkpoint.CheckpointState(
+                step=2,
+                round_index=version,
+                seed=version,
+                weight_version=version,
+                fingerprint="test",
+                model=model,
+                megatron_core="",
+            )
+            checkpoint.save(directory / f"checkpoint-{version}", engine.chunks, engine.optimizer, state)
+            in_memory = digests.parameter_digests(engine.chunks, model)
+            logprobs = engine.logprobs([row])
+            if logprobs is not None:  # every rank of the last stage: the same content
+                np.save(directory / f"logprobs-{version}.npy", logprobs[0][: len(tokens) - 1])
+            if parallel.is_rank_zero():
+                (directory / f"digests-{version}.json").write_text(json.dumps(in_memory))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,156 @@
+"""Training rounds with the real Megatron-Core on gloo: layouts, packing, kill -9 and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_dagger.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_dagger.training.episode_file import save_episodes
+from megatron_dagger.training.job import TrainJob
+from megatron_dagger.training.launch import LaunchError, launch
+from megatron_dagger.types import LabelledEpisode, StateLabel
+from megatron_dagger.weights.families.qwen3 import canonical_names
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODEL = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=96, vocab_size=250)
+TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
+PP2 = {"world_size": 2, "pipeline_model_parallel_size": 2}
+
+
+def make_episodes(count=20):
+    rng = np.random.default_rng(3)
+    made = []
+    for _ in range(count):
+        tokens = np.cumsum(rng.integers(1, 4, rng.integers(40, 120))).astype(np.int32) % 250
+        labels = [
+            StateLabel(position=20, tokens=tokens[20:30], weight=0.3),
+            StateLabel(position=30, tokens=(tokens[30:38] + 1) % 250),
+        ]
+        made.append(LabelledEpisode(tokens=tokens, labels=tuple(labels)))
+    return made
+
+
+def write_job(folder, name, parallel, *, init=None, **training):
+    settings = {"sequence_length": 128, "global_batch_tokens": 512, "epochs": 4.0, "checkpoint_interval": 4}
+    job = TrainJob(
+        round_index=1,
+        seed=3,
+        model=MODEL,
+        training=TrainingConfig(parallel=ParallelConfig(**parallel), **{**settings, **training}),
+        output_dir=str(folder / name),
+        init_checkpoint=str(init) if init else None,
+        weight_version=7,
+    )
+    job.save(folder / f"{name}.json")
+    return folder / f"{name}.json"
+
+
+def train(folder, *jobs, deadline_s=240.0):
+    launch(
+        ["megatron_dagger.training", str(folder / "episodes.npz"), *map(str, jobs)],
+        ParallelConfig(world_size=2),
+        folder / "logs",
+        deadline_s,
+        env={"PYTHONPATH": str(REPOSITORY)},
+    )
+
+
+def losses(folder, name):
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def manifest(folder, name):
+    return json.loads((folder / name / "manifest.json").read_text())
+
+
+def kill_rank_one_after(folder, name, steps, rank_one):
+    """kill -9 the second rank as soon as ``steps`` lines of metrics are there."""
+    metrics = folder / name / "metrics.jsonl"
+    end = time.monotonic() + 200
+    while time.monotonic() < end:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= steps:
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    command, variables = (
+                        (process / "cmdline").read_bytes(),
+                        (process / "environ").read_bytes(),
+                    )
+                except OSError:
+                    continue
+                if str(folder).encode() in command and b"\0RANK=1\0" in b"\0" + variables:
+                    os.kill(int(process.name), signal.SIGKILL)
+                    rank_one.append(int(process.name))
+                    return
+        time.sleep(0.01)
+
+
+def test_a_killed_round_resumes_with_the_same_losses_in_any_layout(tmp_path):
+    save_episodes(tmp_path / "episodes.npz", make_episodes())
+    job, killed = write_job(tmp_path, "killed", TP2), []
+    killer = threading.Thread(target=kill_rank_one_after, args=(tmp_path, "killed", 6, killed))
+    killer.start()
+    with pytest.raises(LaunchError, match="rank 1 failed: was killed by SIGKILL"):
+        train(tmp_path, job)
+    killer.join()
+    assert killed
+    left = sorted(path.name for path in (tmp_path / "killed").iterdir() if path.is_dir())
+    assert left[-1] in ("checkpoint-step-000004", "checkpoint-step-000008")
+    subprocess.run(["cp", "-r", str(tmp_path / "killed"), str(tmp_path / "other")], check=True)
+    half_written = tmp_path / "killed" / "checkpoint-step-000099"  # a save that was killed before its marker
+    half_written.mkdir()
+    other = write_job(tmp_path, "other", PP2)
+    reference = write_job(tmp_path, "reference", TP2, checkpoint_interval=1000)
+    following = write_job(
+        tmp_path,
+        "following",
+        PP2,
+        init=tmp_path / "reference" / "checkpoint",
+        max_steps=2,
+        optimizer=OptimizerConfig(reset_each_round=True),
+    )
+    train(tmp_path, job, other, reference, following)
+    wanted = losses(tmp_path, "reference")
+    assert len(wanted) > 8
+    assert losses(tmp_path, "killed") == wanted  # bit by bit
+    assert np.abs(np.array(losses(tmp_path, "other")) - wanted).max() < 1e-5
+    assert wanted[-1] < wanted[0] - 0.2
+    assert losses(tmp_path, "following")[0] < wanted[-1] + 0.1  # goes on from the round before
+
+    ours, again = manifest(tmp_path, "reference"), manifest(tmp_path, "killed")
+    assert ours["digests"] == again["digests"]
+    assert list(ours["digests"]) == list(canonical_names(MODEL))
+    assert ours["digests"] != manifest(tmp_path, "following")["digests"]
+    assert (ours["round"], ours["weight_version"], ours["steps"]) == (1, 7, len(wanted))
+    assert (ours["first_loss"], ours["last_loss"]) == (wanted[0], wanted[-1])
+    assert ours["label_tokens"] == 4 * 20 * 18  # four passes over 18 label tokens of 20 episodes
+    names = {path.name for path in (tmp_path / "killed").iterdir()}
+    assert names == {"checkpoint", "manifest.json", "metrics.jsonl"}
+
+
+def test_losses_do_not_depend_on_layout_or_packing_and_agree_with_transformers():
+    finished = subprocess.run(
+        [sys.executable, "tools/check_parallel.py", "--layouts", "tp2,pp2,dp2"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    word, _, text = finished.stdout.splitlines()[-1].partition(" ")
+    result = json.loads(text)
+    assert word == "RESULT"
+    for name in ("tp2", "pp2", "dp2", "packed_loss", "hf_loss", "hf_logprob"):
+        assert 0 <= result[name] <= 1e-5, name
+    for name in ("packed_grad", "hf_grad"):
+        assert 0 <= result[name] <= 1e-4, name

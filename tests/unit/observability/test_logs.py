@@ -1,0 +1,52 @@
+"""Logging of a process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_dagger.observability.logs import setup_logging
+
+
+@pytest.fixture(autouse=True)
+def restore_logging() -> Iterator[None]:
+    root, ours = logging.getLogger(), logging.getLogger("megatron_dagger")
+    before = (root.handlers[:], root.level, ours.level)
+    yield
+    for handler in root.handlers[:]:
+        if handler not in before[0]:
+            root.removeHandler(handler)
+            handler.close()
+    root.setLevel(before[1])
+    ours.setLevel(before[2])
+
+
+def test_plain_lines_on_the_console_and_everything_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = setup_logging(tmp_path, name="worker-1")
+    assert path == tmp_path / "logs" / "worker-1.log"
+    logger = logging.getLogger("megatron_dagger.somewhere")
+    logger.debug("a detail")
+    logger.info("[bold]not markup[/bold]")
+    logging.getLogger("noisy.library").debug("not ours")
+    content = path.read_text()
+    assert "a detail" in content
+    assert "[bold]not markup[/bold]" in content
+    assert "not ours" not in content
+    console = capsys.readouterr().err
+    assert "a detail" not in console
+    assert "INFO    megatron_dagger.somewhere" in console
+    assert "\x1b" not in console
+
+
+def test_again_replaces_and_does_not_double(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(3):
+        path = setup_logging(tmp_path)
+    logging.getLogger("megatron_dagger").info("once")
+    assert path is not None
+    assert path.read_text().count("once") == 1
+    assert capsys.readouterr().err.count("once") == 1

@@ -1,0 +1,100 @@
+"""Progress of long work."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_dagger.observability.progress import format_duration, track
+from megatron_dagger.store.atomic import read_json
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_log_lines_off_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with track("collect", 4, interval_s=0.0, stream=io.StringIO()) as tracker:
+        for _ in range(3):
+            tracker.advance(note="solved 50%")
+    assert len(caplog.records) == 4  # one a call at this interval, and the last state
+    assert caplog.messages[0].startswith("collect: 1/4 episodes (")
+    assert caplog.messages[-1].endswith("left), solved 50%")
+    caplog.clear()
+    with track("collect", 1000, interval_s=60.0, stream=io.StringIO()) as tracker:
+        for _ in range(1000):
+            tracker.advance()
+    assert len(caplog.records) == 1
+
+
+def test_a_bar_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    stream = Terminal()
+    with track("[red]collect", 2, stream=stream) as tracker:
+        tracker.advance(2, note="x[/]y")
+    assert "[red]collect" in stream.getvalue()
+    assert "2/2" in stream.getvalue()
+    assert "x[/]y" in stream.getvalue()
+    assert not caplog.records
+
+
+def test_what_was_done_before_does_not_count_for_the_rate() -> None:
+    with track("collect", 200, done=100, stream=io.StringIO()) as tracker:
+        assert tracker.rate == 0.0
+        assert tracker.remaining_s is None
+        tracker._started -= 10.0
+        tracker.advance(10)
+        assert tracker.rate == pytest.approx(1.0, rel=0.05)
+        assert tracker.remaining_s == pytest.approx(90, rel=0.05)
+        assert tracker.text().startswith("collect: 110/200 episodes (1.0")
+
+
+def test_status_file_of_running_done_and_failed_work(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    where = {"run_dir": tmp_path, "round_index": 2, "stage": "collect", "stream": io.StringIO()}
+    with track("collect", 3, **where) as tracker:
+        assert read_json(path)["state"] == "running"
+        assert read_json(path)["pid"] == os.getpid()
+        tracker.advance(3)
+    state = read_json(path)
+    assert (state["state"], state["done"], state["total"], state["round"]) == ("done", 3, 3, 2)
+    log = tmp_path / "logs" / "x.log"
+
+    def fail() -> None:
+        with track("train", None, unit="steps", log_file=log, **where) as tracker:
+            tracker.advance(5)
+            raise RuntimeError("rank 1 is gone")
+
+    with pytest.raises(RuntimeError, match="rank 1"):
+        fail()
+    state = read_json(path)
+    assert (state["state"], state["error"], state["log"]) == (
+        "failed",
+        "RuntimeError: rank 1 is gone",
+        str(log),
+    )
+    assert (state["done"], state["total"]) == (5, None)
+
+
+def test_trouble_with_the_status_file_does_not_end_the_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with track("collect", 1, run_dir=tmp_path / "file", stream=io.StringIO()) as tracker:
+        tracker.advance()
+    assert tracker.done == 1
+    assert "cannot write" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

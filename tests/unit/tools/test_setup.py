@@ -1,0 +1,131 @@
+"""The set-up's decisions: what pip's settings mean for uv, which Python it takes, what its errors say."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from setup_parts import installers, steps, system  # noqa: E402
+
+
+@pytest.fixture
+def pip_config(tmp_path, monkeypatch):
+    """A machine whose only pip settings are those of the returned file."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    path = tmp_path / "pip.conf"
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    return path
+
+
+def test_pip_settings_are_read_and_the_environment_is_strongest(pip_config, monkeypatch):
+    pip_config.write_text(
+        "[global]\nindex-url = https://a.example/simple\nfind-links =\n    /one\n    /two\n"
+        "[install]\nextra-index-url = https://b.example/simple\n"
+    )
+    monkeypatch.setenv("PIP_INDEX_URL", "https://c.example/simple")
+    settings = installers.pip_settings(sys.executable)
+    assert settings["index-url"] == ["https://c.example/simple"]
+    assert settings["find-links"] == ["/one", "/two"]
+    assert settings["extra-index-url"] == ["https://b.example/simple"]
+
+
+def test_uv_is_told_what_pip_is_configured_with():
+    settings = {
+        "index-url": ["https://a.example/simple"],
+        "extra-index-url": ["https://b.example/simple"],
+        "find-links": ["/one", "/two"],
+        "trusted-host": ["a.example"],
+        "cert": ["/certs.pem"],
+    }
+    arguments, env = installers.translate(settings, {installers.TORCH_INDEX: "https://torch.example/cpu"})
+    pairs = list(zip(arguments[::2], arguments[1::2], strict=True))
+    assert ("--index-url", "https://a.example/simple") in pairs
+    assert [value for flag, value in pairs if flag == "--extra-index-url"] == [
+        "https://b.example/simple",
+        "https://torch.example/cpu",
+    ]
+    assert [value for flag, value in pairs if flag == "--find-links"] == ["/one", "/two"]
+    assert ("--allow-insecure-host", "a.example") in pairs
+    assert env["SSL_CERT_FILE"] == "/certs.pem"
+
+
+def test_uvs_own_settings_are_not_overridden():
+    settings = {"index-url": ["https://a.example/simple"], "cert": ["/certs.pem"]}
+    own = {"UV_DEFAULT_INDEX": "https://own.example/simple", "SSL_CERT_FILE": "/own.pem"}
+    arguments, env = installers.translate(settings, own)
+    assert "--index-url" not in arguments
+    assert env["SSL_CERT_FILE"] == "/own.pem"
+
+
+@pytest.mark.parametrize(
+    ("output", "hint"),
+    [
+        ("OSError: [Errno 28] No space left on device", "disk is full"),
+        ("ERROR: No matching distribution found for torch==2.13.0+cpu", "MEGATRON_DAGGER_TORCH_INDEX"),
+        (
+            "Because there is no version of torch==2.13.0+cpu and you require it",
+            "MEGATRON_DAGGER_TORCH_INDEX",
+        ),
+        ("dns error: failed to lookup address information", "index cannot be reached"),
+        ("NewConnectionError: Temporary failure in name resolution", "index cannot be reached"),
+        ("something nobody has seen", "whole output is in"),
+    ],
+)
+def test_a_failed_step_shows_its_output_and_the_way_out(output, hint, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "LOG", tmp_path / "log")
+    with pytest.raises(steps.SetupError, match="the step: failed") as caught:
+        steps.run("the step", [sys.executable, "-c", f"import sys; sys.exit({output!r})"])
+    assert output in str(caught.value)
+    assert hint in str(caught.value)
+
+
+def test_a_wrong_python_is_named_with_the_way_out(tmp_path):
+    wrong = tmp_path / "python"
+    wrong.write_text("#!/bin/sh\necho 3 9\necho $0\n")
+    wrong.chmod(0o755)
+    with pytest.raises(steps.SetupError, match=r"it is Python 3\.9(.|\n)*--python"):
+        system.find_python(str(wrong))
+    with pytest.raises(steps.SetupError, match=r"nowhere/python(.|\n)*--python"):
+        system.find_python("/nowhere/python")
+
+
+def test_too_little_room_is_an_error_with_numbers():
+    system.check_room(0.0)
+    with pytest.raises(steps.SetupError, match=r"GB are free .* 10000000\.0 GB are needed"):
+        system.check_room(1e7)
+
+
+def test_two_at_once_wait_for_each_other(tmp_path, monkeypatch):
+    """The second one gets the lock only after the first gave it back, and says for whom it waits."""
+    code = (
+        "import sys; from pathlib import Path; from setup_parts import steps\n"
+        f"steps.CACHE = Path({str(tmp_path)!r})\n"
+        "with steps.lock(): print('held', flush=True); sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT / "tools"}
+    with subprocess.Popen(command, **pipes) as first:
+        assert first.stdout.readline() == "held\n"
+        with subprocess.Popen(command, **pipes) as second:
+            assert f"process {first.pid}): waiting" in second.stdout.readline()
+            first.communicate("\n", timeout=30)
+            assert second.stdout.readline() == "held\n"
+            second.communicate("\n", timeout=30)
+    assert first.returncode == second.returncode == 0
+
+
+def test_the_pins_are_complete_and_exact():
+    for path in (ROOT / "tools" / "constraints").glob("*.txt"):
+        lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+        assert len(lines) > 50
+        assert all(len(line.split("==")) == 2 for line in lines), path
+        names = {line.split("==")[0].lower() for line in lines}
+        assert {"numpy", "pyyaml", "rich", "pip", "setuptools"} <= names, path

@@ -1,0 +1,150 @@
+"""Samples and packed rows: every label token once, nothing between segments, always the same."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dagger.training.packing import best_fit, pack, samples_of
+from megatron_dagger.types import LabelledEpisode, StateLabel
+
+CAPACITY = 48
+
+
+@st.composite
+def episodes(draw: st.DrawFn) -> LabelledEpisode:
+    tokens = np.array(draw(st.lists(st.integers(0, 9), min_size=1, max_size=40)), np.int32)
+    labels = []
+    position = 1
+    while position <= len(tokens) and draw(st.booleans()):
+        size = draw(st.integers(1, 6))
+        own = tokens[position : position + size]
+        on_trunk = draw(st.booleans()) and len(own) > 0
+        label = own if on_trunk else np.array(draw(st.lists(st.integers(10, 19), min_size=1, max_size=6)))
+        weight = draw(st.sampled_from([0.25, 0.5, 1.0, 2.0]))
+        labels.append(StateLabel(position=position, tokens=label.astype(np.int32), weight=weight))
+        position += size + draw(st.integers(0, 5))
+    return LabelledEpisode(tokens=tokens, labels=tuple(labels))
+
+
+def predictions(data):
+    """(context, target, weight) of each place with a loss, read from the packed rows alone."""
+    found = []
+    for index in range(len(data.rows)):
+        row = data.row(index)
+        for start, stop in zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], strict=True):
+            for place in np.flatnonzero(row.weights[start:stop]) + start:
+                context = tuple(row.tokens[start : place + 1])
+                found.append((context, int(row.targets[place]), float(row.weights[place])))
+    return sorted(found)
+
+
+def expected(all_episodes):
+    wanted = []
+    for episode in all_episodes:
+        for label in episode.labels:
+            whole = [*episode.tokens[: label.position], *label.tokens]
+            for place in range(label.position, len(whole)):
+                wanted.append((tuple(whole[:place]), int(whole[place]), label.weight))
+    return sorted(wanted)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(episodes(), max_size=6), st.booleans())
+def test_every_label_token_is_predicted_once_after_exactly_its_own_context(made, apart):
+    assert predictions(pack(made, CAPACITY, one_sample_per_row=apart)) == expected(made)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(episodes(), max_size=6))
+def test_rows_are_well_formed_and_their_sums_agree(made):
+    data = pack(made, CAPACITY)
+    assert sorted(i for row in data.rows for i in row) == list(range(len(data.samples)))
+    for index, members in enumerate(data.rows):
+        row = data.row(index)
+        assert row.cu_seqlens[0] == 0
+        assert row.cu_seqlens[-1] == CAPACITY
+        assert (np.diff(row.cu_seqlens) > 0).all()
+        positions = np.concatenate([np.arange(n) for n in np.diff(row.cu_seqlens)])
+        assert np.array_equal(row.position_ids, positions)
+        assert np.isclose(row.weights.sum(), data.row_weights[index])
+        assert np.count_nonzero(row.weights) == data.row_label_tokens[index]
+        assert data.row_tokens[index] == sum(data.samples[i].length for i in members) <= CAPACITY
+        assert not row.weights[data.row_tokens[index] :].any()
+    if data.rows:
+        assert data.fill == pytest.approx(data.row_tokens.sum() / (len(data.rows) * CAPACITY))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(episodes(), max_size=6))
+def test_the_same_episodes_give_the_same_rows(made):
+    first, again = pack(made, CAPACITY), pack(made, CAPACITY)
+    assert first.rows == again.rows
+    for index in range(len(first.rows)):
+        assert np.array_equal(first.row(index).tokens, again.row(index).tokens)
+
+
+@given(st.lists(st.integers(1, 50), max_size=60))
+def test_best_fit_puts_everything_in_few_enough_bins(lengths):
+    bins = best_fit(lengths, 50)
+    assert sorted(i for items in bins for i in items) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in items) for items in bins]
+    assert all(load <= 50 for load in loads)
+    assert len(bins) <= 11 / 9 * max(1, -(-sum(lengths) // 50)) * 2 + 1
+    if len(bins) > 1:
+        assert sorted(loads)[0] + sorted(loads)[1] > 50  # else the two would have been one
+
+
+def test_agent_episodes_fill_their_rows():
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(200):
+        tokens = rng.integers(0, 9, int(np.clip(rng.lognormal(5.0, 0.7), 40, 1024))).astype(np.int32)
+        made.append(LabelledEpisode(tokens=tokens, labels=(StateLabel(position=30, tokens=tokens[30:]),)))
+    assert pack(made, 1024).fill > 0.95
+
+
+def test_tokens_behind_the_last_label_are_cut():
+    tokens = np.arange(20, dtype=np.int32)
+    episode = LabelledEpisode(tokens=tokens, labels=(StateLabel(position=5, tokens=tokens[5:8]),))
+    (sample,), dropped = samples_of(episode, 48)
+    assert list(sample.tokens()) == list(range(8))
+    assert (sample.length, sample.weight, dropped) == (7, 3.0, 0)
+
+
+def test_a_label_that_runs_past_the_episodes_end_is_a_branch():
+    tokens = np.arange(6, dtype=np.int32)
+    label = StateLabel(position=4, tokens=np.array([4, 5, 6], np.int32))
+    (sample,), _ = samples_of(LabelledEpisode(tokens=tokens, labels=(label,)), 48)
+    assert list(sample.tokens()) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_two_labels_of_the_same_tokens_add_their_weights():
+    tokens = np.arange(6, dtype=np.int32)
+    labels = tuple(StateLabel(position=3, tokens=tokens[3:], weight=w) for w in (0.25, 0.5))
+    (sample,), _ = samples_of(LabelledEpisode(tokens=tokens, labels=labels), 48)
+    assert list(sample.token_weights()) == [0, 0, 0, 0.75, 0.75, 0.75]
+    assert sample.weight == pytest.approx(sample.token_weights().sum())
+
+
+def test_labels_that_do_not_fit_are_counted_and_the_others_kept(caplog):
+    tokens = np.arange(80, dtype=np.int32)
+    labels = tuple(StateLabel(position=p, tokens=tokens[p : p + 4]) for p in (10, 45, 46, 70))
+    data = pack([LabelledEpisode(tokens=tokens, labels=labels)], CAPACITY)
+    assert (data.too_long, data.label_tokens) == (2, 8)
+    assert data.samples[0].length == CAPACITY
+    assert "too_long: 2 labels" in caplog.text
+
+
+@pytest.mark.parametrize("position", [0, 7, -1])
+def test_a_label_outside_the_episode_is_an_error_that_names_it(position):
+    label = StateLabel(position=position, tokens=np.array([1], np.int32))
+    with pytest.raises(ValueError, match=f"position {position} of an episode of 6 tokens"):
+        samples_of(LabelledEpisode(tokens=np.arange(6, dtype=np.int32), labels=(label,)), 48)
+
+
+def test_an_empty_row_has_no_loss():
+    data = pack([], CAPACITY)
+    row = data.row(-1)
+    assert (data.fill, data.label_tokens, row.weights.sum()) == (0.0, 0, 0.0)
+    assert list(row.cu_seqlens) == [0, CAPACITY]

@@ -1,0 +1,127 @@
+"""The map between Megatron's tensors and Hugging Face's: names, layouts, round trips."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_dagger.config import ModelConfig
+from megatron_dagger.weights import families
+
+LAYER = "decoder.layers.0."
+
+
+@st.composite
+def models(draw):
+    groups = draw(st.integers(1, 4))
+    return ModelConfig(
+        num_layers=draw(st.integers(1, 3)),
+        hidden_size=draw(st.integers(1, 6)),
+        ffn_hidden_size=draw(st.integers(1, 5)),
+        num_query_groups=groups,
+        num_attention_heads=groups * draw(st.integers(1, 3)),
+        kv_channels=2 * draw(st.integers(1, 3)),
+        vocab_size=draw(st.integers(1, 9)),
+        tie_embeddings=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(model=models(), padding=st.integers(0, 3), seed=st.integers(0, 99))
+def test_every_tensor_survives_the_way_to_megatron_and_back(model, padding, seed):
+    generator = np.random.default_rng(seed)
+    names = families.canonical_names(model)
+    tensors = {name: generator.random(shape, dtype=np.float32) for name, shape in names.items()}
+    back = {}
+    for name, layout in families.lookup(model).layouts(model).items():
+        rows = layout.shape[0] + padding if layout.padded else None
+        whole = families.from_canonical(name, tensors, model, padded_rows=rows)
+        assert whole.shape[1:] == layout.tail
+        if layout.padded:
+            assert len(whole) == layout.shape[0] + padding
+            assert not whole[layout.shape[0] :].any()
+        as_torch = families.from_canonical(
+            name, {key: torch.from_numpy(value) for key, value in tensors.items()}, model, padded_rows=rows
+        )
+        assert np.array_equal(as_torch.numpy(), whole)
+        back.update(families.to_canonical(name, whole, model))
+    assert list(back) == list(names)
+    for name, tensor in tensors.items():
+        assert np.array_equal(back[name], tensor), name
+
+
+def test_qkv_rows_are_interleaved_by_query_group():
+    model = ModelConfig(num_attention_heads=4, num_query_groups=2, kv_channels=2, hidden_size=1)
+    group = [["q00", "q01", "q10", "q11", "k00", "k01", "v00", "v01"]]  # the head, then the row in it
+    group += [["q20", "q21", "q30", "q31", "k10", "k11", "v10", "v11"]]
+    rows = group[0] + group[1]
+    fused = np.arange(16, dtype=np.float32).reshape(16, 1)
+    parts = dict(families.to_canonical(LAYER + "self_attention.linear_qkv.weight", fused, model))
+    for letter in "qkv":
+        expected = sorted((row, i) for i, row in enumerate(rows) if row[0] == letter)
+        got = parts[f"model.layers.0.self_attn.{letter}_proj.weight"][:, 0]
+        assert got.tolist() == [i for _, i in expected]
+
+
+def test_gate_comes_before_up():
+    model = ModelConfig(ffn_hidden_size=2, hidden_size=1)
+    fused = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    (gate, first), (up, second) = families.to_canonical(LAYER + "mlp.linear_fc1.weight", fused, model)
+    assert (gate, up) == ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight")
+    assert first.flatten().tolist() == [1, 2]
+    assert second.flatten().tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("local", "engine"),
+    [
+        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+        ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    ],
+)
+def test_norms_are_known_by_the_names_of_both_layer_specs(local, engine):
+    model, norm = ModelConfig(), torch.arange(128.0)
+    [(name, tensor)] = families.to_canonical(LAYER + local, norm, model)
+    [(other, _)] = families.to_canonical(LAYER + engine, norm, model)
+    assert name == other
+    assert torch.equal(families.from_canonical(LAYER + local, {name: tensor}, model), norm)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_canonical_names_and_shapes_are_those_of_transformers(tied):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = ModelConfig(tie_embeddings=tied)
+    with torch.device("meta"):
+        theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**model.hf_config()))
+    shapes = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
+    assert families.canonical_names(model) == shapes
+
+
+@pytest.mark.parametrize(
+    "name", ["decoder.layers.4.mlp.linear_fc1.weight", "output_layer.weight", "decoder.layers.0.mlp.bias"]
+)
+def test_an_unknown_tensor_is_named(name):
+    with pytest.raises(families.WeightMapError, match=name.replace(".", r"\.")):
+        families.to_canonical(name, torch.zeros(1), ModelConfig(num_layers=4))
+
+
+def test_wrong_shapes_and_missing_tensors_are_named():
+    model = ModelConfig()
+    with pytest.raises(families.WeightMapError, match=r"linear_fc2.*\(128, 385\).*\(128, 384\)"):
+        families.to_canonical(LAYER + "mlp.linear_fc2.weight", torch.zeros(128, 385), model)
+    with pytest.raises(families.WeightMapError, match=r"gate_proj.*missing"):
+        families.from_canonical(LAYER + "mlp.linear_fc1.weight", {}, model)
+    norm = {"model.norm.weight": torch.zeros(128)}
+    with pytest.raises(families.WeightMapError, match="cannot be padded"):
+        families.from_canonical("decoder.final_layernorm.weight", norm, model, padded_rows=200)
+
+
+def test_a_set_of_weights_must_be_complete():
+    model = ModelConfig()
+    names = list(families.canonical_names(model))
+    families.lookup(model).check_complete(names, model)
+    with pytest.raises(families.WeightMapError, match=r"missing \['model\.norm\.weight'\]"):
+        families.lookup(model).check_complete([n for n in names if n != "model.norm.weight"], model)
+    with pytest.raises(families.WeightMapError, match=r"left over \['lm_head\.weight'\]"):
+        families.lookup(model).check_complete([*names, "lm_head.weight"], model)

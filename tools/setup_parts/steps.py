@@ -1,0 +1,126 @@
+"""Steps of the set-up: run with a heartbeat and a log, explained when they fail, one set-up at a time."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CACHE = ROOT / ".cache"
+LOG = CACHE / "setup.log"
+LOCK_TIMEOUT_S = 1800
+STEP_TIMEOUT_S = 3600
+HEARTBEAT_S = 10
+# What pip and uv say, and the way out. The first that matches is told.
+CAUSES = (
+    (
+        r"No space left on device|os error 28\b|Disk quota exceeded",
+        "the disk is full: free some room and run tools/setup again",
+    ),
+    (
+        r"(?s)torch==\S+\+cpu.*(No matching distribution|no version of torch|unsatisfiable)"
+        r"|(no version of torch|No matching distribution found for torch)",
+        "no CPU build of torch was found: set MEGATRON_DAGGER_TORCH_INDEX to PyTorch's wheel index for CPU\n"
+        "  builds (its address is on PyTorch's installation page) and run tools/setup again",
+    ),
+    (
+        r"(?i)dns error|name resolution|name or service not known|connection (refused|reset|error)|"
+        r"connect(ion)? timed? ?out|network is unreachable|failed to (fetch|download)|newconnectionerror|"
+        r"max retries|read timed out|operation timed out|no matching distribution|"
+        r"not found in the package registry",
+        "the package index cannot be reached, or lacks a package: check the network and pip's settings\n"
+        "  (pip config list), and run tools/setup again; what was downloaded is kept",
+    ),
+)
+
+
+class SetupError(Exception):
+    """What went wrong and the way out, for a person."""
+
+
+def say(text):
+    print(f"[setup] {text}", flush=True)
+
+
+def run(what, command, env=None):
+    """Run one step: a line at its begin, one every 10 s, one at its end; its own output goes to the log."""
+    say(what)
+    began = time.monotonic()
+    command = list(map(str, command))
+    with open(LOG, "ab") as log:
+        log.write(f"\n$ {' '.join(command)}\n".encode())
+        log.flush()
+        start = log.tell()
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        process = subprocess.Popen(command, **quiet, env=env, cwd=ROOT)
+        try:
+            code = _wait(process, what, start, began)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    if code:
+        raise SetupError(f"{what}: failed\n{_explain(_output(start))}")
+    say(f"  done in {time.monotonic() - began:.1f} s")
+
+
+def _wait(process, what, start, began):
+    while True:
+        try:
+            return process.wait(timeout=HEARTBEAT_S)
+        except subprocess.TimeoutExpired:
+            seconds = time.monotonic() - began
+            if seconds > STEP_TIMEOUT_S:
+                raise SetupError(f"{what}: not done after {STEP_TIMEOUT_S} s, given up; see {LOG}") from None
+            lines = [line.strip() for line in re.split(r"[\r\n]+", _output(start))]
+            telling = [line for line in lines if line and not line.startswith("WARNING")]
+            say(f"  {seconds:3.0f} s  {telling[-1][:90] if telling else ''}".rstrip())
+
+
+def _output(start):
+    with open(LOG, "rb") as log:
+        log.seek(start)
+        return log.read().decode(errors="replace")
+
+
+def _explain(text):
+    tail = "\n".join(f"    {line[:200]}" for line in text.strip().splitlines()[-8:])
+    for pattern, hint in CAUSES:
+        if re.search(pattern, text):
+            return f"{tail}\n  {hint}"
+    return f"{tail}\n  the whole output is in {LOG}; --recreate begins anew, --installer pip avoids uv"
+
+
+@contextlib.contextmanager
+def lock():
+    """Hold the set-up alone: two at once would write into the same environment."""
+    with open(CACHE / "setup.lock", "a+") as file:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        told = False
+        while not _try_lock(file):
+            if not told:
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+                say(f"another tools/setup is at work (process {owner}): waiting for it")
+                told = True
+            if time.monotonic() > deadline:
+                raise SetupError(f"the other tools/setup did not end in {LOCK_TIMEOUT_S} s; its log is {LOG}")
+            time.sleep(0.5)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _try_lock(file):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True

@@ -1,0 +1,80 @@
+"""What must be there before anything is installed: a Python 3.11, git, bubblewrap, room on the disk."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setup_parts.steps import ROOT, SetupError, run, say
+
+PYTHON = (3, 11)  # what the pins in tools/constraints/ are for
+TOOLS = {"git": "git", "bwrap": "bubblewrap"}  # a program, and Debian's package of it
+_PROBE = """\
+import sys, venv, ensurepip
+print(*sys.version_info[:2])
+print(getattr(sys, "_base_executable", sys.executable))
+"""
+
+
+def find_python(wanted):
+    """The path of a Python 3.11 that can make environments, and is in none itself."""
+    version = ".".join(map(str, PYTHON))
+    seen = []
+    for candidate in [wanted] if wanted else _candidates(version):
+        try:
+            done = subprocess.run([candidate, "-c", _PROBE], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.SubprocessError) as error:
+            seen.append(f"{candidate}: {error}")
+            continue
+        if done.returncode:
+            seen.append(f"{candidate}: {(done.stderr.strip().splitlines() or ['it fails'])[-1]}")
+            continue
+        found, base = done.stdout.splitlines()
+        if found == "{} {}".format(*PYTHON):
+            return base
+        seen.append(f"{candidate}: it is Python {found.replace(' ', '.')}")
+    tried = "\n    ".join(seen or ["none on PATH"])
+    raise SetupError(
+        f"no Python {version} with venv and ensurepip was found:\n    {tried}\n"
+        f"  Install one (`pyenv install {version}`, or as root `apt-get install python{version}-venv`),"
+        " or name it with --python PATH.\n"
+        "  The pins are for this version; with another make an environment yourself:\n"
+        "  pip install -e '.[train,rollout,swe,dev]'"
+    )
+
+
+def _candidates(version):
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    places = [sys.executable, shutil.which(f"python{version}")]
+    places += [str(path) for path in sorted(pyenv.glob(f"{version}*/bin/python"))]
+    places += [f"/usr/local/bin/python{version}", f"/usr/bin/python{version}"]
+    return [place for place in dict.fromkeys(places) if place and Path(place).exists()]
+
+
+def check_tools():
+    """git is needed, bubblewrap isolates the agent's commands; both are installed where we may."""
+    missing = [package for tool, package in TOOLS.items() if not shutil.which(tool)]
+    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
+        env = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
+        try:
+            run("apt-get update", ["apt-get", "update", "-q"], env)
+            install = ["apt-get", "install", "-qy", "--no-install-recommends"]
+            run(f"installing {' '.join(missing)}", [*install, *missing], env)
+        except SetupError as error:
+            say(f"warning: {error}")
+    if not shutil.which("git"):
+        raise SetupError("git is missing, and tasks are git repositories: run `apt-get install git` as root")
+    if not shutil.which("bwrap"):
+        say("warning: bubblewrap is missing, so the agent's commands cannot be isolated in namespaces:")
+        say("         run `apt-get install bubblewrap` as root")
+
+
+def check_room(need_gb):
+    """Raise SetupError unless the checkout's disk has the room."""
+    free_gb = shutil.disk_usage(ROOT).free / 1e9
+    if free_gb < need_gb:
+        raise SetupError(
+            f"{free_gb:.1f} GB are free on the disk of {ROOT} and {need_gb:.1f} GB are needed: free some,"
+            " or put the checkout on another disk"
+        )

@@ -28,6 +28,7 @@ class StopReason(StrEnum):
     TURN_LIMIT = "turn_limit"
     CONTEXT_LIMIT = "context_limit"
     TIME_LIMIT = "time_limit"  # the episode's wall-clock budget
+    REPEAT_LIMIT = "repeat_limit"  # the same reply again and again: it leads nowhere new
     FORMAT_LIMIT = "format_limit"  # too many replies in a row that are no command
     ENVIRONMENT_ERROR = "environment_error"  # the sandbox broke: never data
     OUT_OF_MEMORY = "out_of_memory"  # the sandbox's memory limit: never data

@@ -25,10 +25,10 @@ def quickstart() -> RunConfig:
     return RunConfig(
         name="quickstart",
         tasks=TasksConfig(
-            train_packages=("boltons", "deepmerge", "humanize", "munch", "parse", "semver", "toolz", "webcolors"),
+            train_packages=("boltons", "deepmerge", "humanize", "munch", "parse", "toolz", "webcolors"),
             heldout_packages=("inflection", "pytimeparse", "roman", "schema", "texttable", "xmltodict"),
-            train_tasks=144,
-            heldout_tasks=48,
+            train_tasks=128,
+            heldout_tasks=40,
         ),
         model=ModelConfig(
             num_layers=4,
@@ -60,6 +60,6 @@ def quickstart() -> RunConfig:
             sft_tasks=48,
             tasks_per_round=32,
             beta=BetaConfig(schedule="linear", start=0.5, decay=0.25),
-            evaluation_tasks=48,
+            evaluation_tasks=40,
         ),
     )

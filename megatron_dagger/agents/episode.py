@@ -97,7 +97,7 @@ class EpisodeRunner:
     async def _turns(self, env: Env, actor: Actor, key: EpisodeKey, record: _Record, deadline: float) -> StopReason:
         system, task = await self._in_thread(env.reset)
         record.open(system, task, self.renderer.opening(system, task))
-        format_errors = 0
+        format_errors = repeats = 0
         for turn in range(self.limits.max_turns):
             if len(record.tokens) + self.max_action_tokens > self.limits.max_tokens:
                 return StopReason.CONTEXT_LIMIT
@@ -105,7 +105,10 @@ class EpisodeRunner:
                 return StopReason.TIME_LIMIT
             state = State(messages=tuple(record.messages), tokens=record.tokens, seed=key.seed(turn))
             decision = await actor.decide(state, turn)
+            repeats = repeats + 1 if record.repeats(decision.action) else 1
             record.act(decision)
+            if repeats >= self.limits.max_repeats:
+                return StopReason.REPEAT_LIMIT
             text = self.renderer.reply_text(decision.action.tokens)
             if text is None or not text.strip():
                 format_errors += 1
@@ -143,6 +146,9 @@ class _Record:
         self.messages.append(Message(role="user", content=text))
         self.tokens = np.concatenate([self.tokens, tokens])
         self._observation, self._prompt = text, tokens
+
+    def repeats(self, action: Action) -> bool:
+        return bool(self.turns) and np.array_equal(self.turns[-1].action.tokens, action.tokens)
 
     def act(self, decision: Decision) -> None:
         self.messages.append(Message(role="assistant", content=decision.action.text))

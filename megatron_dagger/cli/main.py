@@ -27,7 +27,13 @@ example `dagger.rounds=5 training.optimizer.lr=1e-3`; --print shows them all.
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)  # argparse ends a list of words at the next option
+    settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(settings) < len(rest) or (rest and not hasattr(arguments, "settings")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.settings = [*arguments.settings, *settings]
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)

@@ -43,6 +43,7 @@ class LimitsConfig:
 
     max_turns: int = 40
     max_tokens: int = 4096  # of the whole conversation
+    max_repeats: int = 6  # the same reply so many times in a row
     max_format_errors: int = 5  # replies in a row that are no command
     max_seconds: float = 300.0
 

@@ -87,7 +87,7 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise"] = "fp32"
     epochs: float = 3.0  # passes over the round's aggregated data, at most max_steps
     max_steps: int | None = None  # optimizer steps a round, at most
-    sequence_length: int = 2048  # tokens of one packed micro-batch row
+    sequence_length: int = 4096  # tokens of one packed micro-batch row
     global_batch_tokens: int = 16384  # tokens of one optimizer step, a multiple of sequence_length
     recompute: Literal["none", "selective", "full"] = "none"
     checkpoint_interval: int = 50  # steps between two checkpoints within a round

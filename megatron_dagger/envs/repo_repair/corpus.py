@@ -28,6 +28,6 @@ def texts(trees: Iterable[SourceTree], tasks: Iterable[RepairTask]) -> Iterator[
                 candidates = repairs(line)
                 if candidates:
                     yield f"@{number % 9 + 1} {path}:{number}\n"
-                    yield f"@{number % 9 + 1}: {line}\nedits: 0"
+                    yield f"@{number % 9 + 1}: {line}\n? {shlex.join(c.old for c in candidates)}\nedits: 0"
                 for candidate in candidates:
                     yield f"edit @{number % 9 + 1} " + shlex.join([candidate.old, candidate.new])

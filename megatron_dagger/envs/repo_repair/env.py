@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Self
@@ -20,18 +21,15 @@ from megatron_dagger.envs.repo_repair.testing import SETTINGS_FILE, SUSPECTS_FIL
 from megatron_dagger.envs.sandbox import ProcessSandbox, SandboxPool
 
 SYSTEM_MESSAGE = """\
-You repair a Python package in which one token is wrong. Reply with one shell command.
-locate: run the tests, list suspect lines @1 @2 ...
-view @K: show a line
-edit @K OLD NEW [N]: replace the N-th token OLD
-runtests: run the tests
-undo: take back the last edit
-submit: finish
-Also: list, search WORD, view FILE:LINE [COUNT], and the usual shell commands."""
+One token of a Python package is wrong. Reply with one shell command, such as
+locate, view @K, edit @K OLD NEW [N], runtests, undo, submit, list, search WORD."""
 READS_ONLY = frozenset({"list", "search", "view", "runtests", "locate"})
 TOOLS = READS_ONLY | {"edit"}
 SAYS_EDITS = frozenset({"edit", "runtests", "locate"})  # after these the number of open edits is said
 MOST_OBSERVATION_CHARACTERS = 2000
+
+_QUOTED = re.compile(r"""'[^']*'|"[^"$`\\]*\"""")
+_PLAIN = re.compile(r"[\w@%+=:,./\- ]*", re.ASCII)  # what shlex.quote leaves as it is
 
 Tree = Mapping[str, bytes]
 TestMemory = dict[tuple[str, str, str], tuple[CommandResult, bytes | None]]
@@ -158,17 +156,12 @@ class RepairEnv:
 
 def plain_words(command: str) -> list[str] | None:
     """The words of a command that needs no shell; None where a shell has something to do."""
+    if not _PLAIN.fullmatch(_QUOTED.sub("", command)):
+        return None
     try:
-        lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True
-        lexer.commenters = ""
-        words = list(lexer)
-        unquoted = shlex.split(command)
+        return shlex.split(command)
     except ValueError:
         return None
-    if words != unquoted or any(mark in command for mark in "$`\\\n"):
-        return None
-    return words
 
 
 def tree_diff(before: Tree, after: Tree) -> str:

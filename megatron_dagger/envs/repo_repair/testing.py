@@ -27,7 +27,7 @@ OUTCOMES_FILE = ".repair/outcomes.json"
 def repair_sandbox() -> ProcessSandbox:
     """A sandbox with the repair agent's tools: bubblewrap's where it works."""
     kind = BubblewrapSandbox if bubblewrap_works() else ProcessSandbox
-    return kind(SandboxLimits(), tool_dir=TOOLS, preload=["repair_tools"])
+    return kind(SandboxLimits(), tool_dir=TOOLS, preload=["testrun", "repair_tools"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +31,8 @@ SERVER = Path(__file__).with_name("server.py")
 START_TIMEOUT_S = 60.0
 GRACE_S = 10.0  # beyond a command's own time, until the server itself counts as broken
 PR_SET_PDEATHSIG = 1
+# A child that dies with its parent dies with the parent's thread that started it: this one lives on.
+_spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sandbox-spawner")
 # -B is not a detail: two edits of one line in one second give files of the same size and time, and
 # Python would run the first one's bytecode for the second.
 PYTHON_OPTIONS = ("-B", "-P", "-s")
@@ -69,7 +72,7 @@ class ProcessSandbox:
         self._buffer = b""
         self._process: subprocess.Popen[bytes] | None = None
         try:
-            self._process = self._start()
+            self._process = _spawner.submit(self._start).result(START_TIMEOUT_S)
             self._answer(START_TIMEOUT_S)
         except BaseException:
             self.close()

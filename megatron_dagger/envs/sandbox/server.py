@@ -247,7 +247,7 @@ def _drain(reader: int, output: _Clipped, child: int, deadline: float) -> bool:
 
 def write_stubs(folder: str, paths: list[str], modules: list[str]) -> None:
     for module in modules:
-        for name in importlib.import_module(module).APPLETS:
+        for name in getattr(importlib.import_module(module), "APPLETS", {}):
             program = f"import sys; sys.path[:0] = {paths!r}; from {module} import APPLETS; "
             program += f"sys.exit(APPLETS[{name!r}](sys.argv[1:]))"
             path = os.path.join(folder, name)

@@ -2,7 +2,7 @@
 
 list [DIR]                  files of the repository
 search WORD                 lines of the modules under repair that contain WORD
-view ADDRESS [COUNT]        one line, or COUNT lines from there
+view ADDRESS [COUNT]        one line and, behind "?", what may be wrong in it; or COUNT lines from there
 edit ADDRESS OLD NEW [N]    replace the N-th token OLD of a line by NEW
 runtests                    run the tests of the task
 locate                      run them and list the lines that failing tests run most
@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
+from typing import Any
 
 import swaps
-import testrun
 
 STATE = ".repair"  # task.json: what to test; suspects.json: what locate found
 MOST_LINES = 40
@@ -74,6 +75,8 @@ def command_view(address: str, count: str = "1"):  # type: ignore[no-untyped-def
         raise UsageError(f"COUNT is 1 to {MOST_LINES}")
     for offset, line in enumerate(lines[number - 1 : number - 1 + int(count)]):
         yield f"{_name(path, number + offset)}: {line.rstrip()}"
+    if count == "1":
+        yield "? " + shlex.join(candidate.old for candidate in swaps.repairs(lines[number - 1]))
 
 
 def command_edit(address: str, old: str, new: str, nth: str = "1"):  # type: ignore[no-untyped-def]
@@ -123,7 +126,7 @@ def command_outcomes(trace: str = ""):  # type: ignore[no-untyped-def]
     yield "written"
 
 
-def suspects(recorder: testrun.Recorder, task: dict) -> list[tuple[str, int]]:
+def suspects(recorder: Any, task: dict) -> list[tuple[str, int]]:
     """Lines that failing tests run, most suspicious first, by Ochiai's coefficient.
 
     ef / sqrt((ef + nf) * (ef + ep)), with ef and ep the failing and passing tests that ran the line
@@ -148,7 +151,9 @@ def suspects(recorder: testrun.Recorder, task: dict) -> list[tuple[str, int]]:
     return [(path, number) for _, path, number in sorted(scored)[: task["suspects"]]]
 
 
-def _run(task: dict, *, trace: bool = False) -> testrun.Recorder:
+def _run(task: dict, *, trace: bool = False):  # type: ignore[no-untyped-def]
+    import testrun  # pytest: the sandbox's server has it loaded, a tool called from a shell rarely needs it
+
     return testrun.run(
         task["test_files"],
         task["tests"],
@@ -158,7 +163,7 @@ def _run(task: dict, *, trace: bool = False) -> testrun.Recorder:
     )
 
 
-def _verdict(recorder: testrun.Recorder) -> str:
+def _verdict(recorder: Any) -> str:
     task = _read("task.json")
     passed = sum(recorder.outcomes.get(test) == "passed" for test in task["tests"])
     if passed == len(task["tests"]):

@@ -39,6 +39,7 @@ _TOKEN = re.compile(
     r"\b(?:is not|not in|if not|while not|return not)\b|[A-Za-z_]\w*|\d[\w.]*|\*\*=?|//=?|->|:=|<<|>>"
     r"|[-+*/%<>=!&|^@]=|[-+*/%<>=&|^~@.,:;()\[\]{}]"
 )
+_RANK = {token: rank for rank, token in enumerate(OPERATOR_OF)}
 _ARITHMETIC = frozenset(token for pair in SWAPS["arithmetic"] for token in pair if "=" not in token)
 _OPERAND_END = re.compile(r"[\w)\]]$")
 
@@ -54,7 +55,7 @@ def tokens(line: str) -> Iterator[tuple[int, str]]:
 
 
 def repairs(line: str) -> list[Candidate]:
-    """Every repair that one line of code may need, from left to right."""
+    """Every repair that one line of code may need, in the order of the table, then from left to right."""
     seen: dict[str, int] = {}
     found = []
     before = ""
@@ -70,7 +71,7 @@ def repairs(line: str) -> list[Candidate]:
             found.append(Candidate(old=token, new=str(int(token) - 1), nth=seen[token]))
         in_loop_head = token == "for" or (in_loop_head and token != "in")
         before = token
-    return found
+    return sorted(found, key=lambda candidate: _RANK.get(candidate.old, len(_RANK)))
 
 
 def replace_token(line: str, candidate: Candidate) -> str | None:

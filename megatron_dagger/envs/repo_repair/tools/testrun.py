@@ -29,12 +29,22 @@ class TestTimeout(Exception):
 class Recorder:
     """A pytest plugin: keeps the wanted tests, times them out, notes outcomes and executed lines."""
 
-    def __init__(self, wanted: list[str] | None, traced: Sequence[str]):
+    def __init__(self, files: Sequence[str], wanted: list[str] | None, traced: Sequence[str]):
+        self.files = [os.path.abspath(path) for path in files]
         self.wanted = None if wanted is None else set(wanted)
         self.traced = frozenset(os.path.abspath(path) for path in traced)
         self.outcomes: dict[str, str] = {}
         self.lines: dict[str, set[tuple[str, int]]] = {}
         self.timed_out = False
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_ignore_collect(self, collection_path: os.PathLike[str]) -> bool | None:
+        # pytest looks at every entry of every folder on the way to a test file, which took it longer
+        # than the tests; all but that way is ignored here.
+        path = str(collection_path)
+        on_the_way = any(file == path or file.startswith(path + os.sep) for file in self.files)
+        inside = any(path.startswith(file + os.sep) for file in self.files)
+        return None if on_the_way or inside else True
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if self.wanted is not None:
@@ -84,7 +94,7 @@ def run(
     files: list[str], wanted: list[str] | None, *, paths: list[str], extra: list[str], traced: Sequence[str] = ()
 ) -> Recorder:
     """Run the ``wanted`` tests (None: all) of ``files``; outcomes of the rest stay absent."""
-    recorder = Recorder(wanted, traced)
+    recorder = Recorder(files, wanted, traced)
     for path in paths:  # a package under repair must not be found among the modules loaded before
         for name in os.listdir(path):
             sys.modules.pop(name.removesuffix(".py"), None)

@@ -1,0 +1,84 @@
+"""Who acts: the mixture's draws, the prefix, and one teacher call where the teacher acts."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from megatron_dagger.agents.episode import EpisodeKey
+from megatron_dagger.config import DaggerConfig
+from megatron_dagger.dagger.mixing import MixtureActor, SoloActor, mixture, per_turn, student_prefix
+from megatron_dagger.policies.scripted import ReplayPolicy
+from megatron_dagger.types import Executor, Message, State
+
+
+def key(task="t", round_index=1):
+    return EpisodeKey(run_seed=7, round_index=round_index, task_id=task)
+
+
+def encode(text):
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+
+class Counting:
+    """A policy that counts how often it was asked."""
+
+    def __init__(self, text):
+        self.policy, self.calls, self.name = ReplayPolicy([text] * 99, encode), 0, text
+
+    async def act(self, state):
+        self.calls += 1
+        return await self.policy.act(state)
+
+
+def state():
+    return State(messages=(Message(role="user", content="go"),), tokens=encode("go"), seed=1)
+
+
+def test_share_of_the_teacher_is_beta():
+    drawn = [per_turn(0.3, key(f"task-{n}"))(turn) for n in range(200) for turn in range(20)]
+    assert np.mean(drawn) == pytest.approx(0.3, abs=0.03)
+
+
+def test_draws_repeat_and_differ_between_episodes():
+    first = [per_turn(0.5, key("a"))(turn) for turn in range(64)]
+    assert first == [per_turn(0.5, key("a"))(turn) for turn in range(64)]
+    assert first != [per_turn(0.5, key("b"))(turn) for turn in range(64)]
+
+
+@pytest.mark.parametrize(("share", "acts"), [(0.0, False), (1.0, True)])
+def test_extremes(share, acts):
+    assert all(per_turn(share, key())(turn) is acts for turn in range(50))
+
+
+def test_prefix_is_the_students_and_of_every_length():
+    lengths = set()
+    for number in range(400):
+        acts = student_prefix(6, key(f"task-{number}"))
+        turns = [acts(turn) for turn in range(10)]
+        assert turns == sorted(turns), "once the teacher acts it goes on"
+        lengths.add(turns.index(True))
+    assert lengths == set(range(7))
+
+
+def test_round_zero_is_the_teachers():
+    for mixing in ("per_turn", "prefix"):
+        acts = mixture(DaggerConfig(mixing=mixing), 0.0, key(round_index=0))
+        assert all(acts(turn) for turn in range(40))
+
+
+def test_teacher_labels_every_state_and_is_asked_once():
+    student, teacher = Counting("s"), Counting("t")
+    actor = MixtureActor(student=student, teacher=teacher, teacher_acts=lambda turn: turn % 2 == 0)
+    by_teacher = asyncio.run(actor.decide(state(), 0))
+    assert (by_teacher.executor, by_teacher.label) == (Executor.TEACHER, by_teacher.action)
+    assert (student.calls, teacher.calls) == (0, 1)
+    by_student = asyncio.run(actor.decide(state(), 1))
+    assert by_student.executor is Executor.STUDENT
+    assert (by_student.action.text, by_student.label.text) == ("s", "t")
+    assert (student.calls, teacher.calls) == (1, 2)
+
+
+def test_solo_actor_asks_no_teacher():
+    decision = asyncio.run(SoloActor(policy=Counting("s")).decide(state(), 0))
+    assert decision.label is None

@@ -21,21 +21,21 @@ TOKENS = 2048
 
 
 def quickstart() -> RunConfig:
-    """A 0.6M-parameter Qwen3 repairs pure-Python packages; CPU, TP2 x PP2, minutes."""
+    """A 0.5M-parameter Qwen3 repairs pure-Python packages; CPU, TP2 x PP2, minutes."""
     return RunConfig(
         name="quickstart",
         tasks=TasksConfig(
             train_packages=("boltons", "deepmerge", "humanize", "munch", "parse", "toolz", "webcolors"),
             heldout_packages=("inflection", "pytimeparse", "roman", "schema", "texttable", "xmltodict"),
-            train_tasks=128,
-            heldout_tasks=40,
+            train_tasks=104,
+            heldout_tasks=32,
         ),
         model=ModelConfig(
-            num_layers=4,
-            hidden_size=96,
+            num_layers=2,
+            hidden_size=128,
             ffn_hidden_size=256,
             num_attention_heads=4,
-            num_query_groups=2,
+            num_query_groups=4,
             kv_channels=32,
             vocab_size=1024,
             max_position_embeddings=TOKENS,
@@ -43,23 +43,24 @@ def quickstart() -> RunConfig:
         ),
         training=TrainingConfig(
             parallel=ParallelConfig(world_size=4, tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
-            optimizer=OptimizerConfig(lr=4e-3, warmup_steps=8),
-            epochs=8,
+            optimizer=OptimizerConfig(lr=3e-3, warmup_steps=10),
+            epochs=50,
+            max_steps=100,
             sequence_length=TOKENS,
-            global_batch_tokens=4 * TOKENS,
+            global_batch_tokens=2 * TOKENS,
         ),
         rollout=RolloutConfig(
             sampling=SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=24),
             engine=EngineConfig(max_model_len=TOKENS, max_num_seqs=64, kv_cache_memory_mib=128),
             limits=LimitsConfig(max_turns=64, max_tokens=TOKENS),
-            concurrent_episodes=48,
+            concurrent_episodes=24,
         ),
         evaluation_sampling=SamplingConfig(temperature=0.0, top_p=1.0, max_tokens=24),
         dagger=DaggerConfig(
-            rounds=3,
-            sft_tasks=48,
+            rounds=2,
+            sft_tasks=40,
             tasks_per_round=32,
             beta=BetaConfig(schedule="linear", start=0.5, decay=0.25),
-            evaluation_tasks=40,
+            evaluation_tasks=32,
         ),
     )

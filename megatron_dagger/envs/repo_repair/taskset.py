@@ -22,7 +22,7 @@ from megatron_dagger.envs.sandbox import SandboxPool
 
 logger = logging.getLogger(__name__)
 
-SPARE = 1.25  # tasks asked of each package over its share: some packages cannot give theirs
+SPARE = 1.1  # tasks asked of each package over its share: some packages cannot give theirs
 Track = Callable[..., Any]  # observability.progress.track
 
 

@@ -128,6 +128,7 @@ def test_disk_is_limited(bubblewrap):
 def test_killing_everything_breaks_the_episode_only(bubblewrap):
     with pytest.raises(EnvironmentBroken):
         bubblewrap.run("kill -9 -1; sleep 1")
+    with pytest.raises(EnvironmentBroken):
         bubblewrap.run("true")
 
 

@@ -4,13 +4,13 @@ import json
 import subprocess
 
 import pytest
-from tests.unit.envs.conftest import TREE
 
 from megatron_dagger.config import ConfigError, TasksConfig
 from megatron_dagger.envs.repo_repair.generate import UnusablePackage, make_tasks
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.envs.repo_repair.task import read_tasks, write_tasks
 from megatron_dagger.envs.repo_repair.testing import run_tests
+from tests.unit.envs.conftest import TREE
 
 SWE_BENCH_FIELDS = {
     "repo", "instance_id", "base_commit", "patch", "test_patch", "problem_statement", "hints_text", "created_at",
@@ -47,7 +47,7 @@ def test_rows_have_swe_bench_fields_and_survive_their_file(tasks, tmp_path):
     write_tasks(tmp_path / "tasks.jsonl", tasks)
     assert read_tasks(tmp_path / "tasks.jsonl") == tasks
     row = json.loads((tmp_path / "tasks.jsonl").read_text().splitlines()[0])
-    assert SWE_BENCH_FIELDS <= set(row)
+    assert set(row) >= SWE_BENCH_FIELDS
 
 
 def test_same_seed_same_tasks(tasks, pool, tmp_path):

@@ -1,0 +1,143 @@
+"""The main job, whole and real: rounds with Megatron-Core, vLLM and sandboxes, killed and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_dagger.store.aggregated import DataStore
+
+pytestmark = pytest.mark.timeout(900)
+
+SETTINGS = ["tasks.source=stdlib", "tasks.train_packages=[textwrap,graphlib]", "tasks.heldout_packages=[colorsys]", "tasks.train_tasks=8", "tasks.heldout_tasks=3", "model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=128", "model.num_query_groups=4", "model.vocab_size=600", "model.max_position_embeddings=2048", "training.parallel.tensor_model_parallel_size=1", "training.parallel.pipeline_model_parallel_size=2", "training.parallel.world_size=2", "training.sequence_length=2048", "training.global_batch_tokens=4096", "training.epochs=2", "training.checkpoint_interval=2", "rollout.limits.max_tokens=2048", "rollout.limits.max_turns=24", "rollout.engine.max_model_len=2048", "dagger.rounds=1", "dagger.sft_tasks=4", "dagger.tasks_per_round=4", "dagger.evaluation_tasks=3"]
+DEADLINE_S = 400
+
+
+def command(run: Path) -> list[str]:
+    return [sys.executable, "-m", "megatron_dagger.cli.main", "run", str(run), "--recipe", "quickstart", *SETTINGS]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "MEGATRON_DAGGER_CACHE": str(cache), "PYTHONPATH": str(Path.cwd())}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cache, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = subprocess.run(
+        command(run), env=environment(cache), capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run
+
+
+def manifest(run, round_index):
+    return json.loads((run / "rounds" / f"{round_index:04d}" / "train" / "manifest.json").read_text())
+
+
+def losses(run, round_index):
+    lines = (run / "rounds" / f"{round_index:04d}" / "train" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_every_stage_left_what_it_should(undisturbed):
+    for round_index in (0, 1):
+        folder = undisturbed / "rounds" / f"{round_index:04d}"
+        collect = json.loads((folder / "collect.json").read_text())
+        evaluate = json.loads((folder / "evaluate.json").read_text())
+        assert collect["labelled_turns"] == collect["turns"] > 0
+        assert collect["weight_version"] == round_index - 1
+        assert evaluate["heldout"]["tasks"] == 3
+        assert manifest(undisturbed, round_index)["weight_version"] == round_index
+    assert json.loads((undisturbed / "rounds/0000/collect.json").read_text())["teacher_turn_share"] == 1.0
+    assert (undisturbed / "report.html").stat().st_size > 10_000
+    assert len((undisturbed / "metrics.jsonl").read_text().splitlines()) == 6
+    assert list((undisturbed / "tensorboard").iterdir())
+
+
+def test_students_turns_carry_version_and_logprobs(undisturbed):
+    store = DataStore.open(undisturbed / "data.zarr")
+    turns = [turn for episode in store.episodes(1) for turn in episode.turns]
+    students = [turn for turn in turns if turn.executor == "student"]
+    assert students
+    for turn in students:
+        assert turn.action.weight_version == 0
+        assert len(turn.action.logprobs) == len(turn.action.tokens)
+        assert (turn.action.logprobs <= 0).all()
+        assert turn.label is not None
+
+
+def test_commands_read_the_run(undisturbed):
+    def out(*words):
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_dagger.cli.main", *words],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "evaluate" in out("status", str(undisturbed))
+    assert "locate" in out("show", str(undisturbed), "--round", "0")
+    assert out("show", str(undisturbed), "--round", "1", "--list").count("turns") == 4
+    assert "report.html" in out("report", str(undisturbed))
+
+
+def test_killed_at_any_stage_it_goes_on_to_the_same_end(undisturbed, cache, tmp_path):
+    """kill -9 of the driver in the collection, of a trainer's rank, and of the driver in round 1."""
+    run = tmp_path / "killed"
+
+    def start():
+        return subprocess.Popen(
+            command(run), env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def wait_for(condition, process):
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert process.poll() is None, process.stderr.read().decode()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def finish(process):
+        process.wait(timeout=60)
+        process.stderr.close()
+
+    driver = start()
+    wait_for(lambda: list(run.glob("data.zarr/rounds/0000/**/zarr.json")), driver)
+    os.kill(driver.pid, signal.SIGKILL)
+    finish(driver)
+
+    driver = start()
+    wait_for(lambda: list(run.glob("rounds/0000/train/metrics.jsonl")), driver)
+    ranks = subprocess.run(["pgrep", "-P", str(driver.pid), "-f", "--", "--rank"], capture_output=True, text=True)
+    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+    assert driver.wait(timeout=60) == 1, "a failed rank ends the run with an error"
+    assert b"SIGKILL" in driver.stderr.read()
+    finish(driver)
+
+    driver = start()
+    wait_for(lambda: list(run.glob("rounds/0000/evaluate.json")), driver)
+    time.sleep(0.5)
+    os.kill(driver.pid, signal.SIGKILL)
+    finish(driver)
+
+    done = subprocess.run(command(run), env=environment(cache), capture_output=True, timeout=DEADLINE_S, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert not subprocess.run(["pgrep", "-f", str(run)], capture_output=True, check=False).stdout
+
+    for round_index in (0, 1):
+        theirs, ours = (DataStore.open(r / "data.zarr").manifest(round_index) for r in (undisturbed, run))
+        assert ours.to_dict() == theirs.to_dict(), "nothing lost, nothing twice, the same digest"
+        assert losses(run, round_index) == losses(undisturbed, round_index)
+        assert manifest(run, round_index)["digests"] == manifest(undisturbed, round_index)["digests"]

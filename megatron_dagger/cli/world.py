@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -27,6 +26,7 @@ from megatron_dagger.envs.sandbox import SandboxPool, bubblewrap_works
 from megatron_dagger.observability.metrics import Metrics
 from megatron_dagger.observability.progress import track
 from megatron_dagger.store.atomic import write_json, write_text
+from megatron_dagger.store.lock import exclusive
 
 if TYPE_CHECKING:
     from megatron_dagger.training.job import TrainJob
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SANDBOX_THREADS = 8
+LOCK_TIMEOUT_S = 5.0  # another process that works on the same run is an error, not a wait
 
 
 def cache_dir() -> Path:
@@ -73,6 +74,7 @@ def world(config: RunConfig, run_dir: Path) -> Iterator[World]:
     if not bubblewrap_works():
         logger.warning("bubblewrap is missing or does not work: commands run with limits, but not isolated")
     with ExitStack() as stack:
+        stack.enter_context(exclusive(run_dir / ".lock", deadline_s=LOCK_TIMEOUT_S))
         pool = stack.enter_context(SandboxPool(repair_sandbox))
         tracked = functools.partial(track, run_dir=run_dir)
         tasks = prepare_tasks(config.tasks, config.seed, cache_dir(), pool, tracked)
@@ -150,12 +152,7 @@ def launch_training(config: RunConfig, run_dir: Path, round_index: int) -> None:
         folder,
         config.training.deadline_s,
         threads=config.training.threads_per_process,
-        env={"TORCHDYNAMO_DISABLE": os.environ.get("TORCHDYNAMO_DISABLE", "1")} if not _has_gpu() else None,
     )
-
-
-def _has_gpu() -> bool:
-    return Path("/proc/driver/nvidia").exists() or sys.platform == "darwin"
 
 
 def train_rank(config: RunConfig, run_dir: Path, round_index: int) -> None:

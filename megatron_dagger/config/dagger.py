@@ -36,6 +36,7 @@ class AggregationConfig:
     last_rounds: int = 3  # for window=last
     filter: Literal["none", "finished", "solved"] = "none"
     deduplicate: bool = True  # the same label after the same tokens counts once
+    max_labels_per_round: int | None = None  # the first so many of each round; None: all
 
     def __post_init__(self) -> None:
         require(self.last_rounds > 0, "dagger.aggregation.last_rounds must be positive")
@@ -55,6 +56,7 @@ class DaggerConfig:
     aggregation: AggregationConfig = AggregationConfig()
     evaluation_tasks: int = 48  # held-out tasks, the same in every round
     evaluation_train_tasks: int = 0  # training tasks evaluated as well
+    evaluate_rounds: Literal["all", "last"] = "all"
 
     def __post_init__(self) -> None:
         require(self.rounds >= 0, f"dagger.rounds must not be negative, got {self.rounds}")

@@ -36,6 +36,7 @@ def aggregate(trajectories: Iterable[Trajectory], config: AggregationConfig) -> 
     """
     episodes: list[LabelledEpisode] = []
     seen: set[bytes] = set()
+    kept_of_round: Counter[int] = Counter()
     previous: tuple[int, str, int] | None = None
     for trajectory in trajectories:
         if previous is not None and trajectory.key <= previous:
@@ -49,6 +50,9 @@ def aggregate(trajectories: Iterable[Trajectory], config: AggregationConfig) -> 
         tokens, labels = labels_of(trajectory)
         if config.deduplicate:
             labels = _first_seen(tokens, labels, seen)
+        if config.max_labels_per_round is not None:
+            labels = labels[: config.max_labels_per_round - kept_of_round[trajectory.round_index]]
+        kept_of_round[trajectory.round_index] += len(labels)
         if labels:
             episodes.append(LabelledEpisode(tokens=tokens, labels=tuple(labels)))
     return episodes

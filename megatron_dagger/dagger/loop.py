@@ -80,7 +80,8 @@ def sync(world: World, round_index: int) -> None:
 async def evaluate(world: World, round_index: int) -> None:
     """Let the student alone work on the held-out tasks, and on some training tasks where asked."""
     report = world.round_dir(round_index) / "evaluate.json"
-    if report.exists():
+    skipped = world.config.dagger.evaluate_rounds == "last" and round_index < world.config.dagger.rounds
+    if report.exists() or skipped:
         return
     started, config = time.monotonic(), world.config
     sync(world, round_index)

@@ -14,7 +14,33 @@ from megatron_dagger.store.aggregated import DataStore
 
 pytestmark = pytest.mark.timeout(900)
 
-SETTINGS = ["tasks.source=stdlib", "tasks.train_packages=[textwrap,graphlib]", "tasks.heldout_packages=[colorsys]", "tasks.train_tasks=8", "tasks.heldout_tasks=3", "model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=128", "model.num_query_groups=4", "model.vocab_size=600", "model.max_position_embeddings=2048", "training.parallel.tensor_model_parallel_size=1", "training.parallel.pipeline_model_parallel_size=2", "training.parallel.world_size=2", "training.sequence_length=2048", "training.global_batch_tokens=4096", "training.epochs=2", "training.checkpoint_interval=2", "rollout.limits.max_tokens=2048", "rollout.limits.max_turns=24", "rollout.engine.max_model_len=2048", "dagger.rounds=1", "dagger.sft_tasks=4", "dagger.tasks_per_round=4", "dagger.evaluation_tasks=3"]
+SETTINGS = [
+    "tasks.source=stdlib",
+    "tasks.train_packages=[textwrap,graphlib]",
+    "tasks.heldout_packages=[colorsys]",
+    "tasks.train_tasks=8",
+    "tasks.heldout_tasks=3",
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=128",
+    "model.num_query_groups=4",
+    "model.vocab_size=600",
+    "model.max_position_embeddings=2048",
+    "training.parallel.tensor_model_parallel_size=1",
+    "training.parallel.pipeline_model_parallel_size=2",
+    "training.parallel.world_size=2",
+    "training.sequence_length=2048",
+    "training.global_batch_tokens=4096",
+    "training.epochs=2",
+    "training.checkpoint_interval=2",
+    "rollout.limits.max_tokens=2048",
+    "rollout.limits.max_turns=24",
+    "rollout.engine.max_model_len=2048",
+    "dagger.rounds=1",
+    "dagger.sft_tasks=4",
+    "dagger.tasks_per_round=4",
+    "dagger.evaluation_tasks=3",
+]
 DEADLINE_S = 400
 
 
@@ -115,6 +141,9 @@ def test_killed_at_any_stage_it_goes_on_to_the_same_end(undisturbed, cache, tmp_
 
     driver = start()
     wait_for(lambda: list(run.glob("data.zarr/rounds/0000/**/zarr.json")), driver)
+    second = subprocess.run(command(run), env=environment(cache), capture_output=True, timeout=60, check=False)
+    assert second.returncode == 2
+    assert f"the holder is process {driver.pid}".encode() in second.stderr
     os.kill(driver.pid, signal.SIGKILL)
     finish(driver)
 

@@ -1,0 +1,125 @@
+"""DAgger against SFT with the same number of labelled turns and optimizer steps, on held-out tasks.
+
+Both arms take the same tasks, the same rounds, the same number of labels of each round and the same steps, and
+start from the same weights. They differ in who acts after round 0: in the DAgger arm the mixture, so that the
+labels are for states that the student reaches; in the SFT arm the teacher alone. Each seed has its own weights,
+tasks and draws. The interval is a bootstrap over held-out tasks, the seeds of a task kept together and paired.
+
+    tools/study_dagger.py                 3 seeds, 100 held-out tasks; hours on two cores; goes on where it was
+    tools/study_dagger.py --seeds 1 --heldout 20 dagger.rounds=1     a quick look
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megatron_dagger.store.aggregated import DataStore  # noqa: E402
+
+ARMS = {
+    "dagger": [],
+    "sft": ["dagger.beta.schedule=constant", "dagger.beta.start=1.0", "dagger.beta.floor=1.0"],
+}
+RESAMPLES = 10_000
+SEED_STEP = 1000
+
+
+def main() -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study", help="where the runs go")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--heldout", type=int, default=100, help="held-out tasks")
+    parser.add_argument("--labels", type=int, default=400, help="labelled turns of each round, in both arms")
+    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings of both arms")
+    arguments = parser.parse_args()
+    outcomes: dict[str, list[dict[str, bool]]] = {arm: [] for arm in ARMS}
+    labels: dict[str, list[int]] = {arm: [] for arm in ARMS}
+    for number in range(arguments.seeds):
+        for arm, differing in ARMS.items():
+            run = arguments.out / f"{arm}-{number}"
+            settings = [
+                f"seed={1 + SEED_STEP * number}",
+                f"tasks.heldout_tasks={arguments.heldout}",
+                f"dagger.evaluation_tasks={arguments.heldout}",
+                "dagger.evaluate_rounds=last",
+                f"dagger.aggregation.max_labels_per_round={arguments.labels}",
+                *arguments.settings,
+                *differing,
+            ]
+            train(run, settings)
+            outcomes[arm].append(heldout(run))
+            labels[arm].append(labelled(run, arguments.labels))
+    report(outcomes, labels)
+    return 0
+
+
+def train(run: Path, settings: list[str]) -> None:
+    variables = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "megatron_dagger.cli.main", "run", str(run), "--recipe", "quickstart", *settings]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, check=True)
+
+
+def heldout(run: Path) -> dict[str, bool]:
+    """Which held-out tasks the last round's student solved."""
+    store = DataStore.open(run / "evaluations.zarr")
+    return {episode.task_id: episode.solved for episode in store.episodes(max(store.rounds()))}
+
+
+def labelled(run: Path, most: int) -> int:
+    """The labels that the arm was trained on; fewer than asked for would make the comparison unfair."""
+    store = DataStore.open(run / "data.zarr")
+    given = [store.manifest(index).labelled_turns for index in store.rounds()]
+    if min(given) < most:
+        raise SystemExit(f"{run}: a round has {min(given)} labelled turns, fewer than --labels {most}; lower it")
+    return most * len(given)
+
+
+def report(outcomes: dict[str, list[dict[str, bool]]], labels: dict[str, list[int]]) -> None:
+    tasks = sorted({(seed, task) for seed, found in enumerate(outcomes["dagger"]) for task in found})
+    print("seed  sft  dagger  tasks")
+    for seed, (sft, dagger) in enumerate(zip(outcomes["sft"], outcomes["dagger"], strict=True)):
+        print(f"{seed:4}  {mean(sft.values()):4.0%}  {mean(dagger.values()):5.0%}  {len(sft)}")
+    by_task: dict[str, list[int]] = {}
+    for seed, task in tasks:
+        by_task.setdefault(task, []).append(outcomes["dagger"][seed][task] - outcomes["sft"][seed][task])
+    difference, low, high = bootstrap(list(by_task.values()))
+    result = {
+        "seeds": len(outcomes["sft"]),
+        "heldout_tasks": len(by_task),
+        "labelled_turns": labels["dagger"],
+        "sft_success": mean(v for found in outcomes["sft"] for v in found.values()),
+        "dagger_success": mean(v for found in outcomes["dagger"] for v in found.values()),
+        "difference_points": 100 * difference,
+        "ci_low": 100 * low,
+        "ci_high": 100 * high,
+    }
+    print(f"DAgger over SFT: {100 * difference:+.1f} points (95%: {100 * low:+.1f} to {100 * high:+.1f})")
+    print("RESULT " + json.dumps(result))
+
+
+def bootstrap(groups: list[list[int]]) -> tuple[float, float, float]:
+    """The mean of all differences and its 95% interval, resampling whole tasks."""
+    chance = random.Random(0)
+    means = sorted(
+        mean(value for group in chance.choices(groups, k=len(groups)) for value in group) for _ in range(RESAMPLES)
+    )
+    everything = mean(value for group in groups for value in group)
+    return everything, means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
+
+
+def mean(values) -> float:  # type: ignore[no-untyped-def]
+    found = [float(value) for value in values]
+    return sum(found) / len(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

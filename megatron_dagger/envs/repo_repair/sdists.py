@@ -11,8 +11,8 @@ Several processes may fetch into one cache at once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib.util
 import json
 import logging
 import shutil
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
 from megatron_dagger.envs.repo_repair.packages import SourcePackage
@@ -110,7 +111,10 @@ def _reason(stderr: str) -> str:
 
 def _python_with_pip() -> str:
     """A Python that has pip: this one, the one its environment was made from, or one on PATH."""
-    if importlib.util.find_spec("pip"):
+    # Not find_spec("pip"): setuptools takes that for pip at work, and its own distutils, which torch and
+    # vLLM import later, then breaks for the rest of the process.
+    with contextlib.suppress(PackageNotFoundError):
+        version("pip")
         return sys.executable
     others = [getattr(sys, "_base_executable", None), shutil.which("python3"), shutil.which("python")]
     for candidate in dict.fromkeys(other for other in others if other):

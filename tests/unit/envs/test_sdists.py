@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import io
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -175,3 +177,13 @@ def test_find_suggests_the_name_that_was_meant():
     assert find("toolz").version
     with pytest.raises(UnknownPackageError, match="did you mean toolz"):
         find("tools")
+
+
+def test_looking_for_pip_leaves_distutils_alone():
+    """Or vLLM, imported in the same process after a download, does not start (setuptools' assertion)."""
+    program = (
+        "from megatron_dagger.envs.repo_repair.sdists import _python_with_pip\n"
+        "_python_with_pip()\n"
+        "import distutils.core, setuptools\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -42,7 +42,7 @@ EXECUTORS = (Executor.STUDENT, Executor.TEACHER)
 # Codes are positions in these tuples and go to the disk: append only.
 STOP_REASONS = (
     StopReason.SUBMITTED, StopReason.TURN_LIMIT, StopReason.CONTEXT_LIMIT,
-    StopReason.TIME_LIMIT, StopReason.FORMAT_LIMIT,
+    StopReason.TIME_LIMIT, StopReason.FORMAT_LIMIT, StopReason.REPEAT_LIMIT,
 )  # fmt: skip
 T = {name: i for i, name in enumerate(TURN_COLUMNS)}
 E = {name: i for i, name in enumerate(EPISODE_COLUMNS)}

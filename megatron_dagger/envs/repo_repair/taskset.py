@@ -23,6 +23,7 @@ from megatron_dagger.envs.sandbox import SandboxPool
 logger = logging.getLogger(__name__)
 
 SPARE = 1.1  # tasks asked of each package over its share: some packages cannot give theirs
+MAKING = ("generate", "mutate", "repository", "sources", "task", "testing")  # modules that decide what a task is
 Track = Callable[..., Any]  # observability.progress.track
 
 
@@ -110,7 +111,7 @@ def _in_turn(
 def _key(config: TasksConfig, seed: int) -> str:
     """Names the cache entry: by what the tasks depend on, the code that makes them included."""
     here = Path(__file__).parent
-    code = sorted([*here.glob("*.py"), *(here / "tools").glob("*.py")])
+    code = sorted([*(here / f"{name}.py" for name in MAKING), *(here / "tools").glob("*.py")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code))
     settings = to_dict(replace(config, train_packages=(), heldout_packages=(), train_tasks=0, heldout_tasks=0))
     digest.update(json.dumps([settings, seed, platform.python_version()], sort_keys=True).encode())

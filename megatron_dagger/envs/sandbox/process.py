@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,7 @@ class ProcessSandbox:
         self._python = python
         self._home = Path(tempfile.mkdtemp(prefix="megatron-dagger-sandbox-"))
         self._buffer = b""
+        self._asking = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._process = _spawner.submit(self._start).result(START_TIMEOUT_S)
@@ -159,6 +161,16 @@ class ProcessSandbox:
 
     # -- the pipe -----------------------------------------------------------------------------
     def _ask(self, request: dict[str, Any], timeout_s: float = 0.0) -> dict[str, Any]:
+        # An episode that was cancelled is closed while its last command still runs in another thread:
+        # the two must not share the pipe.
+        if not self._asking.acquire(blocking=False):
+            raise EnvironmentBroken("the sandbox is still busy with another request")
+        try:
+            return self._exchange(request, timeout_s)
+        finally:
+            self._asking.release()
+
+    def _exchange(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         process = self._process
         if process is None or process.stdin is None:
             raise EnvironmentBroken("the sandbox is closed")
@@ -173,16 +185,21 @@ class ProcessSandbox:
         return answer
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
+        process = self._process
+        if process is None or process.stdout is None:
+            raise EnvironmentBroken("the sandbox is closed")
+        descriptor = process.stdout.fileno()
         deadline = time.monotonic() + timeout_s
         parts = [self._buffer]
         while b"\n" not in parts[-1]:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-                self.close()
-                raise EnvironmentBroken(f"the sandbox did not answer within {timeout_s:.0f} s")
-            data = os.read(descriptor, 1 << 16)
+            try:
+                if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+                    self.close()
+                    raise EnvironmentBroken(f"the sandbox did not answer within {timeout_s:.0f} s")
+                data = os.read(descriptor, 1 << 16)
+            except OSError:  # closed by another thread
+                data = b""
             if not data:
                 raise EnvironmentBroken(f"the sandbox ended unexpectedly{self._last_words()}")
             parts.append(data)

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 import time
 
 import pytest
@@ -130,6 +131,24 @@ def test_killing_everything_breaks_the_episode_only(bubblewrap):
         bubblewrap.run("kill -9 -1; sleep 1")
     with pytest.raises(EnvironmentBroken):
         bubblewrap.run("true")
+
+
+def test_closing_while_a_command_runs_ends_both(sandbox):
+    ended = []
+
+    def command():
+        with pytest.raises(EnvironmentBroken):
+            sandbox.run("sleep 60", timeout_s=60)
+        ended.append(time.monotonic())
+
+    thread = threading.Thread(target=command)
+    thread.start()
+    time.sleep(0.5)
+    with pytest.raises(EnvironmentBroken, match="busy"):
+        sandbox.reset()
+    sandbox.close()
+    thread.join(timeout=10)
+    assert ended
 
 
 def test_pool_gives_back_only_what_is_whole():

@@ -70,3 +70,7 @@ def test_wrong_arrays_are_named(turn: Turn, message: str) -> None:
 def test_details_must_be_json() -> None:
     with pytest.raises(StoreError, match=r"'task-0'.*details"):
         encode(make_trajectory(details={"x": {1, 2}}))
+
+
+def test_every_clean_stop_reason_can_be_stored():
+    assert set(c.STOP_REASONS) == {reason for reason in StopReason if reason.is_clean}

@@ -78,9 +78,7 @@ def random_trajectory(seed: int, task_id: str, *, round_index: int = 0, turns: i
         )
         if not teacher:
             values = -rng.random(len(action.tokens)).astype(np.float32)
-            action = Action(
-                text=action.text, tokens=action.tokens, logprobs=values, weight_version=round_index
-            )
+            action = Action(text=action.text, tokens=action.tokens, logprobs=values, weight_version=round_index)
         agrees = teacher or rng.random() < 0.5
         label = Action(text=action.text, tokens=action.tokens) if agrees else Action(
             text="python -m pytest -q", tokens=tokens(8, 40))  # fmt: skip

@@ -22,9 +22,7 @@ Tests that fail:
   tests/test_core.py::test_windows
 
 Suspicious lines: src/core.py:41, src/core.py:57, src/core.py:88"""
-SOURCE = "\n".join(
-    f"{n:>4}  {'    ' * (n % 3)}result = combine(items[{n}], limit - {n})" for n in range(38, 52)
-)
+SOURCE = "\n".join(f"{n:>4}  {'    ' * (n % 3)}result = combine(items[{n}], limit - {n})" for n in range(38, 52))
 PYTEST = """FAILED tests/test_core.py::test_merge - AssertionError: assert [1, 3] == [1, 2, 3]
 FAILED tests/test_core.py::test_windows
 2 failed, 31 passed in 0.42s"""

@@ -47,17 +47,13 @@ DEADLINE_S = 600.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="threads of each side (default 1)")
     parser.add_argument("--turns", type=int, default=3, help="times that each side is measured (default 3)")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of one measurement (default 10)")
     parser.add_argument("--sequence-length", type=int, default=2048, help="of a packed row (default 2048)")
     parser.add_argument("--episodes", type=int, default=64, help="episodes in the data (default 64)")
-    parser.add_argument(
-        "--layouts", default="", help=f"parallel layouts to measure as well, of {','.join(LAYOUTS)}"
-    )
+    parser.add_argument("--layouts", default="", help=f"parallel layouts to measure as well, of {','.join(LAYOUTS)}")
     parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -100,7 +96,7 @@ def _episodes(arguments: argparse.Namespace) -> list[Any]:
 
 
 def _data(arguments: argparse.Namespace) -> packing.PackedDataset:
-    return packing.pack(_episodes(arguments), arguments.sequence_length)
+    return packing.pack(_episodes(arguments), arguments.sequence_length, packing="separate")
 
 
 def _training(arguments: argparse.Namespace, **parallel: Any) -> TrainingConfig:
@@ -132,9 +128,7 @@ def _megatron(arguments: argparse.Namespace) -> Iterator[int]:
         seed=1,
         round_index=0,
     )
-    with parallel.process_groups(
-        training.parallel, seed=1, deadline_s=DEADLINE_S, threads=arguments.threads
-    ) as device:
+    with parallel.process_groups(training.parallel, seed=1, deadline_s=DEADLINE_S, threads=arguments.threads) as device:
         engine = Engine(ModelConfig(), training, seed=1, device=device)
         for step in range(plan.steps):
             rows = plan.rows_of(step)
@@ -177,11 +171,11 @@ def _padded_batches(data: packing.PackedDataset, batch: int, row: int) -> Iterat
         order = rng.permutation(len(data.samples))
         for chosen in np.split(order, range(batch, len(order), batch)):
             samples = [data.samples[index] for index in chosen]
-            longest = max(len(sample.tokens()) for sample in samples)
+            longest = max(len(sample.trunk) for sample in samples)
             tokens = np.zeros((len(samples), longest), np.int64)
             mask, labels = np.zeros_like(tokens), np.full_like(tokens, -100)
             for place, sample in enumerate(samples):
-                text, weights = sample.tokens(), sample.token_weights()
+                text, weights = sample.trunk, sample.trunk_weights()
                 tokens[place, : len(text)], mask[place, : len(text)] = text, 1
                 labels[place, : len(text)] = np.where(weights > 0, text, -100)
             group.append((tokens, mask, labels, sum(sample.length for sample in samples)))
@@ -266,9 +260,7 @@ def _layout(arguments: argparse.Namespace, name: str) -> float:
         folder = Path(name_of_folder)
         training = _training(arguments, **LAYOUTS[name])
         training = TrainingConfig(**{**vars(training), "max_steps": 10})
-        job = TrainJob(
-            round_index=0, seed=1, model=ModelConfig(), training=training, output_dir=str(folder / "train")
-        )
+        job = TrainJob(round_index=0, seed=1, model=ModelConfig(), training=training, output_dir=str(folder / "train"))
         job.save(folder / "job.json")
         save_episodes(folder / "episodes.npz", _episodes(arguments))
         launch(

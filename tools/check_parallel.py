@@ -44,9 +44,7 @@ DEADLINE_S = 300.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps to compare (default 5)")
     parser.add_argument(
         "--layouts", default=",".join(LAYOUTS), help="comma-separated, of %(default)s (the default: all)"
@@ -85,10 +83,7 @@ def _check(folder: Path, names: list[str], steps: int, *, tie: bool) -> dict[str
     result: dict[str, Any] = {"steps": steps}
     for world in sorted({WORLD[name] for name in names}):
         group = [name for name in names if WORLD[name] == world]
-        jobs = [
-            _job(folder, name, model, steps, LAYOUTS[name], world=world, start=folder / "start")
-            for name in group
-        ]
+        jobs = [_job(folder, name, model, steps, LAYOUTS[name], world=world, start=folder / "start") for name in group]
         launch(
             ["megatron_dagger.training", str(folder / "episodes.npz"), *map(str, jobs)],
             ParallelConfig(world_size=world),
@@ -117,6 +112,7 @@ def _job(
     training = TrainingConfig(
         parallel=ParallelConfig(world_size=world, **layout),
         sequence_length=256,
+        packing="shared_prefix",
         global_batch_tokens=1024,
         epochs=50,
         max_steps=steps,
@@ -155,16 +151,14 @@ def _worker(folder: Path) -> None:
         engine.load(folder / "start" / "checkpoint", with_optimizer=False)
         size = job.training.sequence_length
         packed = packing.pack(episodes, size)
-        single = packing.pack(episodes, size, one_sample_per_row=True)
+        single = packing.pack(episodes, size, packing="separate", one_sample_per_row=True)
         packed_loss, packed_gradients = _gradients(engine, packed)
         single_loss, single_gradients = _gradients(engine, single)
         scores = engine.logprobs([single.row(index) for index in range(len(single.rows))])
         assert scores is not None
         weights = _canonical(engine, lambda parameter: parameter.detach())
     largest = max(float(np.abs(value).max()) for value in single_gradients.values())
-    difference = max(
-        float(np.abs(packed_gradients[name] - value).max()) for name, value in single_gradients.items()
-    )
+    difference = max(float(np.abs(packed_gradients[name] - value).max()) for name, value in single_gradients.items())
     measured = {"packed_loss": abs(packed_loss - single_loss), "packed_grad": difference / largest}
     (folder / "packed.json").write_text(json.dumps(measured))
     np.savez(folder / "weights.npz", **weights)
@@ -202,16 +196,17 @@ def _against_hugging_face(folder: Path, model: ModelConfig) -> dict[str, float]:
     missing, unexpected = network.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing
-    data = packing.pack(load_episodes(folder / "episodes.npz"), 256, one_sample_per_row=True)
+    episodes = load_episodes(folder / "episodes.npz")
+    data = packing.pack(episodes, 256, packing="separate", one_sample_per_row=True)
     total, largest = torch.zeros(()), 0.0
     with np.load(folder / "scores.npz") as scores:
         for index, sample in enumerate(data.samples):
-            tokens = torch.from_numpy(sample.tokens()).long()
+            tokens = torch.from_numpy(sample.trunk).long()
             logits = network(tokens[None, :-1]).logits[0].float()
             logprobs = logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
             ours = torch.from_numpy(scores[f"arr_{index}"][: sample.length])
             largest = max(largest, float((logprobs - ours).abs().max()))
-            total = total - (logprobs * torch.from_numpy(sample.token_weights()[1:])).sum()
+            total = total - (logprobs * torch.from_numpy(sample.trunk_weights()[1:])).sum()
     loss = total / float(data.row_weights.sum())
     loss.backward()
     with np.load(folder / "gradients.npz") as gradients:

@@ -80,20 +80,12 @@ class Outcome:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="steps of the loss curves (default 300)")
     parser.add_argument("--model", choices=list(LARGE), default="0.6b", help="for the speed (default 0.6b)")
-    parser.add_argument(
-        "--sequence-length", type=int, default=16384, help="of the speed's rows (default 16384)"
-    )
-    parser.add_argument(
-        "--precisions", default=",".join(LIMITS), help="comma-separated (default %(default)s)"
-    )
-    parser.add_argument(
-        "--peak-tflops", type=float, help="the GPU's dense BF16 peak, if it is not known here"
-    )
+    parser.add_argument("--sequence-length", type=int, default=16384, help="of the speed's rows (default 16384)")
+    parser.add_argument("--precisions", default=",".join(LIMITS), help="comma-separated (default %(default)s)")
+    parser.add_argument("--peak-tflops", type=float, help="the GPU's dense BF16 peak, if it is not known here")
     parser.add_argument("--deadline", type=float, default=1800.0, help="seconds for one training")
     arguments = parser.parse_args()
     precisions = arguments.precisions.split(",")
@@ -231,9 +223,7 @@ def _train(
     )
 
 
-def _model_flops(
-    episodes: Path, model: ModelConfig, training: TrainingConfig, tokens: int, labels: int
-) -> float:
+def _model_flops(episodes: Path, model: ModelConfig, training: TrainingConfig, tokens: int, labels: int) -> float:
     """FLOPs of forward and backward: 6 a weight and token; causal attention within each sample.
 
     The output layer counts for label tokens only, for which alone it is computed.
@@ -243,7 +233,7 @@ def _model_flops(
     width = model.num_attention_heads * model.kv_channels
     qkv = model.hidden_size * (width + 2 * model.num_query_groups * model.kv_channels)
     layer = qkv + width * model.hidden_size + 3 * model.hidden_size * model.ffn_hidden_size
-    data = packing.pack(load_episodes(episodes), training.sequence_length)
+    data = packing.pack(load_episodes(episodes), training.sequence_length, packing="separate")
     squares = sum(sample.length**2 for sample in data.samples) / data.tokens  # keys a token, times 2
     attention = 6.0 * squares * width  # two products of half a square, 2 FLOPs each, times 3
     head = 6.0 * labels * model.hidden_size * model.vocab_size

@@ -7,9 +7,7 @@ import numpy as np
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 
-def make(
-    count: int, *, seed: int, vocab_size: int, longest: int, branches: float = 0.1
-) -> list[LabelledEpisode]:
+def make(count: int, *, seed: int, vocab_size: int, longest: int, branches: float = 0.1) -> list[LabelledEpisode]:
     """``count`` episodes of 1/12 to 1 times ``longest`` tokens, most of them short.
 
     A turn is an observation of 15 to 80 tokens and an action of 12 to 32. Every turn has a label; a

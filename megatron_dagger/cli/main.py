@@ -114,7 +114,7 @@ def _run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(dump_yaml(config))
         return 0
     setup_logging(arguments.run_dir)
-    with world(config, arguments.run_dir) as parts:
+    with world(config, arguments.run_dir, trains=range(config.dagger.rounds + 1)) as parts:
         asyncio.run(run_rounds(parts))
     return _report_quietly(arguments.run_dir)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -67,14 +67,17 @@ def open_run(run_dir: Path) -> RunConfig:
 
 
 @contextmanager
-def world(config: RunConfig, run_dir: Path) -> Iterator[World]:
-    """Everything a run needs, opened and, whatever happens, closed again."""
+def world(config: RunConfig, run_dir: Path, *, trains: Iterable[int] = ()) -> Iterator[World]:
+    """Everything a run needs, opened and, whatever happens, closed again; rounds ``trains`` will be trained."""
     from megatron_dagger.store.aggregated import DataStore
+    from megatron_dagger.training.launch import warm_up
 
     if not bubblewrap_works():
         logger.warning("bubblewrap is missing or does not work: commands run with limits, but not isolated")
     with ExitStack() as stack:
         stack.enter_context(exclusive(run_dir / ".lock", deadline_s=LOCK_TIMEOUT_S))
+        if not all((run_dir / "rounds" / f"{index:04d}" / "train" / "manifest.json").exists() for index in trains):
+            warm_up()  # while the first of them collects
         pool = stack.enter_context(SandboxPool(repair_sandbox))
         tracked = functools.partial(track, run_dir=run_dir)
         tasks = prepare_tasks(config.tasks, config.seed, cache_dir(), pool, tracked)

@@ -5,7 +5,7 @@ from megatron_dagger.config.dagger import AggregationConfig, BetaConfig, DaggerC
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.config.rollout import EngineConfig, LimitsConfig, RolloutConfig, SamplingConfig
 from megatron_dagger.config.run import RunConfig, TasksConfig
-from megatron_dagger.config.training import OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_dagger.config.training import OptimizerConfig, Packing, ParallelConfig, TrainingConfig
 
 __all__ = [
     "AggregationConfig",
@@ -16,6 +16,7 @@ __all__ = [
     "LimitsConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "Packing",
     "ParallelConfig",
     "RolloutConfig",
     "RunConfig",

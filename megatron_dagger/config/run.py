@@ -23,7 +23,8 @@ class TasksConfig:
     heldout_tasks: int = 48
     repeats: int = 3  # agreeing test runs that admit a task
     suspects: int = 9  # lines that the fault localiser shows
-    most_repairs: int = 9  # repairs that a search line by line tries before the right one, at most
+    fewest_repairs: int = 1  # repairs that a search line by line tries before the right one, at least
+    most_repairs: int = 11  # and at most
 
     def __post_init__(self) -> None:
         both = set(self.train_packages) & set(self.heldout_packages)

@@ -8,6 +8,8 @@ from typing import Literal
 from megatron_dagger.config.base import require
 from megatron_dagger.config.model import ModelConfig
 
+Packing = Literal["shared_prefix", "separate"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -88,6 +90,7 @@ class TrainingConfig:
     epochs: float = 3.0  # passes over the round's aggregated data, at most max_steps
     max_steps: int | None = None  # optimizer steps a round, at most
     sequence_length: int = 4096  # tokens of one packed micro-batch row
+    packing: Packing = "separate"  # shared_prefix: an episode's labels share their prefix (no Transformer Engine yet)
     global_batch_tokens: int = 16384  # tokens of one optimizer step, a multiple of sequence_length
     recompute: Literal["none", "selective", "full"] = "none"
     checkpoint_interval: int = 50  # steps between two checkpoints within a round

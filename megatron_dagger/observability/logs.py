@@ -10,9 +10,7 @@ FORMAT = "%(asctime)s %(levelname)-7s %(name)s[%(process)d] %(message)s"
 _OURS = "_megatron_dagger_handler"
 
 
-def setup_logging(
-    run_dir: Path | None = None, *, name: str = "driver", level: int | str = logging.INFO
-) -> Path | None:
+def setup_logging(run_dir: Path | None = None, *, name: str = "driver", level: int | str = logging.INFO) -> Path | None:
     """Log to stderr at ``level`` and, with a run directory, to ``logs/NAME.log`` in full (DEBUG of ours).
 
     Returns the log file. Calling it again replaces what it set up before. Colours and rich's layout
@@ -27,9 +25,7 @@ def setup_logging(
         from rich.console import Console
         from rich.logging import RichHandler
 
-        console = RichHandler(
-            console=Console(stderr=True), show_path=False, markup=False, rich_tracebacks=True
-        )
+        console = RichHandler(console=Console(stderr=True), show_path=False, markup=False, rich_tracebacks=True)
     else:
         console = logging.StreamHandler(sys.stderr)
         console.setFormatter(logging.Formatter(FORMAT))

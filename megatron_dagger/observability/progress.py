@@ -99,9 +99,7 @@ def track(
             with _bar(tracker, stream):
                 yield tracker
         else:
-            tracker._listeners.append(
-                lambda periodic: logger.info("%s", tracker.text()) if periodic else None
-            )
+            tracker._listeners.append(lambda periodic: logger.info("%s", tracker.text()) if periodic else None)
             yield tracker
             logger.info("%s", tracker.text())
     except BaseException as error:

@@ -50,8 +50,7 @@ def render(content: dict[str, Any]) -> str:
     """The page for what ``gather`` gave."""
     folder = resources.files("megatron_dagger.observability")
     template, style, script = (
-        folder.joinpath(name).read_text(encoding="utf-8")
-        for name in ("report.html", "report.css", "report.js")
+        folder.joinpath(name).read_text(encoding="utf-8") for name in ("report.html", "report.css", "report.js")
     )
     # "<" would let a text end the script element; "<!--" would start a comment in it
     data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")

@@ -64,14 +64,10 @@ def read_run(path: Path) -> RunFiles:
     return RunFiles(
         path=path,
         config=_config(path / "config.yaml"),
-        rounds=[
-            _round(folder) for folder in sorted((path / "rounds").glob("[0-9]*")) if folder.name.isdigit()
-        ],
+        rounds=[_round(folder) for folder in sorted((path / "rounds").glob("[0-9]*")) if folder.name.isdigit()],
         status=_optional(path / "status.json"),
         heldout_tasks=frozenset(
-            str(row["instance_id"])
-            for row in read_lines(path / "tasks" / "heldout.jsonl")
-            if "instance_id" in row
+            str(row["instance_id"]) for row in read_lines(path / "tasks" / "heldout.jsonl") if "instance_id" in row
         ),
     )
 

@@ -27,9 +27,7 @@ def show(trajectory: Trajectory, *, stream: TextIO | None = None, max_lines: int
     console = Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
     t = trajectory
     console.print(Text(visible(t.task_id), style="bold"), end="")
-    console.print(
-        Text(f"  round {t.round_index}, attempt {t.attempt}, beta {t.beta:g}, {t.duration_s:.1f} s", "dim")
-    )
+    console.print(Text(f"  round {t.round_index}, attempt {t.attempt}, beta {t.beta:g}, {t.duration_s:.1f} s", "dim"))
     for depth, turn in enumerate(t.turns):
         _show_turn(console, depth, turn, max_lines)
     outcome = "solved" if t.solved else "not solved"

@@ -36,6 +36,4 @@ def _symbol(character: str) -> str:
     return character
 
 
-_DIRECTION = frozenset(
-    [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F]
-)  # reorder what is read
+_DIRECTION = frozenset([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F])  # reorder what is read

@@ -105,9 +105,7 @@ class DataStore:
 
     def rounds(self) -> list[int]:
         """Rounds that hold committed episodes, sealed or not."""
-        names = sorted(
-            int(path.name) for path in (self.path / "rounds").glob("[0-9]*") if path.name.isdigit()
-        )
+        names = sorted(int(path.name) for path in (self.path / "rounds").glob("[0-9]*") if path.name.isdigit())
         return [index for index in names if not self._round(index).is_empty()]
 
     def episodes(self, round_index: int) -> Iterator[Trajectory]:
@@ -118,9 +116,7 @@ class DataStore:
         """One committed episode; StoreError if there is none of that key."""
         found = self._round(round_index).read(key)
         if found is None:
-            raise StoreError(
-                f"{self.path}: round {round_index} holds no episode {key[0]!r}, attempt {key[1]}"
-            )
+            raise StoreError(f"{self.path}: round {round_index} holds no episode {key[0]!r}, attempt {key[1]}")
         return found
 
     def digest(self) -> str:

@@ -133,8 +133,7 @@ def explain_full_disk(error: OSError, path: str | os.PathLike[str], size: int | 
     need = f" ({size} bytes)" if size is not None else ""
     return DiskFullError(
         error.errno,
-        f"no space left to write {path}{need}; nothing was changed: free some space and run the "
-        "same command again",
+        f"no space left to write {path}{need}; nothing was changed: free some space and run the same command again",
     )
 
 

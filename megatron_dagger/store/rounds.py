@@ -149,11 +149,7 @@ class Round:
             return None if position is None else decode(source.block(position, position + 1), 0)
         try:
             name = self._index().get(key)
-            return (
-                None
-                if name is None
-                else decode(read_segment(self._segment(name)), self._keys[name].index(key))
-            )
+            return None if name is None else decode(read_segment(self._segment(name)), self._keys[name].index(key))
         except FileNotFoundError:
             if self.manifest() is None:
                 raise
@@ -254,6 +250,4 @@ class Round:
             raise SealedRoundError(f"{self.path}: round {self.index} is sealed and takes no more episodes")
 
     def _nothing_to_seal(self) -> StoreError:
-        return StoreError(
-            f"{self.path}: round {self.index} has no committed episode, so nothing can be sealed"
-        )
+        return StoreError(f"{self.path}: round {self.index} has no committed episode, so nothing can be sealed")

@@ -75,9 +75,7 @@ def load(directory: Path, chunks: list[Any], optimizer: Any | None, *, exact: bo
         _allocate_states(optimizer)
     sharded = _model_state(chunks, with_engine_state=exact)
     if optimizer is not None:
-        sharded["optimizer"] = optimizer.sharded_state_dict(
-            dict(sharded), is_loading=True, metadata=_metadata()
-        )
+        sharded["optimizer"] = optimizer.sharded_state_dict(dict(sharded), is_loading=True, metadata=_metadata())
     loaded = compat.load_sharded(sharded, directory)
     for index, chunk in enumerate(chunks):
         bare(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
@@ -104,9 +102,7 @@ def check_model(directory: Path, model: ModelConfig) -> None:
     theirs, ours = to_dict(read_state(directory).model), to_dict(model)
     for name, value in ours.items():
         if name != "init_std" and theirs[name] != value:
-            raise CheckpointError(
-                f"checkpoint {directory} has model.{name}={theirs[name]}, the settings say {value}"
-            )
+            raise CheckpointError(f"checkpoint {directory} has model.{name}={theirs[name]}, the settings say {value}")
 
 
 def find_resumable(output_dir: Path, fingerprint: str) -> tuple[Path, CheckpointState] | None:

@@ -29,9 +29,7 @@ class StepResult:
 class Engine:
     """Built on all ranks together, inside ``parallel.process_groups``."""
 
-    def __init__(
-        self, model_config: ModelConfig, training: TrainingConfig, *, seed: int, device: torch.device
-    ) -> None:
+    def __init__(self, model_config: ModelConfig, training: TrainingConfig, *, seed: int, device: torch.device) -> None:
         model.check_supported(model_config, training)
         self.model_config, self.training, self.device = model_config, training, device
         config = model.transformer_config(model_config, training)
@@ -44,6 +42,7 @@ class Engine:
         self._forward_step = loss.forward_step(
             {id(head): loss.LabelLogits(head, model_config.vocab_size) for head in heads}
         )
+        self._te = model.uses_transformer_engine(training)
         self._schedule = get_forward_backward_func()
 
     def load(self, directory: Path, *, with_optimizer: bool, exact: bool = False) -> None:
@@ -105,7 +104,7 @@ class Engine:
         select: bool,
         forward_step: Any = None,
     ) -> list[Any]:
-        batches = [loss.micro_batch(row, normaliser, self.device, select=select) for row in rows]
+        batches = [loss.micro_batch(row, normaliser, self.device, select=select, engine=self._te) for row in rows]
         several = len(self.chunks) > 1
         result = self._schedule(
             forward_step_func=forward_step or self._forward_step,

@@ -1,8 +1,9 @@
 """Starts the ranks of a job on this host, watches them, and leaves none behind.
 
-The ranks are plain child processes with torchrun's variables. Rank 0 inherits a socket that listens
-already, so there is no race for a free port. Several hosts: run the same call on each, with NODE_RANK
-(or SLURM_NODEID), MASTER_ADDR and MASTER_PORT set.
+The ranks are processes with torchrun's variables: on a host without a GPU forked off a ``RankServer``
+that lives as long as this process, else started one by one (CUDA's libraries do not bear a fork). Rank 0
+inherits a socket that listens already, so there is no race for a free port. Several hosts: run the same
+call on each, with NODE_RANK (or SLURM_NODEID), MASTER_ADDR and MASTER_PORT set.
 """
 
 from __future__ import annotations
@@ -14,29 +15,52 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from megatron_dagger.config import ConfigError, ParallelConfig
+from megatron_dagger.training.rank_server import STORE_FD, ForkedRank, RankServer, RankServerError
 
+PRELOAD = ("megatron_dagger.training.trainer", "zarr")  # what the ranks' server imports in advance
+
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _POLL_S = 0.05
 _OTHERS_MAY_FAIL_S = 1.0  # the rank that died first may be seen after those that it took along
 _TAIL_LINES = 25
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
 _PR_SET_PDEATHSIG = 1
 
+_server: RankServer | None = None
+_server_lock = threading.Lock()
+
 
 class LaunchError(RuntimeError):
     """A rank failed or the deadline passed; names the rank and ends with the tail of its log."""
 
 
+class _StartedRank(subprocess.Popen[bytes]):
+    def end(self) -> None:
+        """Kill the rank and whatever it started (its process group), and wait for it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Rank:
     number: int
-    process: subprocess.Popen[bytes]
+    process: _StartedRank | ForkedRank
     log: Path
+
+
+def warm_up(env: Mapping[str, str] | None = None) -> None:
+    """Let what ``launch`` needs on this host be imported in the background; on one with a GPU, do nothing."""
+    if _forks():
+        _running_server(env)
 
 
 def launch(
@@ -62,15 +86,34 @@ def launch(
     ranks: list[_Rank] = []
     listener = _listen() if parallel.nodes == 1 else None
     try:
+        server = _running_server(env) if _forks() else None
         for local_rank in range(parallel.world_size // parallel.nodes):
             variables = {**os.environ, **_variables(parallel, local_rank, threads, listener), **(env or {})}
-            ranks.append(_start(module_args, variables, log_dir, listener if local_rank == 0 else None))
+            store = listener if local_rank == 0 else None
+            ranks.append(_start(module_args, variables, log_dir, store, server))
         _watch(ranks, time.monotonic() + deadline_s, deadline_s)
+    except RankServerError as error:
+        raise LaunchError(str(error)) from error
     finally:
         if listener is not None:
             listener.close()
         for rank in ranks:
-            _kill(rank.process)
+            rank.process.end()
+
+
+def _forks() -> bool:
+    return sys.platform == "linux" and not any(map(os.path.exists, _GPU_DEVICES))
+
+
+def _running_server(env: Mapping[str, str] | None) -> RankServer:
+    """This process's server, started with the environment of the first call; a new one where it has ended."""
+    global _server
+    with _server_lock:
+        if _server is not None and not _server.alive:
+            _server.close()
+            _server = None
+        _server = _server or RankServer(PRELOAD, {**os.environ, **(env or {})})
+        return _server
 
 
 def _listen() -> socket.socket:
@@ -99,9 +142,9 @@ def _variables(
         if os.path.exists("/sys/class/net/lo"):
             variables["GLOO_SOCKET_IFNAME"] = "lo"  # the host's own name may not resolve
         if local_rank == 0:
-            variables["MEGATRON_DAGGER_STORE_FD"] = str(listener.fileno())
+            variables[STORE_FD] = str(listener.fileno())
         else:
-            variables["MEGATRON_DAGGER_STORE_FD"] = ""
+            variables[STORE_FD] = ""
         return variables
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
@@ -110,10 +153,26 @@ def _variables(
 
 
 def _start(
-    module_args: Sequence[str], variables: dict[str, str], log_dir: Path, listener: socket.socket | None
+    module_args: Sequence[str],
+    variables: dict[str, str],
+    log_dir: Path,
+    store: socket.socket | None,
+    server: RankServer | None,
 ) -> _Rank:
     number = int(variables["RANK"])
     log = log_dir / f"rank-{number}.log"
+    process: _StartedRank | ForkedRank
+    with log.open("wb") as output:
+        if server is not None:
+            process = server.fork(module_args, variables, output, store)
+        else:
+            process = _start_process(module_args, variables, output, store)
+    return _Rank(number=number, process=process, log=log)
+
+
+def _start_process(
+    module_args: Sequence[str], variables: dict[str, str], output: IO[bytes], store: socket.socket | None
+) -> _StartedRank:
     prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
 
     def die_with_the_parent() -> None:
@@ -121,18 +180,16 @@ def _start(
         if os.getppid() != parent:
             os._exit(1)  # it was gone before the call
 
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *module_args],
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=[listener.fileno()] if listener is not None else [],
-            preexec_fn=die_with_the_parent if sys.platform == "linux" else None,
-        )
-    return _Rank(number=number, process=process, log=log)
+    return _StartedRank(
+        [sys.executable, "-m", *module_args],
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        pass_fds=[store.fileno()] if store is not None else [],
+        preexec_fn=die_with_the_parent if sys.platform == "linux" else None,
+    )
 
 
 def _watch(ranks: list[_Rank], deadline: float, deadline_s: float) -> None:
@@ -142,26 +199,25 @@ def _watch(ranks: list[_Rank], deadline: float, deadline_s: float) -> None:
             return
         if any(code not in (None, 0) for code in codes):
             time.sleep(_OTHERS_MAY_FAIL_S)
-            raise LaunchError(_describe(_culprit(ranks)))
+            raise LaunchError(_describe(*_culprit(ranks)))
         if time.monotonic() > deadline:
             late = next(rank for rank in ranks if rank.process.poll() is None)
             raise LaunchError(f"not finished after {deadline_s:.0f} s; rank {late.number}: {_tail(late)}")
         time.sleep(_POLL_S)
 
 
-def _culprit(ranks: list[_Rank]) -> _Rank:
-    """The failed rank that most likely failed by itself: killed, or not for want of a peer."""
+def _culprit(ranks: list[_Rank]) -> tuple[_Rank, int]:
+    """The failed rank that most likely failed by itself: killed, or not for want of a peer. And its code."""
 
-    def key(rank: _Rank) -> tuple[bool, bool]:
-        code = rank.process.returncode
+    def key(failed: tuple[_Rank, int]) -> tuple[bool, bool]:
+        rank, code = failed
         victim = any(sign in _read_tail(rank.log) for sign in _LOST_PEER)
         return (victim and code >= 0, code >= 0)
 
-    return min((rank for rank in ranks if rank.process.poll() not in (None, 0)), key=key)
+    return min(((rank, code) for rank in ranks if (code := rank.process.poll())), key=key)
 
 
-def _describe(rank: _Rank) -> str:
-    code = rank.process.returncode
+def _describe(rank: _Rank, code: int) -> str:
     how = f"exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
     if code == -signal.SIGKILL:
         how += " (out of memory?)"
@@ -175,10 +231,3 @@ def _tail(rank: _Rank) -> str:
 
 def _read_tail(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a rank and whatever it started (its process group)."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_dagger.training import local_modules
 from megatron_dagger.training.model import bare
 from megatron_dagger.training.packing import PackedRow
 
@@ -40,23 +42,15 @@ class MicroBatch:
     normaliser: float
 
 
-def micro_batch(row: PackedRow, normaliser: float, device: torch.device, *, select: bool) -> MicroBatch:
-    """Move a row to the device; ``select`` keeps only the label positions for the output layer."""
-    from megatron.core.packed_seq_params import PackedSeqParams
+def micro_batch(
+    row: PackedRow, normaliser: float, device: torch.device, *, select: bool, engine: bool = False
+) -> MicroBatch:
+    """Move a row to the device.
 
-    size, cu_seqlens = len(row.tokens), torch.from_numpy(row.cu_seqlens).to(device)
-    longest = int(np.diff(row.cu_seqlens).max())
-    padded = -(-longest // _ROUND_SEQLEN) * _ROUND_SEQLEN
-    # Megatron takes a RoPE table as long as the row for positions that run on across segments.
-    longest = padded if padded < size else longest
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-    where = _label_positions(row.weights) if select else np.arange(size)
+    ``select`` keeps only the label positions for the output layer; ``engine``: the layers are
+    Transformer Engine's, whose attention takes segments, not trees.
+    """
+    where = _label_positions(row.weights) if select else np.arange(len(row.tokens))
 
     def put(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device).unsqueeze(0)
@@ -64,11 +58,26 @@ def micro_batch(row: PackedRow, normaliser: float, device: torch.device, *, sele
     return MicroBatch(
         tokens=put(row.tokens),
         position_ids=put(row.position_ids),
-        packed=packed,
+        packed=_segments(row, device) if engine else local_modules.tree_params(row, device),
         positions=torch.from_numpy(where).to(device) if select else None,
         targets=put(row.targets[where]),
         weights=put(row.weights[where]),
         normaliser=normaliser,
+    )
+
+
+def _segments(row: PackedRow, device: torch.device) -> PackedSeqParams:
+    size, cu_seqlens = len(row.tokens), torch.from_numpy(row.trees).to(device)
+    longest = int(np.diff(row.trees).max())
+    padded = -(-longest // _ROUND_SEQLEN) * _ROUND_SEQLEN
+    # Megatron takes a RoPE table as long as the row for positions that run on across segments.
+    longest = padded if padded < size else longest
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
 
 
@@ -91,9 +100,7 @@ class LabelLogits:
         self.positions: torch.Tensor | None = None
         head = bare(chunk).output_layer
         here = bare(chunk).vocab_size // parallel_state.get_tensor_model_parallel_world_size()
-        self.real_columns = min(
-            max(0, vocab_size - here * parallel_state.get_tensor_model_parallel_rank()), here
-        )
+        self.real_columns = min(max(0, vocab_size - here * parallel_state.get_tensor_model_parallel_rank()), here)
         head.register_forward_pre_hook(self._select)
         if self.real_columns < here:
             head.register_forward_hook(self._mask_padding)
@@ -117,9 +124,7 @@ def forward_step(selectors: dict[int, LabelLogits]) -> Callable[[Iterator[MicroB
         selector = selectors.get(id(bare(chunk)))
         if selector is not None:
             selector.positions = batch.positions
-        losses = chunk(
-            batch.tokens, batch.position_ids, None, labels=batch.targets, packed_seq_params=batch.packed
-        )
+        losses = chunk(batch.tokens, batch.position_ids, None, labels=batch.targets, packed_seq_params=batch.packed)
         return losses, lambda output: weighted_loss(output, batch)
 
     return step

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dagger.config import ConfigError, ModelConfig, TrainingConfig
 from megatron_dagger.training import compat, layout
+from megatron_dagger.training.local_modules import RMSNorm, TokenRope, TreeAttention
 
 _VOCAB_MULTIPLE = 128  # as Megatron pads, but the same for every power-of-two tensor-parallel size
 
@@ -42,6 +43,11 @@ def check_supported(model: ModelConfig, training: TrainingConfig) -> None:
         raise ConfigError(
             f"training.sequence_length={training.sequence_length} is no multiple of "
             f"training.parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}"
+        )
+    if training.packing == "shared_prefix" and uses_transformer_engine(training):
+        raise ConfigError(
+            "training.packing=shared_prefix needs attention over trees, which the Transformer Engine layers "
+            f"(training.precision={training.precision} on a GPU) lack; set training.packing=separate"
         )
     virtual = parallel.virtual_pipeline_model_parallel_size
     if virtual is not None and virtual > 1:
@@ -161,6 +167,8 @@ def build(model: ModelConfig, training: TrainingConfig, config: TransformerConfi
             rotary_base=model.rotary_base,
             vp_stage=stage if virtual else None,
         )
+        if not uses_transformer_engine(training):
+            TokenRope(chunk)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
@@ -174,8 +182,6 @@ def _layer_spec(config: TransformerConfig, engine: bool, stage: int, virtual: in
         get_num_layers_to_build,
     )
 
-    from megatron_dagger.training.local_modules import PackedSelfAttention, RMSNorm
-
     if engine:
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
     spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
@@ -184,7 +190,7 @@ def _layer_spec(config: TransformerConfig, engine: bool, stage: int, virtual: in
     attention = spec.submodules.self_attention.submodules
     attention.q_layernorm = RMSNorm
     attention.k_layernorm = RMSNorm
-    attention.core_attention = PackedSelfAttention
+    attention.core_attention = TreeAttention
     layers = get_num_layers_to_build(config, vp_stage=stage if virtual else None)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 

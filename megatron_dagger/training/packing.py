@@ -1,9 +1,13 @@
 """From labelled episodes to samples, and from samples to packed rows: pure numpy, no engine.
 
+A sample is a tree. Its trunk is the executed episode; a label that was not executed is a branch that
+leaves the trunk where the label was given. A branch sees the trunk up to there and itself, nothing
+else, and its positions go on from there: all labels of an episode share the computing of its prefix,
+and what is computed grows with the tokens written, not with labels times prefix. Where the layers
+cannot attend so, each branch becomes a sample of its own, after a copy of its prefix ("separate").
+
 Invariants: every label token is a target exactly once, after exactly the tokens at which the label was
-given; segments of a row see nothing of each other; the same input gives the same rows. How an
-episode's labels share the computing of their prefix is decided here and nowhere else: now the labels
-on an episode's trunk share one sample, and each branching label is a sample of its own.
+given; trees of a row see nothing of each other; the same input gives the same rows.
 """
 
 from __future__ import annotations
@@ -11,11 +15,12 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from megatron_dagger.config import Packing
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 logger = logging.getLogger(__name__)
@@ -23,31 +28,41 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """Tokens to train on: ``prefix`` (a view of the episode's) and then ``suffix``, both 1-D int32.
+    """One tree: ``trunk`` (n,) int32 and the ``branches`` that leave it.
 
-    ``spans`` are (start, stop, weight): tokens start..stop-1 are targets of the loss, times weight.
+    ``spans`` are (start, stop, weight): trunk tokens start..stop-1 are targets of the loss, times
+    weight. All tokens of a branch are targets; its ``position`` is that of its first token.
     """
 
-    prefix: np.ndarray
-    suffix: np.ndarray
-    spans: tuple[tuple[int, int, float], ...]
+    trunk: np.ndarray
+    spans: tuple[tuple[int, int, float], ...] = ()
+    branches: tuple[StateLabel, ...] = ()
+
+    @property
+    def trunk_length(self) -> int:
+        """Tokens of a row that the trunk takes: all but the last, which is only a target."""
+        return len(self.trunk) - 1
 
     @property
     def length(self) -> int:
-        """Tokens of a row that the sample takes: all but the last, which is only a target."""
-        return len(self.prefix) + len(self.suffix) - 1
+        """Tokens of a row that the sample takes. A branch starts with a copy of the token before it."""
+        return self.trunk_length + sum(len(branch.tokens) for branch in self.branches)
 
     @property
     def weight(self) -> float:
         """The sum of the weights of the label tokens."""
-        return sum((stop - start) * weight for start, stop, weight in self.spans)
+        on_trunk = sum((stop - start) * weight for start, stop, weight in self.spans)
+        return on_trunk + sum(len(branch.tokens) * branch.weight for branch in self.branches)
 
-    def tokens(self) -> np.ndarray:
-        return np.concatenate([self.prefix, self.suffix])
+    @property
+    def label_tokens(self) -> int:
+        """Different targets with a weight."""
+        on_trunk = int(np.count_nonzero(self.trunk_weights()))
+        return on_trunk + sum(len(branch.tokens) for branch in self.branches if branch.weight)
 
-    def token_weights(self) -> np.ndarray:
-        """(n,) float32: the weight of each token as a target; where spans overlap, they add up."""
-        weights = np.zeros(len(self.prefix) + len(self.suffix), np.float32)
+    def trunk_weights(self) -> np.ndarray:
+        """(n,) float32: the weight of each trunk token as a target; where spans overlap, they add up."""
+        weights = np.zeros(len(self.trunk), np.float32)
         for start, stop, weight in self.spans:
             weights[start:stop] += weight
         return weights
@@ -55,17 +70,22 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedRow:
-    """One micro-batch of ``sequence_length`` tokens, in Megatron's THD form.
+    """One micro-batch of ``sequence_length`` tokens: trees one after the other, each trunk first.
 
-    ``tokens``, ``targets``, ``position_ids`` are (s,) int64, ``weights`` (s,) float32, and
-    ``cu_seqlens`` (segments + 1,) int32 from 0 to s. What is left over is a segment of its own.
+    ``tokens``, ``targets``, ``position_ids`` are (s,) int64 and ``weights`` (s,) float32. ``trees``
+    (trees + 1,) int32 are the trees' bounds, from 0 to s; what is left over is a tree of its own.
+    Place i of a tree that starts at t sees the places t..prefix_stops[i]-1 and run_starts[i]..i (both
+    (s,) int32). Without branches these are the segments of Megatron's THD form, and ``trees`` is its
+    ``cu_seqlens``.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
     position_ids: np.ndarray
-    cu_seqlens: np.ndarray
+    trees: np.ndarray
+    prefix_stops: np.ndarray
+    run_starts: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +105,7 @@ class PackedDataset:
     @cached_property
     def row_label_tokens(self) -> np.ndarray:
         """(rows,) int64: the targets of each row that are label tokens."""
-        counts = [int(np.count_nonzero(sample.token_weights())) for sample in self.samples]
+        counts = [sample.label_tokens for sample in self.samples]
         return np.array([sum(counts[i] for i in row) for row in self.rows], np.int64)
 
     @property
@@ -110,76 +130,116 @@ class PackedDataset:
     def row(self, index: int) -> PackedRow:
         """The arrays of row ``index``; -1 is a row of nothing but padding."""
         size = self.sequence_length
-        tokens, targets = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        weights, positions = np.zeros(size, np.float32), np.zeros(size, np.int64)
-        ends = [0]
-        for sample in [self.samples[i] for i in (self.rows[index] if index >= 0 else ())]:
-            start, stop = ends[-1], ends[-1] + sample.length
-            everything = sample.tokens()
-            tokens[start:stop], targets[start:stop] = everything[:-1], everything[1:]
-            weights[start:stop] = sample.token_weights()[1:]
-            positions[start:stop] = np.arange(sample.length)
-            ends.append(stop)
-        if ends[-1] < size:
-            positions[ends[-1] :] = np.arange(size - ends[-1])
-            ends.append(size)
-        return PackedRow(
-            tokens=tokens,
-            targets=targets,
-            weights=weights,
-            position_ids=positions,
-            cu_seqlens=np.array(ends, np.int32),
+        row = PackedRow(
+            tokens=np.zeros(size, np.int64),
+            targets=np.zeros(size, np.int64),
+            weights=np.zeros(size, np.float32),
+            position_ids=np.zeros(size, np.int64),
+            trees=np.zeros(0, np.int32),
+            prefix_stops=np.zeros(size, np.int32),
+            run_starts=np.zeros(size, np.int32),
         )
+        bounds = [0]
+        for sample in [self.samples[i] for i in (self.rows[index] if index >= 0 else ())]:
+            bounds.append(_write(row, bounds[-1], sample))
+        if bounds[-1] < size:
+            padding = Sample(trunk=np.zeros(size - bounds[-1] + 1, np.int32))
+            bounds.append(_write(row, bounds[-1], padding))
+        return replace(row, trees=np.array(bounds, np.int32))
+
+
+def _write(row: PackedRow, start: int, sample: Sample) -> int:
+    """Write a sample's places into a row, from ``start`` on; where they end."""
+
+    def run(at: int, tokens: np.ndarray, weights: np.ndarray | float, first_position: int, prefix_stop: int) -> int:
+        stop = at + len(tokens) - 1
+        row.tokens[at:stop], row.targets[at:stop] = tokens[:-1], tokens[1:]
+        row.weights[at:stop] = weights
+        row.position_ids[at:stop] = np.arange(first_position, first_position + stop - at)
+        row.prefix_stops[at:stop], row.run_starts[at:stop] = prefix_stop, at
+        return stop
+
+    at = run(start, sample.trunk, sample.trunk_weights()[1:], 0, start)
+    for branch in sample.branches:
+        before = branch.position - 1  # the token that predicts the branch's first: its prefix ends in front of it
+        tokens = np.concatenate([sample.trunk[before : branch.position], branch.tokens])
+        at = run(at, tokens, branch.weight, before, start + before)
+    return at
 
 
 def pack(
-    episodes: Sequence[LabelledEpisode], sequence_length: int, *, one_sample_per_row: bool = False
+    episodes: Sequence[LabelledEpisode],
+    sequence_length: int,
+    *,
+    packing: Packing = "shared_prefix",
+    one_sample_per_row: bool = False,
 ) -> PackedDataset:
     """Make samples of ``episodes`` and pack them into rows of ``sequence_length`` tokens."""
     samples: list[Sample] = []
     too_long = 0
     for episode in episodes:
-        made, dropped = samples_of(episode, sequence_length)
+        made, dropped = samples_of(episode, sequence_length, packing)
         samples += made
         too_long += dropped
     if too_long:
         logger.warning("too_long: %d labels exceed sequence_length=%d, dropped", too_long, sequence_length)
     lengths = [sample.length for sample in samples]
     rows = [(i,) for i in range(len(samples))] if one_sample_per_row else best_fit(lengths, sequence_length)
-    return PackedDataset(
-        samples=tuple(samples), rows=tuple(rows), sequence_length=sequence_length, too_long=too_long
-    )
+    return PackedDataset(samples=tuple(samples), rows=tuple(rows), sequence_length=sequence_length, too_long=too_long)
 
 
-def samples_of(episode: LabelledEpisode, sequence_length: int) -> tuple[list[Sample], int]:
+def samples_of(
+    episode: LabelledEpisode, sequence_length: int, packing: Packing = "shared_prefix"
+) -> tuple[list[Sample], int]:
     """The samples of one episode, and how many labels were too long for any.
 
+    Branches that do not fit into a row beside their trunk go into another row with a copy of it.
     Raises ValueError for a label outside the episode or without a token before it.
     """
-    nothing = np.zeros(0, np.int32)
-    trunk: list[tuple[int, int, float]] = []
-    branches: list[Sample] = []
+    trunk: list[StateLabel] = []
+    branches: list[StateLabel] = []
     dropped = 0
     for label in episode.labels:
-        start, stop = label.position, label.position + len(label.tokens)
+        start, size = label.position, len(label.tokens)
         if not 1 <= start <= len(episode.tokens):
             raise ValueError(
                 f"label at position {start} of an episode of {len(episode.tokens)} tokens; "
                 f"positions go from 1 (a label needs a token before it) to {len(episode.tokens)}"
             )
-        if not len(label.tokens):
-            continue
-        if stop - 1 > sequence_length:
+        if size and start + size - 1 > sequence_length:
             dropped += 1
-        elif _on_trunk(episode, label):
-            trunk.append((start, stop, label.weight))
-        else:
-            span = (start, stop, label.weight)
-            branches.append(Sample(prefix=episode.tokens[:start], suffix=label.tokens, spans=(span,)))
-    if not trunk:
-        return branches, dropped
-    end = max(stop for _, stop, _ in trunk)  # behind the last label there is nothing to learn
-    return [Sample(prefix=episode.tokens[:end], suffix=nothing, spans=tuple(trunk)), *branches], dropped
+        elif size:
+            (trunk if _on_trunk(episode, label) else branches).append(label)
+    if packing == "separate":
+        return [*_tree(episode, trunk, []), *(_alone(episode, label) for label in branches)], dropped
+    samples: list[Sample] = []
+    while trunk or branches:
+        fitting: list[StateLabel] = []
+        for label in branches:
+            if _length(trunk, [*fitting, label]) > sequence_length:
+                break
+            fitting.append(label)
+        samples += _tree(episode, trunk, fitting)
+        trunk, branches = [], branches[len(fitting) :]
+    return samples, dropped
+
+
+def _length(trunk: Sequence[StateLabel], branches: Sequence[StateLabel]) -> int:
+    """The length of the sample that ``_tree`` makes."""
+    ends = [label.position + len(label.tokens) for label in trunk] + [label.position for label in branches]
+    return max(ends, default=1) - 1 + sum(len(label.tokens) for label in branches)
+
+
+def _tree(episode: LabelledEpisode, trunk: Sequence[StateLabel], branches: Sequence[StateLabel]) -> list[Sample]:
+    """The sample of these labels (none without any); behind the last one there is nothing to learn."""
+    spans = tuple((label.position, label.position + len(label.tokens), label.weight) for label in trunk)
+    end = max([stop for _, stop, _ in spans] + [label.position for label in branches], default=0)
+    return [Sample(trunk=episode.tokens[:end], spans=spans, branches=tuple(branches))] if end else []
+
+
+def _alone(episode: LabelledEpisode, label: StateLabel) -> Sample:
+    tokens = np.concatenate([episode.tokens[: label.position], label.tokens])
+    return Sample(trunk=tokens, spans=((label.position, len(tokens), label.weight),))
 
 
 def _on_trunk(episode: LabelledEpisode, label: StateLabel) -> bool:

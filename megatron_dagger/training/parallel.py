@@ -25,9 +25,7 @@ _joins = itertools.count()
 
 
 @contextmanager
-def process_groups(
-    parallel: ParallelConfig, *, seed: int, deadline_s: float, threads: int
-) -> Iterator[torch.device]:
+def process_groups(parallel: ParallelConfig, *, seed: int, deadline_s: float, threads: int) -> Iterator[torch.device]:
     """Within the block, torch.distributed and Megatron's parallel state are up; yields this rank's device.
 
     Raises ConfigError if the number of started processes is not ``parallel.world_size``.
@@ -36,9 +34,7 @@ def process_groups(
     compat.quiet()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != parallel.world_size:
-        raise ConfigError(
-            f"{world} processes were started, but training.parallel.world_size={parallel.world_size}"
-        )
+        raise ConfigError(f"{world} processes were started, but training.parallel.world_size={parallel.world_size}")
     if cpu:
         torch.set_num_threads(threads)
         device = torch.device("cpu")

@@ -46,7 +46,7 @@ def train(job: TrainJob, episodes: Sequence[LabelledEpisode]) -> dict[str, Any] 
     for an unusable ``init_checkpoint``.
     """
     began, training = time.monotonic(), job.training
-    data = packing.pack(episodes, training.sequence_length)
+    data = packing.pack(episodes, training.sequence_length, packing=training.packing)
     if not data.label_tokens:
         raise NoTrainingDataError(
             f"round {job.round_index}: {len(episodes)} episodes with no label within "
@@ -180,7 +180,7 @@ def fingerprint(job: TrainJob, data: packing.PackedDataset) -> str:
         del settings["training"][name]
     hasher.update(json.dumps(settings, sort_keys=True).encode())
     for sample in data.samples:
-        hasher.update(f"{len(sample.prefix)} {len(sample.suffix)} {sample.spans}".encode())
-        hasher.update(sample.prefix.tobytes())
-        hasher.update(sample.suffix.tobytes())
+        hasher.update(f"{len(sample.trunk)} {sample.spans}".encode() + sample.trunk.tobytes())
+        for branch in sample.branches:
+            hasher.update(f"{branch.position} {len(branch.tokens)} {branch.weight}".encode() + branch.tokens.tobytes())
     return hasher.hexdigest()

@@ -31,9 +31,7 @@ FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-u
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(tmp_path_factory.mktemp("runs") / "synthetic", rounds=3, tasks=6, heldout=4)
-    write_report(
-        run, data=DataStore.open(run / "data.zarr"), evaluations=DataStore.open(run / "evaluations.zarr")
-    )
+    write_report(run, data=DataStore.open(run / "data.zarr"), evaluations=DataStore.open(run / "evaluations.zarr"))
     return run
 
 
@@ -64,9 +62,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def visit(browser: Any, run: Path) -> Iterator[Callable[..., Any]]:
     """Opens a page at a size and colour scheme; afterwards the console must be clean and nothing fetched."""
 
-    def opened(
-        path: Path = run / "report.html", *, width: int = 1200, height: int = 900, dark: bool = False
-    ) -> Any:
+    def opened(path: Path = run / "report.html", *, width: int = 1200, height: int = 900, dark: bool = False) -> Any:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -170,9 +166,7 @@ def test_an_episode_is_read_turn_by_turn(visit: Callable[..., Any], episodes: li
         assert texts == [turn["saw"], turn["did"], *([turn["would"]] if "would" in turn else [])]
     [outcome] = css(browser, "#reader .outcome")
     assert outcome.text.startswith("Solved" if episode["solved"] else "Not solved")
-    selected = [
-        i for i, e in enumerate(css(browser, "#list .item")) if e.get_attribute("aria-selected") == "true"
-    ]
+    selected = [i for i, e in enumerate(css(browser, "#list .item")) if e.get_attribute("aria-selected") == "true"]
     assert selected == [number]
     [previous] = [b for b in css(browser, "#reader nav button") if b.text == "Previous"]
     previous.click()
@@ -186,9 +180,11 @@ def test_hostile_text_stays_text(visit: Callable[..., Any], episodes: list[dict[
     css(browser, "#list .item")[hostile[0]].click()
     texts = [p.get_property("textContent") for p in css(browser, "#reader pre")]
     assert any("<script>window.hacked=1</script>" in t and "&amp;␛[31m" in t for t in texts)
-    assert browser.execute_script(
-        "return [window.hacked, document.scripts.length, document.images.length]"
-    ) == [None, 2, 0]
+    assert browser.execute_script("return [window.hacked, document.scripts.length, document.images.length]") == [
+        None,
+        2,
+        0,
+    ]
 
 
 def test_light_dark_and_the_switch(visit: Callable[..., Any]) -> None:

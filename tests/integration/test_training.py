@@ -73,6 +73,13 @@ def manifest(folder, name):
     return json.loads((folder / name / "manifest.json").read_text())
 
 
+def output_of(process):
+    try:
+        return os.readlink(process / "fd" / "1")
+    except OSError:
+        return ""
+
+
 def kill_rank_one_after(folder, name, steps, rank_one):
     """kill -9 the second rank as soon as ``steps`` lines of metrics are there."""
     metrics = folder / name / "metrics.jsonl"
@@ -80,14 +87,7 @@ def kill_rank_one_after(folder, name, steps, rank_one):
     while time.monotonic() < end:
         if metrics.exists() and len(metrics.read_text().splitlines()) >= steps:
             for process in Path("/proc").glob("[0-9]*"):
-                try:
-                    command, variables = (
-                        (process / "cmdline").read_bytes(),
-                        (process / "environ").read_bytes(),
-                    )
-                except OSError:
-                    continue
-                if str(folder).encode() in command and b"\0RANK=1\0" in b"\0" + variables:
+                if output_of(process) == str(folder / "logs" / "rank-1.log"):
                     os.kill(int(process.name), signal.SIGKILL)
                     rank_one.append(int(process.name))
                     return

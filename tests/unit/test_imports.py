@@ -115,7 +115,5 @@ def test_recipes_and_command_line_in_the_launch_environment():
         pytest.skip("there is no .venv-launch: tools/setup makes it")
     code = "import nemo_run, pkgutil, importlib, recipes, megatron_dagger.cli.main\n"
     code += "for m in pkgutil.iter_modules(recipes.__path__): importlib.import_module(f'recipes.{m.name}')\n"
-    done = subprocess.run(
-        [str(LAUNCH_PYTHON), "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([str(LAUNCH_PYTHON), "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

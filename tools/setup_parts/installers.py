@@ -68,9 +68,7 @@ def compile_bytecode(python, what):
 
     A module that does not compile is no error: some are for other versions of Python.
     """
-    packages = subprocess.check_output(
-        [python, "-c", "import site; print(site.getsitepackages()[0])"], text=True
-    )
+    packages = subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True)
     compileall = "import compileall, re, sys; compileall.compile_dir(*sys.argv[1:2], maxlevels=20, "
     compileall += "rx=re.compile(sys.argv[2]), workers=0)"
     run(what, [python, "-c", compileall, packages.strip(), NOT_COMPILED])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator
 
 from megatron_dagger.envs.repo_repair.env import SYSTEM_MESSAGE
@@ -16,18 +15,19 @@ REPEATS = 40  # of the fixed texts: they stand in every episode, a line of code 
 def texts(trees: Iterable[SourceTree], tasks: Iterable[RepairTask]) -> Iterator[str]:
     """System message, problem statements, lines of code as the tools show them, and commands."""
     fixed = ["locate", "runtests", "undo", "submit", "edits: 0", "edits: 1", "FAIL 1 of 9\n", "PASS 9"]
-    fixed += ["system\n" + SYSTEM_MESSAGE, "assistant\n", "user\n", "error: nothing to undo", "error: run locate first"]
+    fixed += ["system\n" + SYSTEM_MESSAGE, "assistant\n", "user\n", "untested: none of @1"]
+    fixed += ["error: nothing to undo", "error: run locate first"]
     for _ in range(REPEATS):
         yield from fixed
-        yield from (f"view @{rank}" for rank in range(1, 10))
+        yield from (f"view @{rank}\nfix @{rank} {rank}" for rank in range(1, 10))
     for task in tasks:
         yield task.problem_statement
     for tree in trees:
         for path in tree.source_files:
             for number, line in enumerate(tree.files[path].decode(errors="replace").splitlines(), 1):
-                candidates = repairs(line)
-                if candidates:
-                    yield f"@{number % 9 + 1} {path}:{number}\n"
-                    yield f"@{number % 9 + 1}: {line}\n? {shlex.join(c.old for c in candidates)}\nedits: 0"
-                for candidate in candidates:
-                    yield f"edit @{number % 9 + 1} " + shlex.join([candidate.old, candidate.new])
+                fixes = repairs(line)
+                if not fixes:
+                    continue
+                listed = ", ".join(f"{n} {fix.old} -> {fix.new}" for n, fix in enumerate(fixes, 1))
+                yield f"@{number % 9 + 1} {path}:{number}\n"
+                yield f"@{number % 9 + 1}: {line}\n{listed}\nuntested: {len(fixes)}, 1 of @{number % 9 + 1}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import json
 import re
 import shlex
@@ -17,15 +18,15 @@ from typing import Self
 
 from megatron_dagger.envs.base import CommandResult, EnvironmentBroken, Observation
 from megatron_dagger.envs.repo_repair.task import RepairTask
-from megatron_dagger.envs.repo_repair.testing import SETTINGS_FILE, SUSPECTS_FILE, run_tests
+from megatron_dagger.envs.repo_repair.testing import SETTINGS_FILE, SUSPECTS_FILE, TESTED_FILE, run_tests
 from megatron_dagger.envs.sandbox import ProcessSandbox, SandboxPool
 
 SYSTEM_MESSAGE = """\
 One token of a Python package is wrong. Reply with one shell command, such as
-locate, view @K, edit @K OLD NEW [N], runtests, undo, submit, list, search WORD."""
-READS_ONLY = frozenset({"list", "search", "view", "runtests", "locate"})
-TOOLS = READS_ONLY | {"edit"}
-SAYS_EDITS = frozenset({"edit", "runtests", "locate"})  # after these the number of open edits is said
+locate, view @K, fix @K N, runtests, undo, submit, edit @K OLD NEW, list, search WORD."""
+READS_ONLY = frozenset({"list", "search", "view", "untested", "runtests", "locate"})
+TOOLS = READS_ONLY | {"fix", "edit"}
+SAYS_EDITS = frozenset({"fix", "edit", "runtests", "locate"})  # after these the number of open edits is said
 MOST_OBSERVATION_CHARACTERS = 2000
 
 _QUOTED = re.compile(r"""'[^']*'|"[^"$`\\]*\"""")
@@ -52,12 +53,14 @@ class RepairEnv:
         self._sandbox: ProcessSandbox | None = None
         self._tree: dict[str, bytes] = {}
         self._history: list[dict[str, bytes]] = []
+        self._tested: list[tuple[str, int, str]] = []  # (file, line number, text): edits that failed the tests
 
     def reset(self) -> tuple[str, str]:
         self._sandbox = self._sandbox or self._pool.take()
         self._sandbox.write({**self._files, **self._settings()})
         self._tree = dict(self._original)
         self._history = []
+        self._tested = []
         return SYSTEM_MESSAGE, self.task.problem_statement
 
     def step(self, command: str) -> Observation:
@@ -72,6 +75,8 @@ class RepairEnv:
         result = self._run_tool(words) if words and tool else self._sandbox.run(command)
         if tool not in READS_ONLY:
             self._note_changes()
+        if tool in ("runtests", "locate") and not result.output.startswith("PASS"):
+            self._note_tested()
         if not tool:  # a shell command may have damaged what the tools need
             self._sandbox.write(self._settings())
         text = _clip(_describe(result))
@@ -128,7 +133,23 @@ class RepairEnv:
         return {**self._original, **package}
 
     def _settings(self) -> dict[str, bytes]:
-        return {SETTINGS_FILE: json.dumps(self.task.tool_settings()).encode()}
+        return {
+            SETTINGS_FILE: json.dumps(self.task.tool_settings()).encode(),
+            TESTED_FILE: json.dumps(self._tested).encode(),
+        }
+
+    def _note_tested(self) -> None:
+        """Where the one open edit changes one line, ``view`` need not propose it again: the tests failed."""
+        if len(self._history) != 1:
+            return
+        (before,) = self._history
+        changed = [name for name in before.keys() | self._tree.keys() if before.get(name) != self._tree.get(name)]
+        if len(changed) == 1:
+            line = _only_change(before.get(changed[0], b""), self._tree.get(changed[0], b""))
+            if line is not None:
+                assert self._sandbox is not None
+                self._tested.append((changed[0], *line))
+                self._sandbox.write(self._settings())
 
     def _note_changes(self) -> None:
         assert self._sandbox is not None
@@ -147,8 +168,8 @@ class RepairEnv:
         self._sandbox.write({name: self._tree.get(name) for name in sorted(changed)})
         name = min(changed)
         line = _first_difference(before.get(name, b""), self._tree.get(name, b""))
-        shown = self._sandbox.run(["view", f"{name}:{line}"])
-        return f"{_describe(shown)}\n{self._open_edits()}"
+        shown = self._sandbox.run(["untested", f"{name}:{line}"])
+        return f"{self._open_edits()}\n{_describe(shown)}"
 
     def _open_edits(self) -> str:
         return f"edits: {len(self._history)}"
@@ -175,6 +196,15 @@ def tree_diff(before: Tree, after: Tree) -> str:
             )
             parts.append(f"diff --git a/{name} b/{name}\n" + "".join(lines))
     return "".join(parts)
+
+
+def _only_change(before: bytes, after: bytes) -> tuple[int, str] | None:
+    """Number and new text of the only line that differs; None where it is not just one line."""
+    old, new = (io.StringIO(text.decode(errors="replace"), newline="").readlines() for text in (before, after))
+    if len(old) != len(new):
+        return None
+    lines = [(number, b) for number, (a, b) in enumerate(zip(old, new, strict=True), 1) if a != b]
+    return lines[0] if len(lines) == 1 else None
 
 
 def _first_difference(before: bytes, after: bytes) -> int:

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import itertools
 import re
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from megatron_dagger.envs.repo_repair.env import plain_words
-from megatron_dagger.envs.repo_repair.tools.swaps import Candidate, repairs
 from megatron_dagger.types import Action, Message, State
 
-_SUSPECT = re.compile(r"^@(\d+) (\S+:\d+)$")
-_LINE = re.compile(r"^@(\d+): (.*)$", re.MULTILINE)
+_SUSPECT = re.compile(r"^@(\d+) \S+:\d+$", re.MULTILINE)
+_UNTESTED = re.compile(r"^untested: (?:none|.*?(\d+)) of @(\d+)$", re.MULTILINE)
 _EDITS = re.compile(r"^edits: (\d+)$", re.MULTILINE)
 
 
@@ -29,11 +27,9 @@ _EDITS = re.compile(r"^edits: (\d+)$", re.MULTILINE)
 class _Knowledge:
     """What a conversation shows."""
 
-    suspects: dict[int, str] = field(default_factory=dict)  # rank -> FILE:LINE
-    lines: dict[str, str] = field(default_factory=dict)  # FILE:LINE -> its text with no edit open
-    tried: set[tuple[str, Candidate]] = field(default_factory=set)
+    suspects: int = 0  # how many lines locate listed
+    fixes: dict[int, str | None] = field(default_factory=dict)  # rank -> the line's next fix, as last shown
     open_edits: int = 0
-    candidate: tuple[str, Candidate] | None = None  # the one open edit, where it is a known one
     tested: bool = False  # the tests have been run on the tree as it is
     passing: bool = False
     rank: int = 1  # the suspect looked at last
@@ -46,58 +42,28 @@ class _Knowledge:
         if said:
             self.open_edits = int(said[-1])
         if words[0] in ("runtests", "locate"):
-            self._read_test(reply)
+            self.passing = reply.startswith("PASS")
+            self.tested = self.passing or reply.startswith("FAIL") or "timed out" in reply
             if words[0] == "locate":
-                self._read_suspects(reply)
+                # Located on a changed tree, the lines may be others than those of the bug.
+                self.suspects = len(_SUSPECT.findall(reply)) if self.open_edits == 0 else 0
+                self.rank, self.fixes = 1, {}
         elif "run locate first" in reply:
-            self.suspects = {}
-        elif words[0] == "view":
-            self._read_line(reply)
-        elif words[0] in ("edit", "undo") or self.open_edits != before:
-            if "error:" in reply.split("\n", 1)[0]:
-                return
-            self.tested = self.passing = False
-            self.candidate = None
-            if words[0] == "edit" and before == 0:
-                self._read_edit(words, reply)
-            elif words[0] == "undo" and self.open_edits == 0:
-                self._read_line(reply)
+            self.suspects = 0
+        else:
+            if words[0] in ("fix", "edit", "undo") or self.open_edits != before:
+                failed = "error:" in reply.split("\n", 1)[0]
+                self.tested = self.tested and failed
+                self.passing = self.passing and failed
+            self._look(reply)
 
-    def _read_test(self, reply: str) -> None:
-        self.passing = reply.startswith("PASS")
-        self.tested = self.passing or reply.startswith("FAIL") or "timed out" in reply
-        if self.tested and self.candidate is not None:
-            self.tried.add(self.candidate)
-
-    def _read_suspects(self, reply: str) -> None:
-        found = [match for match in map(_SUSPECT.match, reply.splitlines()) if match]
-        # Located on a changed tree, the lines may be others than those of the bug.
-        self.suspects = {int(m[1]): m[2] for m in found} if self.open_edits == 0 else {}
-        self.rank = 1
-
-    def _line(self, reply: str) -> tuple[str, str] | None:
-        """The FILE:LINE and the text that a reply shows, remembering which suspect it is."""
-        match = _LINE.match(reply)
-        if match is None or int(match[1]) not in self.suspects:
-            return None
-        self.rank = int(match[1])
-        return self.suspects[self.rank], match[2]
-
-    def _read_line(self, reply: str) -> None:
-        shown = self._line(reply)
-        if shown is not None and self.open_edits == 0:
-            self.lines[shown[0]] = shown[1]
-
-    def _read_edit(self, words: list[str], reply: str) -> None:
-        shown = self._line(reply)
-        if shown is not None and len(words) in (4, 5):
-            nth = int(words[4]) if len(words) == 5 and words[4].isdigit() else 1
-            self.candidate = (shown[0], Candidate(old=words[2], new=words[3], nth=nth))
-
-    def untried(self, rank: int) -> Candidate | None:
-        place = self.suspects[rank]
-        found = (c for c in repairs(self.lines[place]) if (place, c) not in self.tried)
-        return next(found, None)
+    def _look(self, reply: str) -> None:
+        """Note the line that a reply shows and, where no edit is open, what is left to try on it."""
+        shown = _UNTESTED.search(reply)
+        if shown is not None and 1 <= int(shown[2]) <= self.suspects:
+            self.rank = int(shown[2])
+            if self.open_edits == 0:
+                self.fixes[self.rank] = shown[1]
 
 
 def next_command(messages: tuple[Message, ...]) -> str:
@@ -108,17 +74,14 @@ def next_command(messages: tuple[Message, ...]) -> str:
     if seen.tested and seen.passing:
         return "submit"
     if seen.open_edits:
-        fresh = seen.open_edits == 1 and seen.candidate is not None and not seen.tested
-        return "runtests" if fresh and seen.candidate not in seen.tried else "undo"
+        return "runtests" if seen.open_edits == 1 and not seen.tested else "undo"
     if not seen.suspects:
         return "locate"
-    for rank in _from(seen.rank, len(seen.suspects)):
-        if seen.suspects[rank] not in seen.lines:
+    for rank in (*range(seen.rank, seen.suspects + 1), *range(1, seen.rank)):
+        if rank not in seen.fixes:
             return f"view @{rank}"
-        candidate = seen.untried(rank)
-        if candidate is not None:
-            words = ["edit", f"@{rank}", candidate.old, candidate.new]
-            return shlex.join(words + ([str(candidate.nth)] if candidate.nth > 1 else []))
+        if seen.fixes[rank] is not None:
+            return f"fix @{rank} {seen.fixes[rank]}"
     return "submit"  # everything was tried: there is no more to be done
 
 
@@ -126,11 +89,6 @@ def _exchanges(messages: tuple[Message, ...]) -> Iterator[tuple[str, str]]:
     for message, reply in itertools.pairwise(messages):
         if message.role == "assistant":
             yield message.content, reply.content
-
-
-def _from(first: int, count: int) -> Iterator[int]:
-    yield from range(first, count + 1)
-    yield from range(1, first)
 
 
 class RepairExpert:

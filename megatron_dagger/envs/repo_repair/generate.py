@@ -69,12 +69,12 @@ def make_tasks(
         pytest_args=tree.pytest_args,
         suspects=config.suspects,
     )
-    reliable, covering = _covering_tests(tree, template, config.repeats, pool)
     chance = random.Random(f"{seed}:{tree.name}:{tree.version}")
     tasks: list[RepairTask] = []
     used: set[tuple[str, int]] = set()
     with pool.lend() as one, pool.lend() as other:
         benches = (TestBench(one, tree.files), TestBench(other, tree.files))
+        reliable, covering = _covering_tests(tree, template, config.repeats, benches, pool)
         for path, mutation in _choices(tree, chance):
             if len(tasks) >= count:
                 break
@@ -107,16 +107,20 @@ def _choices(tree: SourceTree, chance: random.Random) -> list[tuple[str, Mutatio
 
 
 def _covering_tests(
-    tree: SourceTree, template: RepairTask, repeats: int, pool: SandboxPool
+    tree: SourceTree,
+    template: RepairTask,
+    repeats: int,
+    benches: tuple[TestBench, TestBench],
+    pool: SandboxPool,
 ) -> tuple[list[str], dict[tuple[str, int], list[str]]]:
     """The tests that pass whenever they are run, and for each line of the original those that run it."""
     settings = {**template.tool_settings(), "tests": None, "test_files": list(tree.test_files)}
-    runs = []
-    for repeat in range(repeats):
+    runs = [bench.run(settings, trace=bench is benches[0]) for bench in benches[:repeats]]
+    for _ in range(repeats - len(runs)):
         # A process of its own each time: the order of a set, and so the names of parametrised tests,
         # can differ between processes and be the same in each.
         with pool.lend(fresh=True) as sandbox:
-            runs.append(TestBench(sandbox, tree.files).run(settings, trace=repeat == 0))
+            runs.append(TestBench(sandbox, tree.files).run(settings))
     traced = runs[0]
     reliable = {test for test in traced.outcomes if all(run.outcomes.get(test) == "passed" for run in runs)}
     if not reliable:
@@ -157,13 +161,13 @@ def _admit(
             PASS_TO_PASS=json.dumps(passing[-MOST_PASSING_TESTS:]),
         )
         task = replace(task, problem_statement=_statement(task))
-        traced = bench.run(task.tool_settings(), trace=True)
+        traced = other.run(task.tool_settings(), trace=True)
         cost = _repairs_before(traced.suspects, {**tree.files, path: mutated}, path, mutation)
-        if cost is None or cost > config.most_repairs:
+        in_reach = cost is not None and config.fewest_repairs <= cost <= config.most_repairs
+        if not in_reach or not _as_expected(traced, task):
             return None
-        again = itertools.islice(itertools.cycle((other, bench)), config.repeats - 1)
-        runs = [traced, *(each.run(task.tool_settings()) for each in again)]
-        if not all(_as_expected(run, task) for run in runs):
+        again = itertools.islice(itertools.cycle(benches), config.repeats - 2)
+        if not all(_as_expected(each.run(task.tool_settings()), task) for each in again):
             return None
     finally:
         for each in benches:

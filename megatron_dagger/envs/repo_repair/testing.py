@@ -21,6 +21,7 @@ TOOLS = Path(__file__).with_name("tools")
 TEST_RUN_TIMEOUT_S = 30.0
 SETTINGS_FILE = ".repair/task.json"
 SUSPECTS_FILE = ".repair/suspects.json"
+TESTED_FILE = ".repair/tested.json"
 OUTCOMES_FILE = ".repair/outcomes.json"
 
 

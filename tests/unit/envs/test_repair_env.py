@@ -22,7 +22,8 @@ from megatron_dagger.types import Action, Executor, StopReason
 
 MESS = [
     "locate", "runtests", "undo", "view @1", "view @2", "view @9", "edit @1 return 'return not'", "edit @1 + -",
-    "edit @2 if 'if not'", "edit small.py:3 '<' '>'", "list", "search def", "view small.py:1 40", "rm -rf tests",
+    "edit @2 if 'if not'", "fix @1 1", "fix @2 1", "fix @3 9", "edit small.py:3 '<' '>'", "list", "search def",
+    "view small.py:1 40", "rm -rf tests",
     "echo broken >> small.py", "sed -i s/return/pass/ small.py", "rm -rf .repair", "git status", "nonsense", "edit",
 ]  # fmt: skip
 
@@ -104,7 +105,7 @@ def test_undo_takes_back_any_change(make_env):
         before = dict(env._tree)
         assert env.step("rm -rf tests; echo 'x = (' >> small.py").text.endswith("edits: 1")
         assert env.step("runtests").text.startswith("FAIL")
-        assert env.step("undo").text.endswith("edits: 0")
+        assert env.step("undo").text.startswith("edits: 0\n")
         assert env._tree == before
         assert env.step("undo").text.startswith("error: nothing to undo")
 

@@ -26,9 +26,7 @@ def test_a_stage_is_recorded_once_and_again_when_its_numbers_change(tmp_path: Pa
     assert all(r["time"] > 1e9 for r in found)
 
 
-@pytest.mark.parametrize(
-    "half", [b'{"round": 1, "stage": "tr', b"{", b'{"round": 1, "stage": "train"}', b"\0" * 9]
-)
+@pytest.mark.parametrize("half", [b'{"round": 1, "stage": "tr', b"{", b'{"round": 1, "stage": "train"}', b"\0" * 9])
 def test_what_a_killed_writer_left_is_cut_off(tmp_path: Path, half: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     append_line(path, {"round": 0, "stage": "collect"})
@@ -50,9 +48,7 @@ def test_a_long_unfinished_line_alone(tmp_path: Path) -> None:
     assert read_lines(path) == [{"a": 1}, {"a": 2}]
 
 
-def test_a_line_that_is_no_object_is_skipped_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_line_that_is_no_object_is_skipped_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"a": 1}\nnonsense\n[1]\n{"a": 2}\n')
     assert read_lines(path) == [{"a": 1}, {"a": 2}]

@@ -82,9 +82,7 @@ def test_status_file_of_running_done_and_failed_work(tmp_path: Path) -> None:
     assert (state["done"], state["total"]) == (5, None)
 
 
-def test_trouble_with_the_status_file_does_not_end_the_work(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_trouble_with_the_status_file_does_not_end_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     with track("collect", 1, run_dir=tmp_path / "file", stream=io.StringIO()) as tracker:
         tracker.advance()

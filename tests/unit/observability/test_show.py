@@ -33,9 +33,7 @@ def test_who_acted_what_the_teacher_would_have_done_and_the_outcome() -> None:
     assert lines[lines.index("student > say 6") + 1] == "teacher would > say 7"
     assert text.count("teacher would") == 1  # only where it differs
     assert lines[lines.index("student > say 9") + 1] == "(no label)"
-    assert (
-        "not solved  (submitted, 4 turns; the student agreed with the teacher in 1 of 2 of its turns)" in text
-    )
+    assert "not solved  (submitted, 4 turns; the student agreed with the teacher in 1 of 2 of its turns)" in text
     assert lines.index("some output") < lines.index("student > say 6")
     assert "\x1b" not in text  # no colours off a terminal
 

@@ -66,9 +66,7 @@ def test_whatever_is_appended_is_read_back_exactly(
     assert manifest.episodes == len(expected)
     assert manifest.turns == sum(len(t.turns) for t in expected.values())
     assert manifest.labelled_turns == sum(u.label is not None for t in expected.values() for u in t.turns)
-    assert manifest.label_tokens == sum(
-        len(u.label.tokens) for t in expected.values() for u in t.turns if u.label
-    )
+    assert manifest.label_tokens == sum(len(u.label.tokens) for t in expected.values() for u in t.turns if u.label)
     check(store)
     check(DataStore.open(store.path))
     assert store.verify() == {2: len(expected)}

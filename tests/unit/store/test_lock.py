@@ -50,9 +50,7 @@ def test_the_deadline_names_the_holder_and_a_dead_holder_holds_nothing(tmp_path:
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with (
-        pytest.raises(
-            StoreError, match=rf"lock: still locked after 0\.05 s; the holder is process {holder.pid}"
-        ),
+        pytest.raises(StoreError, match=rf"lock: still locked after 0\.05 s; the holder is process {holder.pid}"),
         exclusive(tmp_path / "lock", deadline_s=0.05),
     ):
         pass

@@ -1,19 +1,39 @@
-"""The launcher: ranks see torchrun's variables, failures name the rank, nothing survives."""
+"""The launcher: ranks see torchrun's variables, failures name the rank, nothing survives.
 
+Every test runs both ways, forked and started, with nothing imported in advance; those of the server forked.
+"""
+
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from megatron_dagger.config import ConfigError, ParallelConfig
-from megatron_dagger.training.launch import LaunchError, launch
+from megatron_dagger.training import launch as module
+from megatron_dagger.training.launch import LaunchError, launch, warm_up
 
 TWO = ParallelConfig(world_size=2)
+PRELOAD = module.PRELOAD
 REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(params=["forked", "started"], autouse=True)
+def way(request, monkeypatch):
+    monkeypatch.setattr(module, "_forks", lambda: request.param == "forked")
+    monkeypatch.setattr(module, "PRELOAD", ())
+    monkeypatch.setattr(module, "_server", None)
+    yield request.param
+    if module._server is not None:
+        module._server.close()
+
+
+forked = pytest.mark.parametrize("way", ["forked"], indirect=True)
 
 
 def run(tmp_path, source, *, deadline_s=30.0, parallel=TWO):
@@ -94,10 +114,32 @@ def test_the_deadline_ends_ranks_and_what_they_started(tmp_path):
     wait_until(lambda: not any(alive(p.read_text()) for p in tmp_path.glob("child*")))
 
 
-def test_ranks_die_with_a_killed_launcher(tmp_path):
+def test_a_rank_runs_as_python_m_would(tmp_path):
+    """Arguments, directory, main module, exit code, and a log of its own for all that anybody writes."""
+    source = (
+        "import os, sys\n"
+        "if __name__ == '__main__':\n"
+        "    assert os.getpgid(0) == os.getsid(0) == os.getpid()\n"
+        "    assert sys.path[:2] == [os.getcwd(), sys.argv[1]]\n"
+        "    assert sys.modules['__main__'].__file__ == sys.argv[0] == os.path.join(sys.argv[1], 'rank_program.py')\n"
+        "    assert sys.stdin.read() == ''\n"
+        "    rank = os.environ['RANK']\n"
+        "    print('python', rank)\n"
+        "    print('error', rank, file=sys.stderr)\n"
+        "    os.system('echo child $RANK')\n"
+        "    sys.exit(2 * int(rank))\n"
+    )
+    with pytest.raises(LaunchError, match="rank 1 failed: exit code 2;"):
+        run(tmp_path, source)
+    for rank in (0, 1):
+        text = (tmp_path / "logs" / f"rank-{rank}.log").read_text()
+        assert text.split("\n") == [f"python {rank}", f"error {rank}", f"child {rank}", ""]
+
+
+def test_nothing_outlives_a_killed_launcher(tmp_path, way):
     (tmp_path / "rank_program.py").write_text(
         "import os, sys, time\n"
-        "open(f'{sys.argv[1]}/pid{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\n"
+        "open(f'{sys.argv[1]}/pid{os.environ[\"RANK\"]}', 'w').write(f'{os.getpid()} {os.getppid()}')\n"
         "time.sleep(60)\n"
     )
     launcher = subprocess.Popen(
@@ -106,16 +148,148 @@ def test_ranks_die_with_a_killed_launcher(tmp_path):
             "-c",
             "import sys; from pathlib import Path\n"
             "from megatron_dagger.config import ParallelConfig\n"
-            "from megatron_dagger.training.launch import launch\n"
-            "launch(['rank_program', sys.argv[1]], ParallelConfig(world_size=2), Path(sys.argv[1]), 60)\n",
+            "from megatron_dagger.training import launch\n"
+            f"launch.PRELOAD, launch._forks = (), lambda: {way == 'forked'}\n"
+            "launch.launch(['rank_program', sys.argv[1]], ParallelConfig(world_size=2), Path(sys.argv[1]), 60)\n",
             str(tmp_path),
         ],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
     )
     wait_until(lambda: len([p for p in tmp_path.glob("pid*") if p.read_text()]) == 2, 30.0)
+    pids = {int(pid) for file in tmp_path.glob("pid*") for pid in file.read_text().split()}
+    assert len(pids) == 3
+    assert (launcher.pid in pids) == (way == "started")
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
-    wait_until(lambda: not any(alive(p.read_text()) for p in tmp_path.glob("pid*")))
+    wait_until(lambda: not any(map(alive, pids)))
+
+
+TELL = (
+    "import os, sys\n"
+    "open(f'{sys.argv[1]}/pid{os.environ[\"RANK\"]}', 'w').write(f'{os.getpid()} {os.getppid()}')\n"
+    "assert 'LEFT_BEHIND' not in os.environ\n"
+    "os.environ['LEFT_BEHIND'] = sys.argv[1]\n"
+)
+
+
+def told(tmp_path):
+    """The ranks' pids and their parents'."""
+    pids, parents = zip(*((tmp_path / f"pid{rank}").read_text().split() for rank in (0, 1)), strict=True)
+    return [*map(int, pids)], {*map(int, parents)}
+
+
+@forked
+def test_one_server_forks_the_ranks_of_all_launches(tmp_path):
+    warm_up({"PYTHONPATH": str(REPOSITORY)})
+    server = module._server.pid
+    assert server != os.getpid()
+    for name in ("first", "second"):  # the second finds another rank_program
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, TELL)
+        pids, parents = told(tmp_path / name)
+        assert len({*pids, server, os.getpid()}) == 4
+        assert parents == {server}
+    module._server.close()
+    assert not alive(server)
+
+
+@forked
+def test_a_killed_server_is_reported_and_replaced(tmp_path):
+    def kill():
+        wait_until(lambda: all((tmp_path / f"pid{rank}").exists() for rank in (0, 1)), 30.0)
+        os.kill(module._server.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(LaunchError, match="the process that the ranks are forked from was killed by SIGKILL"):
+        run(tmp_path, TELL + "import time; time.sleep(60)\n")
+    killer.join()
+    pids, parents = told(tmp_path)
+    wait_until(lambda: not any(map(alive, pids)))
+    run(tmp_path, TELL)
+    assert told(tmp_path)[1] == {module._server.pid} != parents
+
+
+@forked
+def test_a_server_that_cannot_start_says_why(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LaunchError, match=r"(?s)ended with exit code 1:.*ModuleNotFoundError"):
+        launch(["rank_program"], TWO, tmp_path / "logs", 30.0, env={"PYTHONPATH": "", "PYTHONSAFEPATH": "1"})
+
+
+@forked
+def test_a_failed_import_in_advance_is_in_the_ranks_logs(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PRELOAD", ("no_such_module", "colorsys"))
+    run(tmp_path, "import sys; print('colorsys' in sys.modules)")
+    for rank in (0, 1):
+        text = (tmp_path / "logs" / f"rank-{rank}.log").read_text()
+        assert text.startswith("no_such_module could not be imported in advance:\nTraceback")
+        assert text.endswith("No module named 'no_such_module'\nTrue\n")
+
+
+@forked
+def test_a_launch_given_up_while_the_server_imports_starts_no_rank_and_spares_the_server(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text("import time; time.sleep(2)")
+    monkeypatch.setattr(module, "PRELOAD", ("slow",))
+    for name in ("given_up", "next"):
+        (tmp_path / name).mkdir()
+    warm_up({"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"})
+    server = module._server.pid
+    with pytest.raises(LaunchError, match=r"not finished after 0 s; rank 0: .* is empty"):
+        run(tmp_path / "given_up", TELL, deadline_s=0.3)
+    run(tmp_path / "next", TELL)
+    assert told(tmp_path / "next")[1] == {server}
+    assert not [*(tmp_path / "given_up").glob("pid*")]
+
+
+@forked
+def test_a_server_does_not_import_for_a_killed_launcher(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import sys, time\n"
+        "open(f'{sys.path[1]}/slow', 'w').close()\n"
+        "for number in range(600):\n"
+        "    time.sleep(0.1)\n"
+        "    try:\n"
+        "        __import__(f'none{number}')\n"
+        "    except ImportError:\n"
+        "        pass\n"
+    )
+    code = (
+        "from megatron_dagger.training import launch\n"
+        "launch.PRELOAD, launch._forks = ('slow',), lambda: True\n"
+        "launch.warm_up()\n"
+        "print(launch._server.pid, flush=True)\n"
+        "input()\n"
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with launcher:
+        server = int(launcher.stdout.readline())
+        wait_until((tmp_path / "slow").exists)
+        assert alive(server)
+        launcher.kill()
+    wait_until(lambda: not alive(server))
+
+
+@forked
+@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed")
+def test_the_trainer_is_imported_and_no_thread_runs_when_ranks_are_forked(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PRELOAD", PRELOAD)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    source = (
+        "import os, sys\n"
+        "assert {'torch', 'megatron.core', 'zarr', 'megatron_dagger.training.trainer'} <= sys.modules.keys()\n"
+        "assert len(os.listdir(f'/proc/{os.getppid()}/task')) == 1\n"
+        "import torch\n"
+        "assert os.environ['OMP_NUM_THREADS'] == '1'\n"
+        "torch.set_num_threads(2)\n"
+        "assert torch.ones(512, 512).matmul(torch.ones(512, 512)).sum() == 512**3\n"
+    )
+    run(tmp_path, source, deadline_s=120.0)
 
 
 def test_several_hosts_need_an_address(tmp_path, monkeypatch):

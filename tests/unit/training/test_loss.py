@@ -19,9 +19,7 @@ def dataset(weights=(1.0, 0.25, 1.5)):
         tokens = rng.integers(0, 50, 20).astype(np.int32)
         branch = StateLabel(position=6, tokens=rng.integers(50, 60, 3).astype(np.int32), weight=weight / 3)
         made.append(
-            LabelledEpisode(
-                tokens=tokens, labels=(StateLabel(position=8, tokens=tokens[8:13], weight=weight), branch)
-            )
+            LabelledEpisode(tokens=tokens, labels=(StateLabel(position=8, tokens=tokens[8:13], weight=weight), branch))
         )
     return pack(made, 32)
 
@@ -80,5 +78,5 @@ def test_the_rope_table_is_never_as_long_as_a_row_of_several_segments():
         tokens = np.arange(length, dtype=np.int32) % 50
         label = StateLabel(position=length - 1, tokens=tokens[length - 1 :])
         data = pack([LabelledEpisode(tokens=tokens, labels=(label,))], 128)
-        batch = micro_batch(data.row(0), 1.0, CPU, select=True)
+        batch = micro_batch(data.row(0), 1.0, CPU, select=True, engine=True)
         assert length - 1 <= batch.packed.max_seqlen_q < 128

@@ -32,9 +32,11 @@ def predictions(data):
     found = []
     for index in range(len(data.rows)):
         row = data.row(index)
-        for start, stop in zip(row.cu_seqlens[:-1], row.cu_seqlens[1:], strict=True):
+        for start, stop in zip(row.trees[:-1], row.trees[1:], strict=True):
             for place in np.flatnonzero(row.weights[start:stop]) + start:
-                context = tuple(row.tokens[start : place + 1])
+                seen = [*range(start, row.prefix_stops[place]), *range(row.run_starts[place], place + 1)]
+                assert [int(row.position_ids[i]) for i in seen] == list(range(len(seen)))
+                context = tuple(row.tokens[seen])
                 found.append((context, int(row.targets[place]), float(row.weights[place])))
     return sorted(found)
 
@@ -50,9 +52,39 @@ def expected(all_episodes):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(episodes(), max_size=6), st.booleans())
-def test_every_label_token_is_predicted_once_after_exactly_its_own_context(made, apart):
-    assert predictions(pack(made, CAPACITY, one_sample_per_row=apart)) == expected(made)
+@given(st.lists(episodes(), max_size=6), st.booleans(), st.sampled_from(["shared_prefix", "separate"]))
+def test_every_label_token_is_predicted_once_after_exactly_its_own_context(made, apart, packing):
+    data = pack(made, CAPACITY, packing=packing, one_sample_per_row=apart)
+    assert predictions(data) == expected(made)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(episodes(), max_size=6))
+def test_separate_samples_are_plain_segments(made):
+    data = pack(made, CAPACITY, packing="separate")
+    for index in range(len(data.rows)):
+        row = data.row(index)
+        starts = np.repeat(row.trees[:-1], np.diff(row.trees))
+        assert np.array_equal(row.run_starts, starts)
+        assert np.array_equal(row.prefix_stops, starts)
+        assert np.array_equal(row.position_ids, np.arange(CAPACITY) - starts)
+
+
+def test_labels_share_their_prefix():
+    tokens = np.arange(100, dtype=np.int32)
+    labels = tuple(StateLabel(position=p, tokens=np.array([7, 8], np.int32)) for p in range(10, 100, 10))
+    episode = LabelledEpisode(tokens=tokens, labels=labels)
+    assert pack([episode], 128).tokens == 89 + 9 * 2
+    assert pack([episode], 128, packing="separate").tokens == sum(range(11, 101, 10))
+
+
+def test_branches_that_do_not_fit_go_into_another_row_with_the_trunk():
+    tokens = np.arange(40, dtype=np.int32)
+    labels = tuple(StateLabel(position=30, tokens=np.full(10, value, np.int32)) for value in (1, 2, 3))
+    made = [LabelledEpisode(tokens=tokens, labels=labels)]
+    data = pack(made, CAPACITY)
+    assert [len(sample.branches) for sample in data.samples] == [1, 1, 1]
+    assert predictions(data) == expected(made)
 
 
 @settings(max_examples=100, deadline=None)
@@ -62,11 +94,9 @@ def test_rows_are_well_formed_and_their_sums_agree(made):
     assert sorted(i for row in data.rows for i in row) == list(range(len(data.samples)))
     for index, members in enumerate(data.rows):
         row = data.row(index)
-        assert row.cu_seqlens[0] == 0
-        assert row.cu_seqlens[-1] == CAPACITY
-        assert (np.diff(row.cu_seqlens) > 0).all()
-        positions = np.concatenate([np.arange(n) for n in np.diff(row.cu_seqlens)])
-        assert np.array_equal(row.position_ids, positions)
+        assert row.trees[0] == 0
+        assert row.trees[-1] == CAPACITY
+        assert (np.diff(row.trees) > 0).all()
         assert np.isclose(row.weights.sum(), data.row_weights[index])
         assert np.count_nonzero(row.weights) == data.row_label_tokens[index]
         assert data.row_tokens[index] == sum(data.samples[i].length for i in members) <= CAPACITY
@@ -108,23 +138,26 @@ def test_tokens_behind_the_last_label_are_cut():
     tokens = np.arange(20, dtype=np.int32)
     episode = LabelledEpisode(tokens=tokens, labels=(StateLabel(position=5, tokens=tokens[5:8]),))
     (sample,), dropped = samples_of(episode, 48)
-    assert list(sample.tokens()) == list(range(8))
+    assert list(sample.trunk) == list(range(8))
     assert (sample.length, sample.weight, dropped) == (7, 3.0, 0)
 
 
 def test_a_label_that_runs_past_the_episodes_end_is_a_branch():
     tokens = np.arange(6, dtype=np.int32)
     label = StateLabel(position=4, tokens=np.array([4, 5, 6], np.int32))
-    (sample,), _ = samples_of(LabelledEpisode(tokens=tokens, labels=(label,)), 48)
-    assert list(sample.tokens()) == [0, 1, 2, 3, 4, 5, 6]
+    episode = LabelledEpisode(tokens=tokens, labels=(label,))
+    (sample,), _ = samples_of(episode, 48)
+    assert (list(sample.trunk), sample.branches, sample.length) == ([0, 1, 2, 3], (label,), 6)
+    (sample,), _ = samples_of(episode, 48, "separate")
+    assert (list(sample.trunk), sample.branches) == ([0, 1, 2, 3, 4, 5, 6], ())
 
 
 def test_two_labels_of_the_same_tokens_add_their_weights():
     tokens = np.arange(6, dtype=np.int32)
     labels = tuple(StateLabel(position=3, tokens=tokens[3:], weight=w) for w in (0.25, 0.5))
     (sample,), _ = samples_of(LabelledEpisode(tokens=tokens, labels=labels), 48)
-    assert list(sample.token_weights()) == [0, 0, 0, 0.75, 0.75, 0.75]
-    assert sample.weight == pytest.approx(sample.token_weights().sum())
+    assert list(sample.trunk_weights()) == [0, 0, 0, 0.75, 0.75, 0.75]
+    assert sample.weight == pytest.approx(sample.trunk_weights().sum())
 
 
 def test_labels_that_do_not_fit_are_counted_and_the_others_kept(caplog):
@@ -147,4 +180,4 @@ def test_an_empty_row_has_no_loss():
     data = pack([], CAPACITY)
     row = data.row(-1)
     assert (data.fill, data.label_tokens, row.weights.sum()) == (0.0, 0, 0.0)
-    assert list(row.cu_seqlens) == [0, CAPACITY]
+    assert list(row.trees) == [0, CAPACITY]

@@ -2,7 +2,9 @@
 
 list [DIR]                  files of the repository
 search WORD                 lines of the modules under repair that contain WORD
-view ADDRESS [COUNT]        one line and, behind "?", what may be wrong in it; or COUNT lines from there
+view ADDRESS [COUNT]        a line, its fixes, and which of them no test run has failed; or COUNT lines
+untested ADDRESS            the last of these alone
+fix ADDRESS N               apply the N-th fix of a line
 edit ADDRESS OLD NEW [N]    replace the N-th token OLD of a line by NEW
 runtests                    run the tests of the task
 locate                      run them and list the lines that failing tests run most
@@ -14,12 +16,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 from typing import Any
 
 import swaps
 
-STATE = ".repair"  # task.json: what to test; suspects.json: what locate found
+STATE = ".repair"  # task.json: what to test; suspects.json: what locate found; tested.json: lines that failed
 MOST_LINES = 40
 
 
@@ -76,7 +77,29 @@ def command_view(address: str, count: str = "1"):  # type: ignore[no-untyped-def
     for offset, line in enumerate(lines[number - 1 : number - 1 + int(count)]):
         yield f"{_name(path, number + offset)}: {line.rstrip()}"
     if count == "1":
-        yield "? " + shlex.join(candidate.old for candidate in swaps.repairs(lines[number - 1]))
+        fixes = swaps.repairs(lines[number - 1])
+        yield ", ".join(f"{n} {fix.old} -> {fix.new}" for n, fix in enumerate(fixes, 1)) or "no fixes"
+        yield from command_untested(address)
+
+
+def command_untested(address: str):  # type: ignore[no-untyped-def]
+    path, number = _address(address)
+    lines = _lines(path)
+    line = lines[number - 1] if 1 <= number <= len(lines) else ""
+    failed = _tested()
+    fixes = enumerate(swaps.repairs(line), 1)
+    left = [str(n) for n, fix in fixes if (path, number, swaps.replace_token(line, fix)) not in failed]
+    # The lowest last: what stands at one distance from the end is what a small model learns first.
+    yield f"untested: {', '.join(reversed(left)) or 'none'} of {_name(path, number)}"
+
+
+def command_fix(address: str, number_of_fix: str):  # type: ignore[no-untyped-def]
+    path, number = _address(address)
+    lines = _lines(path)
+    fixes = swaps.repairs(lines[number - 1]) if 1 <= number <= len(lines) else []
+    if not number_of_fix.isdigit() or not 1 <= int(number_of_fix) <= len(fixes):
+        raise UsageError(f"there are {len(fixes)} fixes of {_name(path, number)}")
+    yield _replace(path, number, lines, fixes[int(number_of_fix) - 1])
 
 
 def command_edit(address: str, old: str, new: str, nth: str = "1"):  # type: ignore[no-untyped-def]
@@ -86,14 +109,17 @@ def command_edit(address: str, old: str, new: str, nth: str = "1"):  # type: ign
         raise UsageError(f"{path} has {len(lines)} lines")
     if not nth.isdigit():
         raise UsageError("N is a number")
-    change = swaps.Candidate(old=old, new=new, nth=int(nth))
+    yield _replace(path, number, lines, swaps.Candidate(old=old, new=new, nth=int(nth)))
+
+
+def _replace(path: str, number: int, lines: list[str], change: swaps.Candidate) -> str:
     changed = swaps.replace_token(lines[number - 1], change)
     if changed is None:
-        raise UsageError(f"no token {old} there" if nth == "1" else f"no {nth} tokens {old} there")
+        raise UsageError(f"there are not {change.nth} tokens {change.old}")
     lines[number - 1] = changed
     with open(path, "w", encoding="utf-8", newline="") as file:
         file.writelines(lines)
-    yield f"{_name(path, number)}: {changed.rstrip()}"
+    return f"{_name(path, number)}: {changed.rstrip()}"
 
 
 def command_runtests():  # type: ignore[no-untyped-def]
@@ -149,6 +175,14 @@ def suspects(recorder: Any, task: dict) -> list[tuple[str, int]]:
             score = failed / math.sqrt(len(failing) * (failed + passed))
             scored.append((-round(score, 6), path.removeprefix(root), number))
     return [(path, number) for _, path, number in sorted(scored)[: task["suspects"]]]
+
+
+def _tested() -> set[tuple[str, int, str]]:
+    """Lines (file, number, text) with which, alone changed, the tests have failed."""
+    try:
+        return {(path, number, text) for path, number, text in _read("tested.json")}
+    except UsageError:
+        return set()
 
 
 def _run(task: dict, *, trace: bool = False):  # type: ignore[no-untyped-def]
@@ -214,6 +248,8 @@ COMMANDS = {
     "list": command_list,
     "search": command_search,
     "view": command_view,
+    "untested": command_untested,
+    "fix": command_fix,
     "edit": command_edit,
     "runtests": command_runtests,
     "locate": command_locate,

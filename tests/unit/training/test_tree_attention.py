@@ -1,0 +1,70 @@
+"""Attention over trees, against a plain computation over the whole row in float64."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dagger.training import local_modules
+from megatron_dagger.training.local_modules import TreeAttention, tree_params
+from megatron_dagger.training.packing import pack
+from megatron_dagger.types import LabelledEpisode, StateLabel
+
+HEADS, GROUPS, SIZE = 4, 2, 8
+
+
+def row(seed, length=96):
+    """A packed row of a few episodes with branches of many lengths, and padding."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(4):
+        tokens = rng.integers(0, 9, rng.integers(8, 22)).astype(np.int32)
+        positions = np.sort(rng.choice(np.arange(1, len(tokens)), rng.integers(1, 4), replace=False))
+        labels = [StateLabel(position=int(p), tokens=rng.integers(10, 19, 3).astype(np.int32)) for p in positions]
+        made.append(LabelledEpisode(tokens=tokens, labels=(*labels, StateLabel(position=4, tokens=tokens[4:6]))))
+    return pack(made, length).row(0)
+
+
+def plainly(query, key, value, packed):
+    """Each place's own softmax over the places it sees."""
+    out = torch.zeros_like(query)
+    starts = np.repeat(packed.trees[:-1], np.diff(packed.trees))
+    for place in range(query.size(0)):
+        seen = [*range(starts[place], packed.prefix_stops[place]), *range(packed.run_starts[place], place + 1)]
+        for head in range(HEADS):
+            group = head // (HEADS // GROUPS)
+            scores = key[seen, 0, group] @ query[place, 0, head] / math.sqrt(SIZE)
+            out[place, 0, head] = scores.softmax(0) @ value[seen, 0, group]
+    return out.reshape(query.size(0), 1, -1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("branch_tokens", [512, 4])
+def test_output_and_gradients_are_those_of_the_plain_computation(seed, branch_tokens, monkeypatch):
+    monkeypatch.setattr(local_modules, "_BRANCH_TOKENS", branch_tokens)
+    packed = row(seed)
+    assert packed.prefix_stops.any(), "there are branches"
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(96, 1, n, SIZE, generator=generator, dtype=torch.float64) for n in (HEADS, GROUPS, GROUPS)]
+    attention = TreeAttention(SimpleNamespace(kv_channels=SIZE), 1, None, "self")
+    ours = [x.clone().requires_grad_() for x in inputs]
+    theirs = [x.clone().requires_grad_() for x in inputs]
+    a = attention(*ours, packed_seq_params=tree_params(packed, torch.device("cpu")))
+    b = plainly(*theirs, packed)
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    weights = torch.randn(a.shape, generator=generator, dtype=torch.float64)
+    for result in (a, b):
+        (result * weights).sum().backward()
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-11)
+
+
+def test_positions_go_on_from_the_prefix():
+    tokens = np.arange(20, dtype=np.int32)
+    label = StateLabel(position=12, tokens=np.array([30, 31, 32], np.int32))
+    packed = pack([LabelledEpisode(tokens=tokens, labels=(label,))], 32).row(0)
+    assert list(packed.position_ids[:14]) == [*range(11), 11, 12, 13]
+    assert list(packed.tokens[10:14]) == [10, 11, 30, 31]
+    assert list(packed.targets[11:14]) == [30, 31, 32]

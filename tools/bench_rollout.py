@@ -30,13 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_dagger.agents.episode import EpisodeKey, EpisodeRunner
 from megatron_dagger.cli.world import create_run, open_run, world
-from megatron_dagger.config import DaggerConfig, RunConfig, TasksConfig, TrainingConfig
+from megatron_dagger.config import RunConfig, TasksConfig
 from megatron_dagger.dagger import loop
 from megatron_dagger.dagger.mixing import MixtureActor
 from megatron_dagger.dagger.world import World
 from megatron_dagger.policies.base import Policy
 from megatron_dagger.store.atomic import read_json
 from megatron_dagger.types import Action, State, Trajectory
+from recipes import find_recipe
 
 BENCH_ROUND = 1_000_000  # seeds of its own
 
@@ -199,12 +200,10 @@ async def prepare(config: RunConfig, run_dir: Path) -> None:
 
 
 def small_config(tasks: str) -> RunConfig:
-    return RunConfig(
-        name="bench-rollout",
-        tasks=TasksConfig(source=tasks, train_tasks=64, heldout_tasks=8),  # type: ignore[arg-type]
-        training=TrainingConfig(epochs=4.0, sequence_length=4096),
-        dagger=DaggerConfig(rounds=0, sft_tasks=64),
-    )
+    """Round 0 of the quickstart, whose student does what a trained one does."""
+    recipe = find_recipe("quickstart")()
+    packages = recipe.tasks if tasks == "packages" else TasksConfig(source="stdlib", train_tasks=64, heldout_tasks=8)
+    return replace(recipe, tasks=packages, dagger=replace(recipe.dagger, rounds=0))
 
 
 def main() -> int:

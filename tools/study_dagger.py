@@ -5,7 +5,7 @@ start from the same weights. They differ in who acts after round 0: in the DAgge
 labels are for states that the student reaches; in the SFT arm the teacher alone. Each seed has its own weights,
 tasks and draws. The interval is a bootstrap over held-out tasks, the seeds of a task kept together and paired.
 
-    tools/study_dagger.py                 3 seeds, 100 held-out tasks; hours on two cores; goes on where it was
+    tools/study_dagger.py                 3 seeds, 100 held-out tasks, about 40 minutes; goes on where it was
     tools/study_dagger.py --seeds 1 --heldout 20 dagger.rounds=1     a quick look
 """
 
@@ -22,6 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_dagger.cli.world import open_run  # noqa: E402
+from megatron_dagger.dagger.aggregation import aggregate  # noqa: E402
 from megatron_dagger.store.aggregated import DataStore  # noqa: E402
 
 ARMS = {
@@ -38,27 +40,31 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study", help="where the runs go")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--heldout", type=int, default=100, help="held-out tasks")
-    parser.add_argument("--labels", type=int, default=400, help="labelled turns of each round, in both arms")
+    parser.add_argument("--labels", type=int, default=600, help="labelled turns of each round, in both arms")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings of both arms")
     arguments = parser.parse_args()
     outcomes: dict[str, list[dict[str, bool]]] = {arm: [] for arm in ARMS}
-    labels: dict[str, list[int]] = {arm: [] for arm in ARMS}
+    amounts: list[tuple[int, int]] = []
     for number in range(arguments.seeds):
         for arm, differing in ARMS.items():
             run = arguments.out / f"{arm}-{number}"
             settings = [
                 f"seed={1 + SEED_STEP * number}",
+                "tasks.heldout_packages=[]",  # every package that is kept for evaluation
                 f"tasks.heldout_tasks={arguments.heldout}",
                 f"dagger.evaluation_tasks={arguments.heldout}",
                 "dagger.evaluate_rounds=last",
+                "training.epochs=1000",  # so that training.max_steps is what ends a round, in both arms
                 f"dagger.aggregation.max_labels_per_round={arguments.labels}",
                 *arguments.settings,
                 *differing,
             ]
             train(run, settings)
             outcomes[arm].append(heldout(run))
-            labels[arm].append(labelled(run, arguments.labels))
-    report(outcomes, labels)
+            amounts.append(amount(run))
+    if len(set(amounts)) > 1:
+        raise SystemExit(f"the arms had different (labelled turns, steps): {amounts}; lower --labels")
+    report(outcomes, *amounts[0])
     return 0
 
 
@@ -74,16 +80,15 @@ def heldout(run: Path) -> dict[str, bool]:
     return {episode.task_id: episode.solved for episode in store.episodes(max(store.rounds()))}
 
 
-def labelled(run: Path, most: int) -> int:
-    """The labels that the arm was trained on; fewer than asked for would make the comparison unfair."""
-    store = DataStore.open(run / "data.zarr")
-    given = [store.manifest(index).labelled_turns for index in store.rounds()]
-    if min(given) < most:
-        raise SystemExit(f"{run}: a round has {min(given)} labelled turns, fewer than --labels {most}; lower it")
-    return most * len(given)
+def amount(run: Path) -> tuple[int, int]:
+    """The labelled turns that the run's last round was trained on, and the optimizer steps of all rounds."""
+    store, config = DataStore.open(run / "data.zarr"), open_run(run)
+    episodes = aggregate((e for index in store.rounds() for e in store.episodes(index)), config.dagger.aggregation)
+    steps = [json.loads(path.read_text())["steps"] for path in sorted(run.glob("rounds/*/train/manifest.json"))]
+    return sum(len(episode.labels) for episode in episodes), sum(steps)
 
 
-def report(outcomes: dict[str, list[dict[str, bool]]], labels: dict[str, list[int]]) -> None:
+def report(outcomes: dict[str, list[dict[str, bool]]], labelled_turns: int, steps: int) -> None:
     tasks = sorted({(seed, task) for seed, found in enumerate(outcomes["dagger"]) for task in found})
     print("seed  sft  dagger  tasks")
     for seed, (sft, dagger) in enumerate(zip(outcomes["sft"], outcomes["dagger"], strict=True)):
@@ -95,7 +100,8 @@ def report(outcomes: dict[str, list[dict[str, bool]]], labels: dict[str, list[in
     result = {
         "seeds": len(outcomes["sft"]),
         "heldout_tasks": len(by_task),
-        "labelled_turns": labels["dagger"],
+        "labelled_turns": labelled_turns,
+        "steps": steps,
         "sft_success": mean(v for found in outcomes["sft"] for v in found.values()),
         "dagger_success": mean(v for found in outcomes["dagger"] for v in found.values()),
         "difference_points": 100 * difference,

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
-import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,104 +19,15 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 
-from megatron_dagger.config import (
-    EngineConfig,
-    ModelConfig,
-    ParallelConfig,
-    SamplingConfig,
-    TrainingConfig,
-    to_dict,
-)
-from megatron_dagger.policies.base import Policy, PolicyError
+from megatron_dagger.policies.base import PolicyError
 from megatron_dagger.policies.vllm_engine import Sampling
 from megatron_dagger.policies.vllm_student import VllmStudent
-from megatron_dagger.training.launch import launch
-from megatron_dagger.types import State
 from megatron_dagger.weights.digest import digests
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
+from tests.integration.served import TOLERANCE, Written, start, state
 
 ROOT = Path(__file__).resolve().parents[2]
-TIED = ModelConfig(num_layers=2, vocab_size=1000, init_std=0.2)  # large weights: log-probs far from uniform
-UNTIED = replace(TIED, tie_embeddings=False)
-TP2 = ParallelConfig(world_size=2, tensor_model_parallel_size=2)
-PP2 = ParallelConfig(world_size=2, pipeline_model_parallel_size=2)
-ONE = ParallelConfig()
-END = 7
-TOLERANCE = 1e-3  # of log-probs in fp32: what the project promises
-
-
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """What ``bridge_writer`` left for a model and layout."""
-
-    directory: Path
-    model: ModelConfig
-
-    def checkpoint(self, version: int = 0) -> Path:
-        return self.directory / f"checkpoint-{version}"
-
-    def digests(self, version: int = 0) -> dict[str, str]:
-        return json.loads((self.directory / f"digests-{version}.json").read_text())
-
-    def logprobs(self, version: int = 0) -> np.ndarray:
-        return np.load(self.directory / f"logprobs-{version}.npy")
-
-    @property
-    def tokens(self) -> np.ndarray:
-        return np.load(self.directory / "tokens.npy")
-
-
-def write(directory: Path, model: ModelConfig, parallel: ParallelConfig, versions: int) -> Written:
-    directory.mkdir()
-    training = TrainingConfig(parallel=parallel, sequence_length=320, global_batch_tokens=320)
-    job = {"model": to_dict(model), "training": to_dict(training), "versions": versions}
-    (directory / "job.json").write_text(json.dumps(job))
-    (directory / "config.json").write_text(json.dumps(model.hf_config()))
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, 300).astype(np.int32)
-    np.save(directory / "tokens.npy", tokens)
-    arguments = ["tests.integration.bridge_writer", str(directory)]
-    launch(arguments, parallel, directory / "logs", 300, env={"PYTHONPATH": str(ROOT)})
-    return Written(directory, model)
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """By name: the tied model from one process (two versions) and from PP2, the untied one from TP2."""
-    root = tmp_path_factory.mktemp("megatron")
-    return {
-        "one": write(root / "one", TIED, ONE, 2),
-        "pp2": write(root / "pp2", TIED, PP2, 1),
-        "tp2": write(root / "tp2", UNTIED, TP2, 1),
-    }
-
-
-def start(where: Written, workers: int = 1) -> VllmStudent:
-    engine = EngineConfig(max_model_len=512, kv_cache_memory_mib=32, start_deadline_s=300, tensor_parallel_size=workers)
-    student = VllmStudent(where.directory, where.model, engine, seed=1, decode=str, end_of_turn=END)
-    student.start()
-    return student
-
-
-@pytest.fixture(scope="module")
-def tied_student(written):
-    student = start(written["one"])
-    yield student
-    student.close()
-
-
-@pytest.fixture
-def student(tied_student, written):
-    """The tied model's engine, serving version 0 of its weights."""
-    tied_student.sync(written["one"].checkpoint(), 0, written["one"].digests())
-    yield tied_student
-    tied_student.config = replace(tied_student.config, request_deadline_s=600.0)
-    tied_student.end_of_turn = END
-
-
-def state(seed: int, length: int = 40) -> State:
-    tokens = np.random.default_rng(seed).integers(0, 1000, length).astype(np.int32)
-    return State(messages=(), tokens=tokens, seed=seed)
 
 
 def served(student: VllmStudent, where: Written) -> np.ndarray:
@@ -179,70 +88,6 @@ def test_new_weights_change_what_is_served_and_the_prefix_cache_is_emptied(stude
     whole = np.array([*prompt, *fresh.tokens])
     assert np.abs(student.logprobs(whole)[-len(fresh.tokens) :] - fresh.logprobs).max() < TOLERANCE
     assert not np.array_equal(warm.tokens, fresh.tokens)
-
-
-def test_an_action_is_verbatim_versioned_and_reproducible_in_any_batch(student):
-    policy = student.with_sampling(SamplingConfig(temperature=1.0, top_p=0.95, max_tokens=12))
-    assert isinstance(policy, Policy)
-    assert isinstance(student, Policy)
-
-    async def together(seeds):
-        return await asyncio.gather(*[policy.act(state(seed)) for seed in seeds])
-
-    [alone] = asyncio.run(together([5]))
-    crowd = asyncio.run(together(range(16)))
-    assert np.array_equal(alone.tokens, crowd[5].tokens)
-    assert alone.tokens.dtype == np.int32
-    assert alone.logprobs.dtype == np.float32
-    assert {action.weight_version for action in crowd} == {0}
-    assert len({tuple(action.tokens) for action in crowd}) == 16
-    same_prompt = replace(state(5), seed=6)
-    assert not np.array_equal(asyncio.run(policy.act(same_prompt)).tokens, alone.tokens)
-    # The log-probs are the model's own at temperature 1, whatever the sampling was.
-    whole = np.concatenate([state(5).tokens, alone.tokens])
-    assert np.abs(student.logprobs(whole)[-len(alone.tokens) :] - alone.logprobs).max() < TOLERANCE
-
-
-def test_many_long_seeded_prompts_at_once_are_sampled_as_if_alone(student):
-    """More prompt tokens than fit one step: a prompt that vLLM cuts in pieces would end the engine on the CPU."""
-    policy = student.with_sampling(SamplingConfig(temperature=1.0, top_p=0.95, max_tokens=4))
-
-    async def together(seeds):
-        return await asyncio.gather(*[policy.act(state(seed, 400)) for seed in seeds])
-
-    crowd = asyncio.run(together(range(12)))
-    assert np.array_equal(asyncio.run(together([11]))[0].tokens, crowd[11].tokens)
-
-
-def test_a_turn_ends_with_the_end_of_turn_token_which_is_kept(student):
-    student.set_sampling(SamplingConfig(temperature=1.0, top_p=1.0, max_tokens=12))
-    free = asyncio.run(student.act(state(1)))
-    assert len(free.tokens) == 12
-    student.end_of_turn = int(free.tokens[4])
-    ended = asyncio.run(student.act(state(1)))
-    stop = free.tokens.tolist().index(student.end_of_turn) + 1
-    assert ended.tokens.tolist() == free.tokens[:stop].tolist()
-    assert ended.text == str(free.tokens[: stop - 1])
-
-
-def test_a_long_conversation_is_cut_at_or_refused_by_the_engines_length(student):
-    student.set_sampling(SamplingConfig(max_tokens=64))
-    assert len(asyncio.run(student.act(state(1, 509))).tokens) <= 3
-    with pytest.raises(PolicyError, match="max_model_len is 512"):
-        asyncio.run(student.act(state(1, 512)))
-    with pytest.raises(ValueError, match="2 to 511 tokens"):
-        student.logprobs(np.zeros(512, np.int32))
-
-
-def test_a_deadline_passes_for_one_request_and_the_engine_goes_on(student):
-    student.set_sampling(SamplingConfig(max_tokens=400, top_p=1.0, temperature=1.0))
-    student.config = replace(student.config, request_deadline_s=0.02)
-    with pytest.raises(PolicyError, match="request_deadline_s=0"):
-        asyncio.run(student.act(state(1)))
-    student.config = replace(student.config, request_deadline_s=120.0)
-    student.set_sampling(SamplingConfig(max_tokens=2))
-    assert len(asyncio.run(student.act(state(2))).tokens) <= 2
-    assert student._thread.run(lambda engine: engine._engine.get_num_unfinished_requests(), timeout_s=60) == 0
 
 
 def damaged(where: Written, directory: Path, damage) -> Path:

@@ -40,6 +40,7 @@ def make_episodes(count=20):
 
 def write_job(folder, name, parallel, *, init=None, **training):
     settings = {"sequence_length": 128, "global_batch_tokens": 512, "epochs": 4.0, "checkpoint_interval": 4}
+    settings["packing"] = "shared_prefix"
     job = TrainJob(
         round_index=1,
         seed=3,

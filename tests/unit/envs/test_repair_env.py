@@ -110,6 +110,55 @@ def test_undo_takes_back_any_change(make_env):
         assert env.step("undo").text.startswith("error: nothing to undo")
 
 
+def wrong_fix(env):
+    """The address and number of a fix that does not make the tests pass, which has been run and undone."""
+    for rank in range(1, 10):
+        if not env.step(f"view @{rank}").text.endswith(f"untested: none of @{rank}"):
+            env.step(f"fix @{rank} 1")
+            if env.step("runtests").text.startswith("FAIL"):
+                return rank, env.step("undo").text
+            env.step("undo")
+    raise AssertionError("every first fix makes the tests pass")
+
+
+def test_a_fix_with_which_the_tests_failed_is_not_proposed_again(make_env):
+    with make_env() as env:
+        env.reset()
+        env.step("locate")
+        rank, after_undo = wrong_fix(env)
+        untested = after_undo.splitlines()[-1]
+        assert untested.endswith(f" of @{rank}")
+        assert not untested.endswith(f" 1 of @{rank}")
+        assert env.step(f"view @{rank}").text.endswith(untested)
+        env.reset()  # another episode knows nothing of it
+        env.step("locate")
+        assert env.step(f"view @{rank}").text.endswith(f" 1 of @{rank}")
+
+
+def test_two_open_edits_clear_no_fix(make_env):
+    with make_env() as env:
+        env.reset()
+        env.step("locate")
+        rank, _ = wrong_fix(env)
+        before = env.step(f"view @{rank}").text
+        env.step("echo '# a note' >> small.py")
+        env.step(f"fix @{rank} 1")
+        env.step("runtests")
+        env.step("undo")
+        env.step("undo")
+        assert env.step(f"view @{rank}").text == before
+
+
+@pytest.mark.parametrize("command", ["fix @1 99", "fix @1 x", "fix @1", "fix small.py:1 0", "fix nowhere.py:1 1"])
+def test_a_fix_that_is_not_there_is_an_error_and_changes_nothing(make_env, command):
+    with make_env() as env:
+        env.reset()
+        env.step("locate")
+        answer = env.step(command).text
+        assert answer.startswith("error: ")
+        assert answer.endswith("edits: 0")
+
+
 def test_only_the_package_is_judged(make_env, tasks):
     with make_env() as env:
         env.reset()

@@ -1,0 +1,38 @@
+"""Checkpoints and engines that several tests share. Tests that need vLLM or Megatron skip without them."""
+
+from dataclasses import replace
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """By name: the tied model from one process (two versions) and from PP2, the untied one from TP2."""
+    from tests.integration.served import ONE, PP2, TIED, TP2, UNTIED, write
+
+    root = tmp_path_factory.mktemp("megatron")
+    return {
+        "one": write(root / "one", TIED, ONE, 2),
+        "pp2": write(root / "pp2", TIED, PP2, 1),
+        "tp2": write(root / "tp2", UNTIED, TP2, 1),
+    }
+
+
+@pytest.fixture(scope="module")
+def tied_student(written):
+    from tests.integration.served import start
+
+    student = start(written["one"])
+    yield student
+    student.close()
+
+
+@pytest.fixture
+def student(tied_student, written):
+    """The tied model's engine, serving version 0 of its weights."""
+    from tests.integration.served import END
+
+    tied_student.sync(written["one"].checkpoint(), 0, written["one"].digests())
+    yield tied_student
+    tied_student.config = replace(tied_student.config, request_deadline_s=600.0)
+    tied_student.end_of_turn = END

@@ -1,0 +1,69 @@
+"""Models that Megatron has written and vLLM serves: what the tests of the bridge and of sampling start from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dagger.config import EngineConfig, ModelConfig, ParallelConfig, TrainingConfig, to_dict
+from megatron_dagger.policies.vllm_student import VllmStudent
+from megatron_dagger.training.launch import launch
+from megatron_dagger.types import State
+
+ROOT = Path(__file__).resolve().parents[2]
+TIED = ModelConfig(num_layers=2, vocab_size=1000, init_std=0.2)  # large weights: log-probs far from uniform
+UNTIED = replace(TIED, tie_embeddings=False)
+TP2 = ParallelConfig(world_size=2, tensor_model_parallel_size=2)
+PP2 = ParallelConfig(world_size=2, pipeline_model_parallel_size=2)
+ONE = ParallelConfig()
+END = 7
+TOLERANCE = 1e-3  # of log-probs in fp32: what the project promises
+
+
+@dataclass(frozen=True)
+class Written:
+    """What ``bridge_writer`` left for a model and layout."""
+
+    directory: Path
+    model: ModelConfig
+
+    def checkpoint(self, version: int = 0) -> Path:
+        return self.directory / f"checkpoint-{version}"
+
+    def digests(self, version: int = 0) -> dict[str, str]:
+        return json.loads((self.directory / f"digests-{version}.json").read_text())
+
+    def logprobs(self, version: int = 0) -> np.ndarray:
+        return np.load(self.directory / f"logprobs-{version}.npy")
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return np.load(self.directory / "tokens.npy")
+
+
+def write(directory: Path, model: ModelConfig, parallel: ParallelConfig, versions: int) -> Written:
+    directory.mkdir()
+    training = TrainingConfig(parallel=parallel, sequence_length=320, global_batch_tokens=320)
+    job = {"model": to_dict(model), "training": to_dict(training), "versions": versions}
+    (directory / "job.json").write_text(json.dumps(job))
+    (directory / "config.json").write_text(json.dumps(model.hf_config()))
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, 300).astype(np.int32)
+    np.save(directory / "tokens.npy", tokens)
+    arguments = ["tests.integration.bridge_writer", str(directory)]
+    launch(arguments, parallel, directory / "logs", 300, env={"PYTHONPATH": str(ROOT)})
+    return Written(directory, model)
+
+
+def start(where: Written, workers: int = 1) -> VllmStudent:
+    engine = EngineConfig(max_model_len=512, kv_cache_memory_mib=32, start_deadline_s=300, tensor_parallel_size=workers)
+    student = VllmStudent(where.directory, where.model, engine, seed=1, decode=str, end_of_turn=END)
+    student.start()
+    return student
+
+
+def state(seed: int, length: int = 40) -> State:
+    tokens = np.random.default_rng(seed).integers(0, 1000, length).astype(np.int32)
+    return State(messages=(), tokens=tokens, seed=seed)

@@ -17,7 +17,7 @@ from megatron_dagger.training.episode_file import save_episodes
 from megatron_dagger.training.job import TrainJob
 from megatron_dagger.training.launch import LaunchError, launch
 from megatron_dagger.types import LabelledEpisode, StateLabel
-from megatron_dagger.weights.families.qwen3 import canonical_names
+from megatron_dagger.weights.families import canonical_names
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=96, vocab_size=250)

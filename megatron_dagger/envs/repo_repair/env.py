@@ -57,10 +57,10 @@ class RepairEnv:
 
     def reset(self) -> tuple[str, str]:
         self._sandbox = self._sandbox or self._pool.take()
-        self._sandbox.write({**self._files, **self._settings()})
         self._tree = dict(self._original)
         self._history = []
         self._tested = []
+        self._sandbox.write({**self._files, **self._settings()})
         return SYSTEM_MESSAGE, self.task.problem_statement
 
     def step(self, command: str) -> Observation:

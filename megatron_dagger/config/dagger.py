@@ -36,7 +36,7 @@ class AggregationConfig:
     last_rounds: int = 3  # for window=last
     filter: Literal["none", "finished", "solved"] = "none"
     deduplicate: bool = True  # the same label after the same tokens counts once
-    max_labels_per_round: int | None = None  # the first so many of each round; None: all
+    max_labels_per_round: int | None = None  # so many of each round, drawn from all its labels; None: all
 
     def __post_init__(self) -> None:
         require(self.last_rounds > 0, "dagger.aggregation.last_rounds must be positive")

@@ -7,9 +7,11 @@ round after round; they are read once and not kept, so that rounds larger than m
 from __future__ import annotations
 
 import hashlib
+import random
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,9 +36,8 @@ def aggregate(trajectories: Iterable[Trajectory], config: AggregationConfig) -> 
     first in (round, task, attempt, turn) order. An episode of which no label is left is dropped.
     ValueError if the trajectories are out of that order: then "first" would mean nothing.
     """
-    episodes: list[LabelledEpisode] = []
+    by_round: dict[int, list[LabelledEpisode]] = {}
     seen: set[bytes] = set()
-    kept_of_round: Counter[int] = Counter()
     previous: tuple[int, str, int] | None = None
     for trajectory in trajectories:
         if previous is not None and trajectory.key <= previous:
@@ -50,12 +51,25 @@ def aggregate(trajectories: Iterable[Trajectory], config: AggregationConfig) -> 
         tokens, labels = labels_of(trajectory)
         if config.deduplicate:
             labels = _first_seen(tokens, labels, seen)
-        if config.max_labels_per_round is not None:
-            labels = labels[: config.max_labels_per_round - kept_of_round[trajectory.round_index]]
-        kept_of_round[trajectory.round_index] += len(labels)
         if labels:
-            episodes.append(LabelledEpisode(tokens=tokens, labels=tuple(labels)))
-    return episodes
+            episode = LabelledEpisode(tokens=tokens, labels=tuple(labels))
+            by_round.setdefault(trajectory.round_index, []).append(episode)
+    if config.max_labels_per_round is not None:
+        most = config.max_labels_per_round
+        by_round = {index: _drawn(episodes, most, seed=index) for index, episodes in by_round.items()}
+    return [episode for episodes in by_round.values() for episode in episodes]
+
+
+def _drawn(episodes: list[LabelledEpisode], most: int, *, seed: int) -> list[LabelledEpisode]:
+    """The episodes with at most ``most`` of their labels, drawn from all alike."""
+    places = [(episode, label) for episode, found in enumerate(episodes) for label in range(len(found.labels))]
+    chosen = set(random.Random(seed).sample(places, min(most, len(places))))
+    kept = []
+    for number, episode in enumerate(episodes):
+        labels = tuple(label for place, label in enumerate(episode.labels) if (number, place) in chosen)
+        if labels:
+            kept.append(replace(episode, labels=labels))
+    return kept
 
 
 def passes(trajectory: Trajectory, name: str) -> bool:

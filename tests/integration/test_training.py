@@ -39,7 +39,7 @@ def make_episodes(count=20):
 
 
 def write_job(folder, name, parallel, *, init=None, **training):
-    settings = {"sequence_length": 128, "global_batch_tokens": 512, "epochs": 4.0, "checkpoint_interval": 4}
+    settings = {"sequence_length": 128, "global_batch_tokens": 512, "epochs": 6.0, "checkpoint_interval": 4}
     settings["packing"] = "shared_prefix"
     job = TrainJob(
         round_index=1,
@@ -133,7 +133,7 @@ def test_a_killed_round_resumes_with_the_same_losses_in_any_layout(tmp_path):
     assert ours["digests"] != manifest(tmp_path, "following")["digests"]
     assert (ours["round"], ours["weight_version"], ours["steps"]) == (1, 7, len(wanted))
     assert (ours["first_loss"], ours["last_loss"]) == (wanted[0], wanted[-1])
-    assert ours["label_tokens"] == 4 * 20 * 18  # four passes over 18 label tokens of 20 episodes
+    assert ours["label_tokens"] == 6 * 20 * 18  # six passes over 18 label tokens of 20 episodes
     names = {path.name for path in (tmp_path / "killed").iterdir()}
     assert names == {"checkpoint", "manifest.json", "metrics.jsonl"}
 

@@ -15,8 +15,12 @@ from collections.abc import Sequence
 
 import pytest
 
-QUIET = ["-q", "--tb=no", "-p", "no:cacheprovider", "-c", os.devnull, "--assert=plain"]
-UNUSED = "faulthandler unraisableexception threadexception junitxml doctest pastebin stepwise logging"
+UNUSED = "faulthandler unraisableexception threadexception junitxml doctest pastebin stepwise logging cacheprovider"
+OPTIONS = ["-q", "--tb=no", "-c", os.devnull, "--assert=plain"]
+OPTIONS += [option for name in UNUSED.split() for option in ("-p", f"no:{name}")]
+# Plugins of the environment that pytest is installed in are no part of the package under repair, and
+# importing them takes four times as long as importing pytest.
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 TEST_TIMEOUT_S = 2.0
 
 
@@ -99,19 +103,15 @@ def run(
         for name in os.listdir(path):
             sys.modules.pop(name.removesuffix(".py"), None)
     sys.path[:0] = [os.path.abspath(path) for path in paths]
-    options = list(QUIET)
-    for name in UNUSED.split():
-        options += ["-p", f"no:{name}"]
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pytest.main([*options, "--rootdir", os.getcwd(), *extra, *files], plugins=[recorder])
+        pytest.main([*OPTIONS, "--rootdir", os.getcwd(), *extra, *files], plugins=[recorder])
     return recorder
 
 
 def _warm_up() -> None:
     """Import all that a run needs: children forked from the sandbox's server then start at once."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pytest.main([*QUIET, "--collect-only", os.devnull])
+        pytest.main([*OPTIONS, "--collect-only", os.devnull])
 
 
 _warm_up()

@@ -175,12 +175,12 @@ def _gradients(engine: Any, data: packing.PackedDataset) -> tuple[float, dict[st
 def _canonical(engine: Any, value: Any) -> dict[str, Any]:
     from megatron_dagger.training import layout
     from megatron_dagger.training.model import bare
-    from megatron_dagger.weights.families import qwen3
+    from megatron_dagger.weights import families
 
     return {
         canonical: tensor.float().cpu().numpy().copy()
         for name, parameter in layout.global_parameters(bare(engine.chunks[0]))
-        for canonical, tensor in qwen3.to_canonical(name, value(parameter), engine.model_config)
+        for canonical, tensor in families.to_canonical(name, value(parameter), engine.model_config)
     }
 
 

@@ -7,12 +7,24 @@ from typing import Any, Literal
 
 from megatron_dagger.config.base import require
 
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A dense decoder of the Qwen3 family (RMSNorm, SwiGLU, GQA, QK norm, RoPE)."""
+    """A decoder with RMSNorm, SwiGLU, GQA and RoPE (unscaled), of one of four families.
 
-    family: Literal["qwen3"] = "qwen3"
+    They differ so: ``llama`` (SmolLM2 too) has nothing more, ``qwen2`` has biases on Q, K and V,
+    ``qwen3`` normalises Q and K per head, and ``qwen3_moe`` is ``qwen3`` with a mixture of experts
+    (no shared ones) instead of the MLP in every layer; ``ffn_hidden_size`` is not used there.
+    """
+
+    family: Literal["llama", "qwen2", "qwen3", "qwen3_moe"] = "qwen3"
     num_layers: int = 4
     hidden_size: int = 128
     ffn_hidden_size: int = 384
@@ -25,6 +37,10 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-6
     tie_embeddings: bool = True
     init_std: float = 0.02
+    num_moe_experts: int | None = None  # this and the next are for qwen3_moe only, and needed there
+    moe_ffn_hidden_size: int | None = None  # of one expert
+    moe_router_topk: int = 2  # experts per token
+    norm_topk_prob: bool = True  # the chosen experts' weights sum to one
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "kv_channels"):
@@ -35,18 +51,19 @@ class ModelConfig:
             f"model.num_attention_heads={self.num_attention_heads}",
         )
         require(self.kv_channels % 2 == 0, f"model.kv_channels={self.kv_channels} must be even (RoPE)")
+        self._check_head_size()
+        self._check_experts()
 
     def hf_config(self) -> dict[str, Any]:
-        """The content of a Hugging Face ``config.json`` for this model (Qwen3ForCausalLM)."""
+        """The content of a Hugging Face ``config.json`` for this model."""
         return {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
+            "architectures": [_ARCHITECTURES[self.family]],
+            "model_type": self.family,
             "num_hidden_layers": self.num_layers,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.ffn_hidden_size,
             "num_attention_heads": self.num_attention_heads,
             "num_key_value_heads": self.num_query_groups,
-            "head_dim": self.kv_channels,
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.max_position_embeddings,
             "rope_theta": float(self.rotary_base),
@@ -54,8 +71,55 @@ class ModelConfig:
             "tie_word_embeddings": self.tie_embeddings,
             "initializer_range": self.init_std,
             "hidden_act": "silu",
-            "attention_bias": False,
             "attention_dropout": 0.0,
-            "use_sliding_window": False,
             "torch_dtype": "float32",
+            **self._hf_family(),
         }
+
+    def _hf_family(self) -> dict[str, Any]:
+        """What only this family's Hugging Face config has."""
+        head = {"head_dim": self.kv_channels, "attention_bias": False}
+        match self.family:
+            case "llama":
+                # LlamaConfig's own defaults are the ids of Llama 2's tokenizer
+                return {**head, "mlp_bias": False, "bos_token_id": None, "eos_token_id": None}
+            case "qwen2":
+                return {"use_sliding_window": False}
+            case "qwen3":
+                return {**head, "use_sliding_window": False}
+            case "qwen3_moe":
+                return {
+                    **head,
+                    "use_sliding_window": False,
+                    "num_experts": self.num_moe_experts,
+                    "num_experts_per_tok": self.moe_router_topk,
+                    "moe_intermediate_size": self.moe_ffn_hidden_size,
+                    "norm_topk_prob": self.norm_topk_prob,
+                    "decoder_sparse_step": 1,
+                    "mlp_only_layers": [],
+                }
+
+    def _check_head_size(self) -> None:
+        heads, hidden = self.num_attention_heads, self.hidden_size
+        require(
+            self.family != "qwen2" or self.kv_channels * heads == hidden,
+            f"model.kv_channels={self.kv_channels} x model.num_attention_heads={heads} must be "
+            f"model.hidden_size={hidden}: family qwen2 has no setting for the size of a head",
+        )
+        require(
+            self.family != "llama" or hidden % heads == 0,
+            f"model.num_attention_heads={heads} must divide model.hidden_size={hidden} in family llama",
+        )
+
+    def _check_experts(self) -> None:
+        experts, size = self.num_moe_experts, self.moe_ffn_hidden_size
+        if self.family != "qwen3_moe":
+            for name, value in (("num_moe_experts", experts), ("moe_ffn_hidden_size", size)):
+                require(value is None, f"model.{name}={value}: family {self.family} has no experts; leave it out")
+            return
+        require(experts is not None and experts > 0, f"model.num_moe_experts={experts}: qwen3_moe needs experts")
+        require(size is not None and size > 0, f"model.moe_ffn_hidden_size={size}: qwen3_moe needs its experts' size")
+        require(
+            1 <= self.moe_router_topk <= (experts or 0),
+            f"model.moe_router_topk={self.moe_router_topk} must lie between 1 and model.num_moe_experts={experts}",
+        )

@@ -15,8 +15,8 @@ from megatron.core import parallel_state
 from megatron_dagger.config import ModelConfig
 from megatron_dagger.training import layout
 from megatron_dagger.training.model import bare
+from megatron_dagger.weights import families
 from megatron_dagger.weights.digest import tensor_digest
-from megatron_dagger.weights.families import qwen3
 
 
 def parameter_digests(chunks: list[Any], model: ModelConfig) -> dict[str, str]:
@@ -28,14 +28,14 @@ def parameter_digests(chunks: list[Any], model: ModelConfig) -> dict[str, str]:
                 continue  # the last stage's copy of the embedding
             full = _gather(parameter.detach(), name)
             if full is not None:
-                for canonical, tensor in qwen3.to_canonical(name, full, model):
+                for canonical, tensor in families.to_canonical(name, full, model):
                     mine[canonical] = tensor_digest(tensor)
     everybodys: list[dict[str, str] | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everybodys, mine)
     merged: dict[str, str] = {}
     for part in everybodys:
         merged.update(part or {})
-    return {name: merged[name] for name in qwen3.canonical_names(model)}
+    return {name: merged[name] for name in families.canonical_names(model)}
 
 
 def _gather(part: torch.Tensor, name: str) -> torch.Tensor | None:

@@ -32,6 +32,8 @@ def padded_vocab_size(model: ModelConfig, tensor_parallel: int) -> int:
 
 def check_supported(model: ModelConfig, training: TrainingConfig) -> None:
     """Raise ConfigError for settings that this trainer cannot run."""
+    if model.family != "qwen3":
+        raise ConfigError(f"model.family={model.family} cannot be trained yet: the trainer builds qwen3 only")
     parallel = training.parallel
     parallel.check_model(model)
     if parallel.context_parallel_size > 1:

@@ -33,6 +33,8 @@ LIGHT = (
     "megatron_dagger.envs",
     "megatron_dagger.dagger",
     "megatron_dagger.observability",
+    "megatron_dagger.weights.families",
+    "megatron_dagger.weights.plan",
     "megatron_dagger.cli",
     "recipes",
 )

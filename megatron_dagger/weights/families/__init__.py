@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_dagger.config.model import ModelConfig
-from megatron_dagger.weights.families import qwen3
-from megatron_dagger.weights.families.base import Family, Layout, Part, Shape, WeightMapError
+from megatron_dagger.weights.errors import WeightMapError
+from megatron_dagger.weights.families import llama, qwen2, qwen3, qwen3_moe
+from megatron_dagger.weights.families.base import Family
+from megatron_dagger.weights.families.layout import Layout, Part, Shape
+from megatron_dagger.weights.families.parameter import Parameter, Piece
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (qwen3.FAMILY,)}
+FAMILIES: dict[str, Family] = {family.FAMILY.name: family.FAMILY for family in (llama, qwen2, qwen3, qwen3_moe)}
 
 
 def lookup(model: ModelConfig) -> Family:
@@ -41,7 +44,9 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Layout",
+    "Parameter",
     "Part",
+    "Piece",
     "WeightMapError",
     "canonical_names",
     "from_canonical",

@@ -1,85 +1,56 @@
-"""How one family's Megatron-Core tensors are laid out in canonical (Hugging Face) tensors.
+"""A model family: its map between Megatron-Core, canonical (Hugging Face) tensors and vLLM.
 
-A Megatron tensor is described by a Layout: its rows (dimension 0) are ``groups`` repetitions of
-the concatenation of its parts, each part a fixed number of rows of one canonical tensor. That
-covers plain tensors (one part, one group), gate and up fused (two parts, one group) and QKV
-interleaved by query group (three parts, one group per query group). Nothing else is done to a
-tensor on its way: no transposition, no scaling, no change of dtype, so round trips are bit-exact.
+Whole tensors are converted here, in both directions; ``layout.py`` and ``parameter.py`` say how the
+tables of a family are written, and which part of a tensor a rank holds.
 
 Works on torch tensors and numpy arrays alike; torch is imported only if the tensors are torch's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from megatron_dagger.config.model import ModelConfig
-
-Shape = tuple[int, ...]
-
-
-class WeightMapError(ValueError):
-    """A tensor has a name or a shape that the model family does not know."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """``rows`` rows per group of the canonical tensor ``name``."""
-
-    name: str
-    rows: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """The rows of one Megatron tensor; ``tail`` is its shape after dimension 0.
-
-    ``padded``: Megatron may have appended rows (vocabulary padding), which are cut off.
-    """
-
-    parts: tuple[Part, ...]
-    tail: Shape = ()
-    groups: int = 1
-    padded: bool = False
-
-    @property
-    def shape(self) -> Shape:
-        """The Megatron tensor's global shape, without padding."""
-        return (self.groups * sum(part.rows for part in self.parts), *self.tail)
-
-    def canonical_shapes(self) -> dict[str, Shape]:
-        return {part.name: (self.groups * part.rows, *self.tail) for part in self.parts}
+from megatron_dagger.weights.errors import WeightMapError
+from megatron_dagger.weights.families.layout import Layout, Shape
+from megatron_dagger.weights.families.parameter import Parameter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family's map, in both directions.
+    """A model family's map.
 
-    ``layouts`` gives, for a model, the layout of each global Megatron name. ``alternatives`` maps
-    a second spelling of a name's end to the one in ``layouts`` (layer specs differ in them).
+    ``megatron`` gives, for a model, the layout of each global Megatron name; ``vllm`` the make-up of
+    each of vLLM's parameters. In both, the experts of a layer are one entry, with ``{}`` in its name
+    on Megatron's side. ``alternatives`` maps second spellings of Megatron's names (layer specs differ
+    in them) to those in ``megatron``: regular expressions, and what a match is replaced by.
     """
 
     name: str
-    layouts: Callable[[ModelConfig], dict[str, Layout]]
+    megatron: Callable[[ModelConfig], dict[str, Layout]]
+    vllm: Callable[[ModelConfig], dict[str, Parameter]]
     alternatives: Mapping[str, str]
+
+    def layouts(self, model: ModelConfig) -> dict[str, Layout]:
+        """The layout of each global Megatron name, every expert's on its own. Not to be changed."""
+        return _each_expert(self.megatron, model)
 
     def layout(self, name: str, model: ModelConfig) -> Layout:
         """The layout of a Megatron tensor by its global name; WeightMapError if there is none."""
         table = self.layouts(model)
-        known = table.get(name)
-        if known is None:
-            for end, other in self.alternatives.items():
-                if name.endswith("." + end):
-                    known = table.get(name.removesuffix(end) + other)
-        if known is None:
-            tied = "tied" if model.tie_embeddings else "untied"
-            raise WeightMapError(
-                f"Megatron tensor {name!r} is unknown to family {self.name} with {model.num_layers} layers "
-                f"and {tied} embeddings; it knows {', '.join(_ends(table))}"
-            )
-        return known
+        spellings = [name, *(re.sub(this, that, name) for this, that in self.alternatives.items())]
+        for spelling in spellings:
+            if spelling in table:
+                return table[spelling]
+        tied = "tied" if model.tie_embeddings else "untied"
+        raise WeightMapError(
+            f"Megatron tensor {name!r} is unknown to family {self.name} with {model.num_layers} layers "
+            f"and {tied} embeddings; it knows {', '.join(_ends(self.megatron(model)))}"
+        )
 
     def to_canonical(self, name: str, full_tensor: Any, model: ModelConfig) -> list[tuple[str, Any]]:
         """Split a whole (unsharded) Megatron tensor into its canonical tensors.
@@ -134,16 +105,28 @@ class Family:
             shapes.update(layout.canonical_shapes())
         return shapes
 
-    def check_complete(self, names: Sequence[str] | Mapping[str, Any], model: ModelConfig) -> None:
+    def check_complete(self, names: Iterable[str], model: ModelConfig) -> None:
         """Raise WeightMapError if canonical ``names`` miss a tensor of the model or hold another."""
-        expected = self.canonical_names(model)
-        missing = [name for name in expected if name not in set(names)]
-        extra = [name for name in names if name not in expected]
+        expected, given = self.canonical_names(model), list(names)
+        known = set(given)
+        missing = [name for name in expected if name not in known]
+        extra = [name for name in given if name not in expected]
         if missing or extra:
             raise WeightMapError(
                 f"the weights do not cover the model: missing {missing[:5] or 'none'} ({len(missing)}), "
                 f"left over {extra[:5] or 'none'} ({len(extra)})"
             )
+
+
+@lru_cache(maxsize=16)
+def _each_expert(megatron: Callable[[ModelConfig], dict[str, Layout]], model: ModelConfig) -> dict[str, Layout]:
+    table = {}
+    for name, layout in megatron(model).items():
+        if not layout.experts:
+            table[name] = layout
+        for number in range(layout.experts):
+            table[name.format(number)] = layout.of_expert(number)
+    return table
 
 
 def _ends(table: Mapping[str, Layout]) -> list[str]:

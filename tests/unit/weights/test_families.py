@@ -8,27 +8,13 @@ from hypothesis import strategies as st
 
 from megatron_dagger.config import ModelConfig
 from megatron_dagger.weights import families
+from tests.unit.weights.sample_models import FAMILIES, sample_model, sample_models
 
 LAYER = "decoder.layers.0."
 
 
-@st.composite
-def models(draw):
-    groups = draw(st.integers(1, 4))
-    return ModelConfig(
-        num_layers=draw(st.integers(1, 3)),
-        hidden_size=draw(st.integers(1, 6)),
-        ffn_hidden_size=draw(st.integers(1, 5)),
-        num_query_groups=groups,
-        num_attention_heads=groups * draw(st.integers(1, 3)),
-        kv_channels=2 * draw(st.integers(1, 3)),
-        vocab_size=draw(st.integers(1, 9)),
-        tie_embeddings=draw(st.booleans()),
-    )
-
-
 @settings(max_examples=60, deadline=None)
-@given(model=models(), padding=st.integers(0, 3), seed=st.integers(0, 99))
+@given(model=sample_models(), padding=st.integers(0, 3), seed=st.integers(0, 99))
 def test_every_tensor_survives_the_way_to_megatron_and_back(model, padding, seed):
     generator = np.random.default_rng(seed)
     names = families.canonical_names(model)
@@ -89,13 +75,54 @@ def test_norms_are_known_by_the_names_of_both_layer_specs(local, engine):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_canonical_names_and_shapes_are_those_of_transformers(tied):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_canonical_names_and_shapes_are_those_of_transformers(family, tied):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    model = ModelConfig(tie_embeddings=tied)
+    model = sample_model(family, tie_embeddings=tied, num_attention_heads=6, num_query_groups=3)
+    config = transformers.AutoConfig.for_model(**model.hf_config())
     with torch.device("meta"):
-        theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**model.hf_config()))
-    shapes = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+    shapes = {}
+    for name, parameter in theirs.named_parameters():
+        shapes |= _published(name, tuple(parameter.shape))
     assert families.canonical_names(model) == shapes
+
+
+def _published(name, shape):
+    """Experts as published checkpoints have them: transformers stacks them, gate above up."""
+    layer, _, kind = name.partition("mlp.experts.")
+    if not kind:
+        return {name: shape}
+    experts, rows, columns = shape
+    if kind == "down_proj":
+        return {f"{layer}mlp.experts.{i}.down_proj.weight": (rows, columns) for i in range(experts)}
+    names = [f"{layer}mlp.experts.{i}.{part}_proj.weight" for i in range(experts) for part in ("gate", "up")]
+    return dict.fromkeys(names, (rows // 2, columns))
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("mlp.experts.local_experts.3.linear_fc1.weight", "mlp.experts.linear_fc1.weight3"),
+        ("mlp.experts.local_experts.0.linear_fc2.weight", "mlp.experts.linear_fc2.weight0"),
+        ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+    ],
+)
+def test_experts_are_known_by_the_names_of_both_layer_specs(spelling, name):
+    model = sample_model("qwen3_moe")
+    family = families.lookup(model)
+    assert family.layout(LAYER + spelling, model) == family.layouts(model)[LAYER + name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_sides_are_made_of_the_same_canonical_tensors(family):
+    model = sample_model(family, tie_embeddings=False)
+    entry = families.lookup(model)
+    megatron = [part.name for layout in entry.megatron(model).values() for part in layout.parts]
+    vllm = [piece.name for parameter in entry.vllm(model).values() for piece in parameter.pieces]
+    assert sorted(megatron) == sorted(vllm)
+    assert len(set(vllm)) == len(vllm)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +131,12 @@ def test_canonical_names_and_shapes_are_those_of_transformers(tied):
 def test_an_unknown_tensor_is_named(name):
     with pytest.raises(families.WeightMapError, match=name.replace(".", r"\.")):
         families.to_canonical(name, torch.zeros(1), ModelConfig(num_layers=4))
+
+
+@pytest.mark.parametrize("name", ["mlp.experts.linear_fc1.weight4", "mlp.linear_fc1.weight", "mlp.router.expert_bias"])
+def test_an_unknown_tensor_of_the_experts_is_named(name):
+    with pytest.raises(families.WeightMapError, match=name.replace(".", r"\.")):
+        families.to_canonical(LAYER + name, torch.zeros(1), sample_model("qwen3_moe"))
 
 
 def test_wrong_shapes_and_missing_tensors_are_named():

@@ -1,0 +1,164 @@
+"""The two ends of the bridge: how the trainer's ranks and the engine's hold the model.
+
+Neither end's library is imported; the rank orders are theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_dagger.config.base import require
+from megatron_dagger.config.model import ModelConfig
+from megatron_dagger.weights.blocks import Cut, Shard
+from megatron_dagger.weights.families.decoder import OUTPUT_LAYER
+from megatron_dagger.weights.families.layout import Layout
+
+_LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceLayout:
+    """Megatron-Core's parallel layout, in its default rank order ``tp-cp-ep-dp-pp``.
+
+    As in ``megatron.core.parallel_state``, the dense tensors and the experts have a grid of ranks
+    each: ``tp-cp-dp-pp`` and ``expert tp-ep-expert dp-pp``, over the same ranks. ``padded_vocab_size``
+    is the rows of the embedding, over all tensor-parallel ranks.
+    """
+
+    padded_vocab_size: int
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1  # model chunks per pipeline stage, interleaved
+    context_parallel_size: int = 1
+    data_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None  # None: as tensor_model_parallel_size
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "data", "expert_model"):
+            size = getattr(self, name + "_parallel_size")
+            require(size > 0, f"source.{name}_parallel_size must be positive, got {size}")
+        require(
+            self.virtual_pipeline_model_parallel_size == 1 or self.pipeline_model_parallel_size > 1,
+            f"source.virtual_pipeline_model_parallel_size={self.virtual_pipeline_model_parallel_size} needs "
+            "pipeline_model_parallel_size > 1",
+        )
+        require(
+            self.stage_size % self._expert_model_size == 0,
+            f"source.expert_model_parallel_size={self.expert_model_parallel_size} x expert tensor parallelism of "
+            f"{self.expert_tensor_size} does not divide the {self.stage_size} ranks of a pipeline stage",
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.stage_size * self.pipeline_model_parallel_size
+
+    @property
+    def stage_size(self) -> int:
+        """The ranks of one pipeline stage."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.data_parallel_size
+
+    @property
+    def expert_tensor_size(self) -> int:
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def _expert_model_size(self) -> int:
+        return self.expert_tensor_size * self.expert_model_parallel_size
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise ConfigError if the pipeline or the experts cannot be laid out so."""
+        chunks = self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+        require(
+            model.num_layers % chunks == 0,
+            f"model.num_layers={model.num_layers} cannot be split evenly over {chunks} pipeline stages: "
+            f"source.pipeline_model_parallel_size={self.pipeline_model_parallel_size} x "
+            f"virtual_pipeline_model_parallel_size={self.virtual_pipeline_model_parallel_size}",
+        )
+        require(
+            self.expert_model_parallel_size == 1 or model.num_moe_experts is not None,
+            f"source.expert_model_parallel_size={self.expert_model_parallel_size}: "
+            f"family {model.family} has no experts; set it to 1",
+        )
+
+    def stage(self, name: str, model: ModelConfig) -> int:
+        """The pipeline stage that holds the Megatron tensor of this global name.
+
+        With virtual stages the layers go round: chunk 0 of every stage, then chunk 1 of every stage.
+        """
+        stages = self.pipeline_model_parallel_size
+        if not name.startswith(_LAYERS):
+            return 0 if name.startswith("embedding.") else stages - 1
+        layer = int(name.removeprefix(_LAYERS).partition(".")[0])
+        layers_per_chunk = model.num_layers // (stages * self.virtual_pipeline_model_parallel_size)
+        return layer // layers_per_chunk % stages
+
+    def holders(self, layout: Layout, stage: int) -> Iterator[tuple[Shard, tuple[int, ...]]]:
+        """Each different share of a tensor of this stage, and the ranks that all hold it."""
+        ranks = range(stage * self.stage_size, (stage + 1) * self.stage_size)
+        if layout.experts:
+            inner, experts = self.expert_tensor_size, self.expert_model_parallel_size
+            for place in range(inner * experts):
+                shard = Shard(rank=place % inner, size=inner, expert_rank=place // inner, expert_size=experts)
+                yield shard, tuple(ranks[place :: inner * experts])
+        elif layout.cut is Cut.NONE:
+            yield Shard(), tuple(ranks)
+        else:
+            size = self.tensor_model_parallel_size
+            for rank in range(size):
+                yield Shard(rank=rank, size=size), tuple(ranks[rank::size])
+
+    def tied_copy(self, model: ModelConfig) -> str | None:
+        """What the last stage calls its copy of a tied embedding; None if there is none."""
+        return OUTPUT_LAYER if model.tie_embeddings and self.pipeline_model_parallel_size > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetLayout:
+    """vLLM's parallel layout: ``replicas`` engines, each of data-parallel x tensor-parallel ranks.
+
+    Ranks count tensor-parallel ranks first, then data-parallel ones, then engines. Within an engine
+    the experts are spread over all of its ranks (``FusedMoEParallelConfig.make``): whole experts with
+    ``enable_expert_parallel``, else a share of every expert.
+    """
+
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1  # dense tensors are replicated over these ranks, experts are not
+    enable_expert_parallel: bool = False
+    replicas: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "data_parallel_size", "replicas"):
+            require(getattr(self, name) > 0, f"target.{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def engine_size(self) -> int:
+        """The ranks of one engine."""
+        return self.tensor_parallel_size * self.data_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        return self.engine_size * self.replicas
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise ConfigError if vLLM would refuse the model in this layout."""
+        experts = model.num_moe_experts
+        require(
+            experts is None or self.tensor_parallel_size <= experts,
+            f"target.tensor_parallel_size={self.tensor_parallel_size} is more than model.num_moe_experts={experts}, "
+            "which vLLM refuses",
+        )
+        require(
+            experts is not None or not self.enable_expert_parallel,
+            f"target.enable_expert_parallel: family {model.family} has no experts; leave it out",
+        )
+
+    def holders(self, *, experts: bool) -> Iterator[tuple[Shard, tuple[int, ...]]]:
+        """Each different share, of dense tensors or of stacked experts, and the ranks that want it."""
+        ranks = range(self.world_size)
+        size = self.engine_size if experts else self.tensor_parallel_size
+        for rank in range(size):
+            whole_experts = experts and self.enable_expert_parallel
+            shard = Shard(expert_rank=rank, expert_size=size) if whole_experts else Shard(rank=rank, size=size)
+            yield shard, tuple(ranks[rank::size])

@@ -1,0 +1,17 @@
+"""The map's Megatron side is what Megatron-Core's models have: every name, every shape."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed")
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_every_parameter_of_every_family_is_known_with_its_shape():
+    command = [sys.executable, "-m", "tests.integration.megatron_names"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]

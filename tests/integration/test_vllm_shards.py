@@ -1,0 +1,23 @@
+"""The plan's target side is what vLLM's own weight loaders make of the canonical tensors."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dagger.weights.families import FAMILIES
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_rank_has_what_vllm_would_have_loaded(family):
+    command = [sys.executable, "-m", "tests.integration.vllm_shards", family]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]

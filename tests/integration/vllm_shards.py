@@ -1,0 +1,122 @@
+"""vLLM's own loaders against the plan, for one family and many layouts (``python -m``, FAMILY).
+
+Each rank's model is built in this one process, by telling vLLM's process groups another size and
+rank, and loaded with canonical weights by vLLM; what it then has must be what the plan brings there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel, parallel_state
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.utils import initialize_model
+
+from megatron_dagger.config import ModelConfig
+from megatron_dagger.weights import families
+from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
+from megatron_dagger.weights.plan import plan
+
+VOCAB = 1000  # vLLM pads to 1024
+
+
+def sample(family: str, *, tied: bool) -> ModelConfig:
+    moe = {"num_moe_experts": 8, "moe_ffn_hidden_size": 48} if family == "qwen3_moe" else {}
+    return ModelConfig(
+        family=family,  # type: ignore[arg-type]
+        num_layers=2,
+        hidden_size=256,
+        num_attention_heads=8,
+        num_query_groups=2,
+        kv_channels=32,
+        ffn_hidden_size=64,
+        vocab_size=VOCAB,
+        tie_embeddings=tied,
+        **moe,  # type: ignore[arg-type]
+    )
+
+
+def planned(
+    model: ModelConfig, target: TargetLayout, tensors: dict[str, torch.Tensor]
+) -> list[dict[str, torch.Tensor]]:
+    """Each target rank's parameters, brought by the plan from a trainer of one rank."""
+    held: dict[str, torch.Tensor] = {}
+    for name, layout in families.lookup(model).megatron(model).items():
+        whole = [
+            families.from_canonical(name.format(i), tensors, model, padded_rows=1024 if layout.padded else None)
+            for i in range(layout.experts or 1)
+        ]
+        held[name] = torch.stack(whole) if layout.experts else whole[0]
+    ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(target.world_size)]
+    for name, parameter in families.lookup(model).vllm(model).items():
+        for shard, wanting in target.holders(experts=parameter.experts > 0):
+            for rank in wanting:
+                ranks[rank][name] = torch.full(parameter.shape(shard), float("nan"))
+    result = plan(model, SourceLayout(padded_vocab_size=1024), target)
+    for copy in result.copies:
+        block = held[copy.source_tensor][copy.source.slices]
+        ranks[copy.target_rank][copy.target_parameter][copy.target.slices] = block
+    for fill in result.fills:
+        ranks[fill.target_rank][fill.target_parameter][fill.target.slices] = 0
+    return ranks
+
+
+@contextmanager
+def as_rank(rank: int, target: TargetLayout, config: VllmConfig) -> Iterator[None]:
+    groups = [parallel_state.get_tp_group()]
+    if config.model_config.is_moe:
+        groups.append(parallel_state.get_ep_group())
+    config.parallel_config.tensor_parallel_size = target.tensor_parallel_size
+    config.parallel_config.enable_expert_parallel = target.enable_expert_parallel
+    config.compilation_config.static_forward_context.clear()
+    with ExitStack() as stack:
+        for group in groups:
+            stack.enter_context(mock.patch.object(group, "world_size", target.tensor_parallel_size))
+            stack.enter_context(mock.patch.object(group, "rank_in_group", rank))
+        yield
+
+
+def check(model: ModelConfig, target: TargetLayout, config: VllmConfig) -> None:
+    generator = torch.Generator().manual_seed(0)
+    names = families.canonical_names(model)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
+    for rank, expected in enumerate(planned(model, target, tensors)):
+        with as_rank(rank, target, config):
+            engine = initialize_model(vllm_config=config)
+            engine.load_weights(iter(tensors.items()))
+        got = dict(engine.named_parameters())
+        assert got.keys() == expected.keys(), f"{target}: {got.keys() ^ expected.keys()}"
+        for name, tensor in expected.items():
+            assert torch.equal(got[name], tensor), f"rank {rank} of {target}: {name}"
+
+
+def main(family: str) -> None:
+    for tied in (True, False):
+        model = sample(family, tied=tied)
+        with tempfile.TemporaryDirectory() as directory:
+            (Path(directory) / "config.json").write_text(json.dumps(model.hf_config()))
+            arguments = EngineArgs(
+                model=directory, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, load_format="dummy"
+            )
+            config = arguments.create_engine_config()
+            with set_current_vllm_config(config):
+                if not parallel_state.model_parallel_is_initialized():
+                    init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
+                    initialize_model_parallel(1, 1)
+        with set_current_vllm_config(config):
+            for size in (1, 2, 4, 8):
+                check(model, TargetLayout(tensor_parallel_size=size), config)
+                if model.num_moe_experts:
+                    check(model, TargetLayout(tensor_parallel_size=size, enable_expert_parallel=True), config)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from megatron_dagger.training.packing import PackedRow
 
-_BRANCH_TOKENS = 512  # attend at once: bounds the size of a mask
 _ROUND_TABLE = 64  # lets Megatron's RoPE table be reused between rows
 
 
@@ -60,47 +59,67 @@ class TokenRope:
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """The tokens of a trunk, and for its branches what they see: bool (places, keys of the tree so far)."""
+    """The tokens of a trunk; of each branch, how many of these it sees and how many it has itself."""
 
     trunk: int
-    masks: tuple[torch.Tensor, ...]
+    branches: tuple[tuple[int, int], ...]
 
     @property
-    def pieces(self) -> list[int]:
-        """How many tokens attend at once: the trunk's, then so many of the branches' at a time."""
-        return [self.trunk, *(mask.size(0) for mask in self.masks)]
+    def runs(self) -> list[int]:
+        """The tokens of the trunk and of each branch, as they stand in the row."""
+        return [self.trunk, *(own for _, own in self.branches)]
 
 
 @dataclass
 class TreeParams(PackedSeqParams):
-    """What the layers are told of a packed row: its trees, in order."""
+    """What the layers are told of a packed row: its trees, in order, and what masks their branches.
+
+    The keys of a branch are its own, the last first, and then those of its prefix. What is added to the
+    scores of its place i is -inf for the first own - 1 - i of them, and 0 for the others: each place's is
+    the one before moved on by one, so that the masks of all branches are views of one vector, ``ramp``
+    (``longest`` - 1 times -inf, then s times 0).
+    """
 
     trees: tuple[Tree, ...] = ()
+    longest: int = 1  # branch
+    ramp: torch.Tensor | None = None
+
+    def mask(self, seen: int, own: int, dtype: torch.dtype) -> torch.Tensor:
+        """(own, own + seen), for a branch of ``own`` tokens that sees ``seen`` of its trunk."""
+        assert self.ramp is not None
+        view = self.ramp.to(dtype).as_strided((own, own + seen), (1, 1), self.longest - own)
+        return view.contiguous() if view.is_cuda else view  # the CUDA kernels want aligned rows
 
 
 def tree_params(row: PackedRow, device: torch.device) -> TreeParams:
     """The TreeParams of a packed row."""
     trees = []
     for start, stop in itertools.pairwise(row.trees.tolist()):
-        trunk = int(np.count_nonzero(row.run_starts[start:stop] == start))
-        masks = []
-        for first in range(start + trunk, stop, _BRANCH_TOKENS):
-            last = min(first + _BRANCH_TOKENS, stop)
-            keys, places = np.arange(start, last), np.arange(first, last)[:, None]
-            seen = keys < row.prefix_stops[first:last, None]
-            seen |= (keys >= row.run_starts[first:last, None]) & (keys <= places)
-            masks.append(torch.from_numpy(seen).to(device))
-        trees.append(Tree(trunk=trunk, masks=tuple(masks)))
-    longest = -(-(int(row.position_ids.max()) + 1) // _ROUND_TABLE) * _ROUND_TABLE
-    return TreeParams(qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, trees=tuple(trees))
+        starts = np.unique(row.run_starts[start:stop])
+        (_, trunk), *branches = zip(
+            (row.prefix_stops[starts] - start).tolist(), np.diff(starts, append=stop).tolist(), strict=True
+        )
+        trees.append(Tree(trunk=trunk, branches=tuple(branches)))
+    longest = max((own for tree in trees for _, own in tree.branches), default=1)
+    ramp = torch.zeros(longest - 1 + len(row.tokens), device=device)
+    ramp[: longest - 1] = -math.inf
+    positions = -(-(int(row.position_ids.max()) + 1) // _ROUND_TABLE) * _ROUND_TABLE
+    return TreeParams(
+        qkv_format="sbhd",
+        max_seqlen_q=positions,
+        max_seqlen_kv=positions,
+        trees=tuple(trees),
+        longest=longest,
+        ramp=ramp,
+    )
 
 
 class TreeAttention(MegatronModule):
     """Attention within each tree of a packed row, by PyTorch's fused kernel.
 
     Takes query (s, 1, heads, d) and key, value (s, 1, groups, d) with TreeParams; returns
-    (s, 1, heads x d). One kernel call for each trunk and one for its branches: on the CPU 5 to 14 times
-    as fast as one call with the mask of the whole row, because nothing is computed between trees.
+    (s, 1, heads x d). One kernel call for each trunk and each branch, over exactly the keys that it
+    sees: nothing is computed between trees, or between branches.
     """
 
     def __init__(
@@ -127,20 +146,21 @@ class TreeAttention(MegatronModule):
         assert isinstance(packed_seq_params, TreeParams), "rows are always packed"
         trees = packed_seq_params.trees
         # Split once: the gradient of many slices would be as many tensors of the whole row.
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        queries = iter(query.split([size for tree in trees for size in tree.pieces], dim=2))
-        sizes = [sum(tree.pieces) for tree in trees]
+        sizes = [size for tree in trees for size in tree.runs]
+        runs = zip(*(x.permute(1, 2, 0, 3).split(sizes, dim=2) for x in (query, key, value)), strict=True)
         parts = []
-        for tree, k, v in zip(trees, key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True):
-            parts.append(self._attend(next(queries), k[:, :, : tree.trunk], v[:, :, : tree.trunk], None))
-            for mask in tree.masks:
-                seen = mask.size(1)
-                parts.append(self._attend(next(queries), k[:, :, :seen], v[:, :, :seen], mask))
+        for tree in trees:
+            q, *trunk = next(runs)
+            parts.append(self._attend(q, *trunk, mask=None))
+            for seen, own in tree.branches:
+                q, *branch = next(runs)
+                keys = [torch.cat([x.flip(2), y[:, :, :seen]], dim=2) for x, y in zip(branch, trunk, strict=True)]
+                parts.append(self._attend(q, *keys, mask=packed_seq_params.mask(seen, own, q.dtype)))
         attended = torch.cat(parts, dim=2).permute(2, 0, 1, 3)
         return attended.reshape(attended.size(0), 1, -1)
 
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, mask: torch.Tensor | None
     ) -> torch.Tensor:
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True

@@ -25,6 +25,10 @@ from megatron_dagger.types import LabelledEpisode, StateLabel
 
 logger = logging.getLogger(__name__)
 
+_CANDIDATES = 128  # at most, for one bin
+_SLACKS = (0.02, 0.06)  # of a bin
+_PADDING = 256  # tokens of a tree of padding: a long one's attention would cost as much as an episode's
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
@@ -73,7 +77,7 @@ class PackedRow:
     """One micro-batch of ``sequence_length`` tokens: trees one after the other, each trunk first.
 
     ``tokens``, ``targets``, ``position_ids`` are (s,) int64 and ``weights`` (s,) float32. ``trees``
-    (trees + 1,) int32 are the trees' bounds, from 0 to s; what is left over is a tree of its own.
+    (trees + 1,) int32 are the trees' bounds, from 0 to s; what is left over is cut into short trees.
     Place i of a tree that starts at t sees the places t..prefix_stops[i]-1 and run_starts[i]..i (both
     (s,) int32). Without branches these are the segments of Megatron's THD form, and ``trees`` is its
     ``cu_seqlens``.
@@ -142,8 +146,8 @@ class PackedDataset:
         bounds = [0]
         for sample in [self.samples[i] for i in (self.rows[index] if index >= 0 else ())]:
             bounds.append(_write(row, bounds[-1], sample))
-        if bounds[-1] < size:
-            padding = Sample(trunk=np.zeros(size - bounds[-1] + 1, np.int32))
+        while bounds[-1] < size:
+            padding = Sample(trunk=np.zeros(min(size - bounds[-1], _PADDING) + 1, np.int32))
             bounds.append(_write(row, bounds[-1], padding))
         return replace(row, trees=np.array(bounds, np.int32))
 
@@ -176,15 +180,19 @@ def pack(
 ) -> PackedDataset:
     """Make samples of ``episodes`` and pack them into rows of ``sequence_length`` tokens."""
     samples: list[Sample] = []
-    too_long = 0
+    too_long = cut = 0
     for episode in episodes:
         made, dropped = samples_of(episode, sequence_length, packing)
         samples += made
         too_long += dropped
+        cut += dropped > 0
     if too_long:
-        logger.warning("too_long: %d labels exceed sequence_length=%d, dropped", too_long, sequence_length)
+        logger.warning(
+            "too_long: %d labels exceed sequence_length=%d, dropped; %d episodes cut at the turn before",
+            *(too_long, sequence_length, cut),
+        )
     lengths = [sample.length for sample in samples]
-    rows = [(i,) for i in range(len(samples))] if one_sample_per_row else best_fit(lengths, sequence_length)
+    rows = [(i,) for i in range(len(samples))] if one_sample_per_row else fullest_fit(lengths, sequence_length)
     return PackedDataset(samples=tuple(samples), rows=tuple(rows), sequence_length=sequence_length, too_long=too_long)
 
 
@@ -193,7 +201,9 @@ def samples_of(
 ) -> tuple[list[Sample], int]:
     """The samples of one episode, and how many labels were too long for any.
 
-    Branches that do not fit into a row beside their trunk go into another row with a copy of it.
+    An episode of more than ``sequence_length`` tokens is cut after the last turn whose label fits.
+    Branches that do not fit into a row beside their trunk go into another row with a copy of it, the
+    earliest ones, whose prefix is the shortest.
     Raises ValueError for a label outside the episode or without a token before it.
     """
     trunk: list[StateLabel] = []
@@ -213,14 +223,15 @@ def samples_of(
     if packing == "separate":
         return [*_tree(episode, trunk, []), *(_alone(episode, label) for label in branches)], dropped
     samples: list[Sample] = []
+    branches.sort(key=lambda label: label.position)
     while trunk or branches:
         fitting: list[StateLabel] = []
-        for label in branches:
-            if _length(trunk, [*fitting, label]) > sequence_length:
-                break
-            fitting.append(label)
+        others: list[StateLabel] = []
+        for label in reversed(branches):
+            fits = _length(trunk, [*fitting, label]) <= sequence_length
+            (fitting if fits else others).insert(0, label)
         samples += _tree(episode, trunk, fitting)
-        trunk, branches = [], branches[len(fitting) :]
+        trunk, branches = [], others
     return samples, dropped
 
 
@@ -245,6 +256,51 @@ def _alone(episode: LabelledEpisode, label: StateLabel) -> Sample:
 def _on_trunk(episode: LabelledEpisode, label: StateLabel) -> bool:
     executed = episode.tokens[label.position : label.position + len(label.tokens)]
     return np.array_equal(executed, label.tokens)
+
+
+def fullest_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
+    """Pack items into bins: by ``best_fit``, or by ``subset_fit`` where that needs fewer bins."""
+    bins = best_fit(lengths, capacity)
+    if (len(bins) - 1) * capacity < sum(lengths):
+        return bins  # no packing needs fewer
+    return min(bins, *(subset_fit(lengths, capacity, int(capacity * slack)) for slack in _SLACKS), key=len)
+
+
+def subset_fit(lengths: Sequence[int], capacity: int, slack: int) -> list[tuple[int, ...]]:
+    """Pack items into bins: the longest one left, and then others that fill up its bin but for ``slack``.
+
+    These are as long as can be, so that short items are left for the bins that need them. Deterministic.
+    """
+    left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    bins: list[tuple[int, ...]] = []
+    while left:
+        longest = left.pop(0)
+        room = capacity - lengths[longest]
+        fitting = left[bisect.bisect_left(left, -room, key=lambda i: -lengths[i]) :]
+        candidates = fitting[:: -(-len(fitting) // _CANDIDATES) or 1]
+        chosen = _subset([lengths[i] for i in candidates], room, room - slack)
+        taken = {candidates[i] for i in chosen}
+        left = [i for i in left if i not in taken]
+        bins.append((longest, *(candidates[i] for i in chosen)))
+    return bins
+
+
+def _subset(sizes: Sequence[int], room: int, enough: int) -> list[int]:
+    """Which of ``sizes`` sum up to at least ``enough``, else to as much as can be, but at most ``room``.
+
+    Of the first sizes that can.
+    """
+    sums = [1]  # bit n: some of the sizes so far have the sum n
+    for size in sizes:
+        if sums[-1] >> max(enough, 0):
+            break
+        sums.append((sums[-1] | sums[-1] << size) & ((2 << room) - 1))
+    total, chosen = sums[-1].bit_length() - 1, []
+    for i in reversed(range(len(sums) - 1)):
+        if not sums[i] >> total & 1:
+            chosen.append(i)
+            total -= sizes[i]
+    return chosen[::-1]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, ...]]:

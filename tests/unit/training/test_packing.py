@@ -1,19 +1,21 @@
 """Samples and packed rows: every label token once, nothing between segments, always the same."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dagger.training.packing import best_fit, pack, samples_of
+from megatron_dagger.training.packing import best_fit, fullest_fit, pack, samples_of, subset_fit
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 CAPACITY = 48
 
 
 @st.composite
-def episodes(draw: st.DrawFn) -> LabelledEpisode:
-    tokens = np.array(draw(st.lists(st.integers(0, 9), min_size=1, max_size=40)), np.int32)
+def episodes(draw: st.DrawFn, longest: int = 40) -> LabelledEpisode:
+    tokens = np.array(draw(st.lists(st.integers(0, 9), min_size=1, max_size=longest)), np.int32)
     labels = []
     position = 1
     while position <= len(tokens) and draw(st.booleans()):
@@ -70,6 +72,21 @@ def test_separate_samples_are_plain_segments(made):
         assert np.array_equal(row.position_ids, np.arange(CAPACITY) - starts)
 
 
+@settings(max_examples=150, deadline=None)
+@given(st.lists(episodes(longest=120), max_size=4), st.sampled_from(["shared_prefix", "separate"]))
+def test_episodes_of_any_length_are_cut_at_a_turn_never_in_a_label(made, packing):
+    data = pack(made, CAPACITY, packing=packing)
+    fitting, dropped = [], 0
+    for episode in made:
+        labels = tuple(label for label in episode.labels if label.position - 1 + len(label.tokens) <= CAPACITY)
+        fitting.append(replace(episode, labels=labels))
+        dropped += len(episode.labels) - len(labels)
+    assert predictions(data) == expected(fitting)
+    assert data.too_long == dropped
+    turns = {at for e in made for label in e.labels for at in (label.position, label.position + len(label.tokens))}
+    assert {len(sample.trunk) for sample in data.samples} <= turns
+
+
 def test_labels_share_their_prefix():
     tokens = np.arange(100, dtype=np.int32)
     labels = tuple(StateLabel(position=p, tokens=np.array([7, 8], np.int32)) for p in range(10, 100, 10))
@@ -84,6 +101,17 @@ def test_branches_that_do_not_fit_go_into_another_row_with_the_trunk():
     made = [LabelledEpisode(tokens=tokens, labels=labels)]
     data = pack(made, CAPACITY)
     assert [len(sample.branches) for sample in data.samples] == [1, 1, 1]
+    assert predictions(data) == expected(made)
+
+
+def test_the_branches_that_go_into_another_row_are_those_with_the_shortest_prefix():
+    tokens = np.arange(40, dtype=np.int32)
+    branches = [StateLabel(position=p, tokens=np.full(4, p, np.int32)) for p in (5, 20, 12, 36)]
+    executed = StateLabel(position=36, tokens=tokens[36:])
+    made = [LabelledEpisode(tokens=tokens, labels=(*branches, executed))]
+    data = pack(made, CAPACITY)
+    assert [[b.position for b in sample.branches] for sample in data.samples] == [[20, 36], [5, 12]]
+    assert [sample.length for sample in data.samples] == [47, 19]
     assert predictions(data) == expected(made)
 
 
@@ -123,6 +151,21 @@ def test_best_fit_puts_everything_in_few_enough_bins(lengths):
     assert len(bins) <= 11 / 9 * max(1, -(-sum(lengths) // 50)) * 2 + 1
     if len(bins) > 1:
         assert sorted(loads)[0] + sorted(loads)[1] > 50  # else the two would have been one
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(0, 50))
+def test_subset_fit_packs_everything_and_the_no_fuller_packing_is_missed(lengths, slack):
+    bins = subset_fit(lengths, 50, slack)
+    assert sorted(i for items in bins for i in items) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in items) <= 50 for items in bins)
+    assert len(fullest_fit(lengths, 50)) <= len(best_fit(lengths, 50))
+
+
+def test_a_bin_is_filled_by_several_items_where_the_longest_one_wastes_room():
+    lengths = [29, 44, 31, 17, 43, 25]
+    assert best_fit(lengths, 100) == [(1, 4), (2, 0, 5), (3,)]
+    assert fullest_fit(lengths, 100) == [(1, 2, 5), (4, 0, 3)]
 
 
 def test_agent_episodes_fill_their_rows():
@@ -174,6 +217,12 @@ def test_a_label_outside_the_episode_is_an_error_that_names_it(position):
     label = StateLabel(position=position, tokens=np.array([1], np.int32))
     with pytest.raises(ValueError, match=f"position {position} of an episode of 6 tokens"):
         samples_of(LabelledEpisode(tokens=np.arange(6, dtype=np.int32), labels=(label,)), 48)
+
+
+def test_padding_is_short_trees():
+    tokens = np.arange(20, dtype=np.int32)
+    data = pack([LabelledEpisode(tokens=tokens, labels=(StateLabel(position=5, tokens=tokens[5:]),))], 1024)
+    assert list(data.row(0).trees) == [0, 19, 275, 531, 787, 1024]
 
 
 def test_an_empty_row_has_no_loss():

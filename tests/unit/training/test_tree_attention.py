@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dagger.training import local_modules
 from megatron_dagger.training.local_modules import TreeAttention, tree_params
 from megatron_dagger.training.packing import pack
 from megatron_dagger.types import LabelledEpisode, StateLabel
@@ -22,12 +21,15 @@ def row(seed, length=96):
     for _ in range(4):
         tokens = rng.integers(0, 9, rng.integers(8, 22)).astype(np.int32)
         positions = np.sort(rng.choice(np.arange(1, len(tokens)), rng.integers(1, 4), replace=False))
-        labels = [StateLabel(position=int(p), tokens=rng.integers(10, 19, 3).astype(np.int32)) for p in positions]
+        labels = [
+            StateLabel(position=int(p), tokens=rng.integers(10, 19, rng.integers(1, 6)).astype(np.int32))
+            for p in positions
+        ]
         made.append(LabelledEpisode(tokens=tokens, labels=(*labels, StateLabel(position=4, tokens=tokens[4:6]))))
     return pack(made, length).row(0)
 
 
-def plainly(query, key, value, packed):
+def plainly(packed, query, key, value):
     """Each place's own softmax over the places it sees."""
     out = torch.zeros_like(query)
     starts = np.repeat(packed.trees[:-1], np.diff(packed.trees))
@@ -41,9 +43,7 @@ def plainly(query, key, value, packed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("branch_tokens", [512, 4])
-def test_output_and_gradients_are_those_of_the_plain_computation(seed, branch_tokens, monkeypatch):
-    monkeypatch.setattr(local_modules, "_BRANCH_TOKENS", branch_tokens)
+def test_output_and_gradients_are_those_of_the_plain_computation(seed):
     packed = row(seed)
     assert packed.prefix_stops.any(), "there are branches"
     generator = torch.Generator().manual_seed(seed)
@@ -52,13 +52,30 @@ def test_output_and_gradients_are_those_of_the_plain_computation(seed, branch_to
     ours = [x.clone().requires_grad_() for x in inputs]
     theirs = [x.clone().requires_grad_() for x in inputs]
     a = attention(*ours, packed_seq_params=tree_params(packed, torch.device("cpu")))
-    b = plainly(*theirs, packed)
+    b = plainly(packed, *theirs)
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     weights = torch.randn(a.shape, generator=generator, dtype=torch.float64)
     for result in (a, b):
         (result * weights).sum().backward()
     for x, y in zip(ours, theirs, strict=True):
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("seen", "own"), [(0, 1), (0, 3), (5, 1), (4, 3)])
+def test_a_branch_sees_its_prefix_and_itself_so_far(seen, own):
+    params = tree_params(row(0), torch.device("cpu"))
+    mask = params.mask(seen, own, torch.float32)
+    in_order = [*range(own, own + seen), *reversed(range(own))]  # the branch's own keys come first, turned round
+    visible = np.tril(np.ones((own, own + seen)), seen).astype(bool)
+    assert np.array_equal(mask[:, in_order].numpy(), np.where(visible, 0, -np.inf))
+
+
+def test_a_label_on_the_first_token_is_a_branch_without_a_prefix():
+    tokens = np.arange(9, dtype=np.int32)
+    labels = tuple(StateLabel(position=p, tokens=np.array([30, 31], np.int32)) for p in (1, 6))
+    packed = pack([LabelledEpisode(tokens=tokens, labels=labels)], 12).row(0)
+    tree, _ = tree_params(packed, torch.device("cpu")).trees
+    assert (tree.trunk, tree.branches) == (5, ((0, 2), (5, 2)))
 
 
 def test_positions_go_on_from_the_prefix():

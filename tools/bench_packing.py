@@ -22,14 +22,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import selectors
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import numpy as np  # noqa: E402
 import real_episodes  # noqa: E402
+from sides import Side, side  # noqa: E402
 
 from megatron_dagger.config import ModelConfig, TrainingConfig  # noqa: E402
 from megatron_dagger.training import batches, packing  # noqa: E402
@@ -90,8 +88,8 @@ def _bench(arguments: argparse.Namespace) -> None:
             save_episodes(arguments.folder / f"{side}.npz", episodes)
         short, _ = real_episodes.make(runs, seed=arguments.seed, longest=min(arguments.longest, GRADIENT_LONGEST))
         save_episodes(arguments.folder / "gradients.npz", short[:GRADIENT_EPISODES])
-        with _process(arguments, "gradients") as process:
-            difference = json.loads(_answer(process, "DIFFERENCE"))
+        with _side(arguments, "gradients") as comparison:
+            difference = json.loads(comparison.answer("DIFFERENCE"))
         times = _take_turns(arguments)
     print(
         f"{'side':<15}{'samples':>8}{'rows':>6}{'fill':>7}{'tokens':>12}{'s/row':>9}{'s for all':>11}{'us/token':>10}"
@@ -249,48 +247,18 @@ def _take_turns(arguments: argparse.Namespace) -> dict[str, Taken]:
     """What each side took, all its turns together."""
     taken = dict.fromkeys(SIDES, Taken())
     with ExitStack() as stack:
-        processes = {side: stack.enter_context(_process(arguments, side)) for side in SIDES}
-        for process in processes.values():
-            _answer(process, "READY")
+        running = {name: stack.enter_context(_side(arguments, name)) for name in SIDES}
+        for side in running.values():
+            side.answer("READY")
         for _ in range(arguments.turns):
-            for side, process in processes.items():
-                assert process.stdin is not None
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                taken[side] += Taken(*json.loads(_answer(process, "TAKEN")))
+            for name, side in running.items():
+                taken[name] += Taken(*json.loads(side.go("TAKEN")))
     return taken
 
 
-@contextmanager
-def _process(arguments: argparse.Namespace, worker: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--folder", str(arguments.folder)]
-    process = subprocess.Popen(
-        [*command, "--worker", worker],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _answer(process: subprocess.Popen[str], word: str) -> str:
-    """The rest of the next line that begins with ``word``; TimeoutError after the deadline."""
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        end = time.monotonic() + DEADLINE_S
-        while selector.select(max(0.0, end - time.monotonic())):
-            line = process.stdout.readline()
-            if not line:
-                raise RuntimeError(f"a side ended with exit code {process.wait()}; its error is above")
-            if line.startswith(word):
-                return line.removeprefix(word).strip()
-    raise TimeoutError(f"no answer within {DEADLINE_S:.0f} s")
+def _side(arguments: argparse.Namespace, worker: str) -> AbstractContextManager[Side]:
+    given = [*sys.argv[1:], "--folder", str(arguments.folder), "--worker", worker]
+    return side(given, DEADLINE_S, {"OMP_NUM_THREADS": "1"})
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import selectors
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import numpy as np  # noqa: E402
 import synthetic_episodes  # noqa: E402
+from sides import Side, side  # noqa: E402
 
 from megatron_dagger.config import ModelConfig, ParallelConfig, TrainingConfig  # noqa: E402
 from megatron_dagger.training import batches, packing  # noqa: E402
@@ -209,49 +208,22 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _take_turns(arguments: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
     """The median tokens per second of every side, and per second of processor time."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
-    processes: dict[str, subprocess.Popen[str]] = {}
+    variables = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     speeds: dict[str, list[float]] = {name: [] for name in WORKERS}
     per_cpu: dict[str, list[float]] = {name: [] for name in WORKERS}
-    try:
+    with ExitStack() as stack:
+        running: dict[str, Side] = {}
         for name in WORKERS:
-            processes[name] = subprocess.Popen(
-                [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--worker", name],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            _answer(processes[name], "READY")
+            given = [*sys.argv[1:], "--worker", name]
+            running[name] = stack.enter_context(side(given, DEADLINE_S, variables))
+            running[name].answer("READY")
         for _ in range(arguments.turns):
-            for name, process in processes.items():
-                assert process.stdin is not None
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                tokens, seconds, cpu_seconds = map(float, _answer(process, "TOKENS").split())
+            for name, worker in running.items():
+                tokens, seconds, cpu_seconds = map(float, worker.go("TOKENS").split())
                 speeds[name].append(tokens / seconds)
                 per_cpu[name].append(tokens / cpu_seconds)
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
     median = statistics.median
     return {k: median(v) for k, v in speeds.items()}, {k: median(v) for k, v in per_cpu.items()}
-
-
-def _answer(process: subprocess.Popen[str], word: str) -> str:
-    """The rest of the next line that begins with ``word``; TimeoutError after the deadline."""
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        end = time.monotonic() + DEADLINE_S
-        while selector.select(max(0.0, end - time.monotonic())):
-            line = process.stdout.readline()
-            if not line:
-                raise RuntimeError(f"a side ended with exit code {process.wait()}; its error is above")
-            if line.startswith(word):
-                return line.removeprefix(word).strip()
-    raise TimeoutError(f"no answer within {DEADLINE_S:.0f} s")
 
 
 def _layout(arguments: argparse.Namespace, name: str) -> float:

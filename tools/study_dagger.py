@@ -18,6 +18,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -92,7 +93,7 @@ def report(outcomes: dict[str, list[dict[str, bool]]], labelled_turns: int, step
     tasks = sorted({(seed, task) for seed, found in enumerate(outcomes["dagger"]) for task in found})
     print("seed  sft  dagger  tasks")
     for seed, (sft, dagger) in enumerate(zip(outcomes["sft"], outcomes["dagger"], strict=True)):
-        print(f"{seed:4}  {mean(sft.values()):4.0%}  {mean(dagger.values()):5.0%}  {len(sft)}")
+        print(f"{seed:4}  {fmean(sft.values()):4.0%}  {fmean(dagger.values()):5.0%}  {len(sft)}")
     by_task: dict[str, list[int]] = {}
     for seed, task in tasks:
         by_task.setdefault(task, []).append(outcomes["dagger"][seed][task] - outcomes["sft"][seed][task])
@@ -102,8 +103,8 @@ def report(outcomes: dict[str, list[dict[str, bool]]], labelled_turns: int, step
         "heldout_tasks": len(by_task),
         "labelled_turns": labelled_turns,
         "steps": steps,
-        "sft_success": mean(v for found in outcomes["sft"] for v in found.values()),
-        "dagger_success": mean(v for found in outcomes["dagger"] for v in found.values()),
+        "sft_success": fmean(v for found in outcomes["sft"] for v in found.values()),
+        "dagger_success": fmean(v for found in outcomes["dagger"] for v in found.values()),
         "difference_points": 100 * difference,
         "ci_low": 100 * low,
         "ci_high": 100 * high,
@@ -116,15 +117,10 @@ def bootstrap(groups: list[list[int]]) -> tuple[float, float, float]:
     """The mean of all differences and its 95% interval, resampling whole tasks."""
     chance = random.Random(0)
     means = sorted(
-        mean(value for group in chance.choices(groups, k=len(groups)) for value in group) for _ in range(RESAMPLES)
+        fmean(value for group in chance.choices(groups, k=len(groups)) for value in group) for _ in range(RESAMPLES)
     )
-    everything = mean(value for group in groups for value in group)
+    everything = fmean(value for group in groups for value in group)
     return everything, means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
-
-
-def mean(values) -> float:  # type: ignore[no-untyped-def]
-    found = [float(value) for value in values]
-    return sum(found) / len(found)
 
 
 if __name__ == "__main__":

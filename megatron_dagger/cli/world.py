@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from megatron_dagger.agents.chat import ChatRenderer
 from megatron_dagger.agents.tokenizer import train_tokenizer
 from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, load_yaml
-from megatron_dagger.dagger.world import Student, World
+from megatron_dagger.dagger.world import Student, World, round_dir
 from megatron_dagger.envs.repo_repair.corpus import texts
 from megatron_dagger.envs.repo_repair.env import RepairEnv, TestMemory
 from megatron_dagger.envs.repo_repair.expert import RepairExpert
@@ -76,7 +76,7 @@ def world(config: RunConfig, run_dir: Path, *, trains: Iterable[int] = ()) -> It
         logger.warning("bubblewrap is missing or does not work: commands run with limits, but not isolated")
     with ExitStack() as stack:
         stack.enter_context(exclusive(run_dir / ".lock", deadline_s=LOCK_TIMEOUT_S))
-        if not all((run_dir / "rounds" / f"{index:04d}" / "train" / "manifest.json").exists() for index in trains):
+        if not all((round_dir(run_dir, index) / "train" / "manifest.json").exists() for index in trains):
             warm_up()  # while the first of them collects
         pool = stack.enter_context(SandboxPool(repair_sandbox))
         tracked = functools.partial(track, run_dir=run_dir)
@@ -131,13 +131,13 @@ def train_job(config: RunConfig, run_dir: Path, round_index: int) -> TrainJob:
     """What the ranks of a round's training are told."""
     from megatron_dagger.training.job import TrainJob
 
-    previous = run_dir / "rounds" / f"{round_index - 1:04d}" / "train" / "checkpoint"
+    previous = round_dir(run_dir, round_index - 1) / "train" / "checkpoint"
     return TrainJob(
         round_index=round_index,
         seed=config.seed,
         model=config.model,
         training=config.training,
-        output_dir=str(run_dir / "rounds" / f"{round_index:04d}" / "train"),
+        output_dir=str(round_dir(run_dir, round_index) / "train"),
         init_checkpoint=str(previous) if round_index else None,
         weight_version=round_index,
     )

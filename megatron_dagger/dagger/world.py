@@ -63,4 +63,9 @@ class World:
     threads: ThreadPool
 
     def round_dir(self, round_index: int) -> Path:
-        return self.run_dir / "rounds" / f"{round_index:04d}"
+        return round_dir(self.run_dir, round_index)
+
+
+def round_dir(run_dir: Path, round_index: int) -> Path:
+    """Where a round's stages write: collect.json, train/, evaluate.json."""
+    return run_dir / "rounds" / f"{round_index:04d}"

@@ -9,7 +9,6 @@ call on each, with NODE_RANK (or SLURM_NODEID), MASTER_ADDR and MASTER_PORT set.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -23,7 +22,13 @@ from pathlib import Path
 from typing import IO
 
 from megatron_dagger.config import ConfigError, ParallelConfig
-from megatron_dagger.training.rank_server import STORE_FD, ForkedRank, RankServer, RankServerError
+from megatron_dagger.training.rank_server import (
+    STORE_FD,
+    ForkedRank,
+    RankServer,
+    RankServerError,
+    dies_with_this_process,
+)
 
 PRELOAD = ("megatron_dagger.training.trainer", "zarr")  # what the ranks' server imports in advance
 
@@ -32,7 +37,6 @@ _POLL_S = 0.05
 _OTHERS_MAY_FAIL_S = 1.0  # the rank that died first may be seen after those that it took along
 _TAIL_LINES = 25
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout")
-_PR_SET_PDEATHSIG = 1
 
 _server: RankServer | None = None
 _server_lock = threading.Lock()
@@ -173,13 +177,6 @@ def _start(
 def _start_process(
     module_args: Sequence[str], variables: dict[str, str], output: IO[bytes], store: socket.socket | None
 ) -> _StartedRank:
-    prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
-
-    def die_with_the_parent() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)  # it was gone before the call
-
     return _StartedRank(
         [sys.executable, "-m", *module_args],
         env=variables,
@@ -188,7 +185,7 @@ def _start_process(
         stderr=subprocess.STDOUT,
         start_new_session=True,
         pass_fds=[store.fileno()] if store is not None else [],
-        preexec_fn=die_with_the_parent if sys.platform == "linux" else None,
+        preexec_fn=dies_with_this_process() if sys.platform == "linux" else None,
     )
 
 

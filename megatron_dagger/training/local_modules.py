@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from megatron_dagger.training.packing import PackedRow
 
-_ROUND_TABLE = 64  # lets Megatron's RoPE table be reused between rows
+ROUND_TABLE = 64  # lets Megatron's RoPE table be reused between rows
 
 
 class RMSNorm(torch.nn.Module):
@@ -103,7 +103,7 @@ def tree_params(row: PackedRow, device: torch.device) -> TreeParams:
     longest = max((own for tree in trees for _, own in tree.branches), default=1)
     ramp = torch.zeros(longest - 1 + len(row.tokens), device=device)
     ramp[: longest - 1] = -math.inf
-    positions = -(-(int(row.position_ids.max()) + 1) // _ROUND_TABLE) * _ROUND_TABLE
+    positions = -(-(int(row.position_ids.max()) + 1) // ROUND_TABLE) * ROUND_TABLE
     return TreeParams(
         qkv_format="sbhd",
         max_seqlen_q=positions,

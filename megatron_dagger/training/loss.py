@@ -22,7 +22,6 @@ from megatron_dagger.training.model import bare
 from megatron_dagger.training.packing import PackedRow
 
 _ROUND_POSITIONS = 8  # label positions are filled up to a multiple, which GEMMs like
-_ROUND_SEQLEN = 64  # lets Megatron's RoPE table be reused between rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ def micro_batch(
 def _segments(row: PackedRow, device: torch.device) -> PackedSeqParams:
     size, cu_seqlens = len(row.tokens), torch.from_numpy(row.trees).to(device)
     longest = int(np.diff(row.trees).max())
-    padded = -(-longest // _ROUND_SEQLEN) * _ROUND_SEQLEN
+    padded = -(-longest // local_modules.ROUND_TABLE) * local_modules.ROUND_TABLE
     # Megatron takes a RoPE table as long as the row for positions that run on across segments.
     longest = padded if padded < size else longest
     return PackedSeqParams(

@@ -17,8 +17,7 @@ import torch.distributed
 
 from megatron_dagger.config import ConfigError, ParallelConfig
 from megatron_dagger.training import compat, cpu_shim
-
-STORE_FD = "MEGATRON_DAGGER_STORE_FD"  # a listening socket that ``launch`` hands to rank 0
+from megatron_dagger.training.rank_server import STORE_FD
 
 _stores: list[torch.distributed.Store] = []  # the rendezvous, kept for the next block of this process
 _joins = itertools.count()

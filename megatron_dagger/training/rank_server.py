@@ -26,11 +26,11 @@ import sys
 import tempfile
 import traceback
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import IO
 
-STORE_FD = "MEGATRON_DAGGER_STORE_FD"
+STORE_FD = "MEGATRON_DAGGER_STORE_FD"  # a listening socket that ``launch`` hands to rank 0
 
 # Or numpy starts its threads as it is imported. A rank sets torch's own number.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -135,6 +135,18 @@ class ForkedRank:
         self._connection.close()
 
 
+def dies_with_this_process() -> Callable[[], None]:
+    """What a child is to call first, so that it is killed with the thread that forked it; Linux only."""
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def die_with_the_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)  # it was gone before the call
+
+    return die_with_the_parent
+
+
 def main() -> None:
     """Import, then fork a rank for each request, until the driver is gone. In a rank: run its module."""
     requests = socket.socket(fileno=int(sys.argv[1]))
@@ -168,7 +180,7 @@ def _import(names: Sequence[str], driver: int) -> str:
 
 def _serve(requests: socket.socket, driver: int) -> list[str] | None:
     """Returns in each rank, with its module and arguments, and at the end, with None."""
-    server, prctl = os.getpid(), ctypes.CDLL(None).prctl
+    die_with_the_server = dies_with_this_process()
     ranks: dict[int, Connection] = {}
     while os.getppid() == driver:
         if select.select([requests], [], [], _POLL_S if ranks else _IDLE_S)[0]:
@@ -178,9 +190,7 @@ def _serve(requests: socket.socket, driver: int) -> list[str] | None:
             connection, log, *store = Connection(given[0]), *given[1:]
             pid = os.fork()
             if pid == 0:
-                prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-                if os.getppid() != server:
-                    os._exit(1)  # it was gone before the call
+                die_with_the_server()
                 requests.close()
                 for other in ranks.values():
                     other.close()

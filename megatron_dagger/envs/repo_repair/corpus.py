@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from megatron_dagger.envs.repo_repair.env import SYSTEM_MESSAGE
 from megatron_dagger.envs.repo_repair.generate import SourceTree
 from megatron_dagger.envs.repo_repair.task import RepairTask
-from megatron_dagger.envs.repo_repair.tools.swaps import repairs
+from megatron_dagger.envs.repo_repair.tools.swaps import numbered, repairs
 
 REPEATS = 40  # of the fixed texts: they stand in every episode, a line of code in few
 
@@ -28,6 +28,5 @@ def texts(trees: Iterable[SourceTree], tasks: Iterable[RepairTask]) -> Iterator[
                 fixes = repairs(line)
                 if not fixes:
                     continue
-                listed = ", ".join(f"{n} {fix.old} -> {fix.new}" for n, fix in enumerate(fixes, 1))
                 yield f"@{number % 9 + 1} {path}:{number}\n"
-                yield f"@{number % 9 + 1}: {line}\n{listed}\nuntested: {len(fixes)}, 1 of @{number % 9 + 1}"
+                yield f"@{number % 9 + 1}: {line}\n{numbered(fixes)}\nuntested: {len(fixes)}, 1 of @{number % 9 + 1}"

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import io
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 from megatron_dagger.envs.base import CommandResult, EnvironmentBroken, Observation
@@ -24,9 +23,10 @@ from megatron_dagger.envs.sandbox import ProcessSandbox, SandboxPool
 SYSTEM_MESSAGE = """\
 One token of a Python package is wrong. Reply with one shell command, such as
 locate, view @K, fix @K N, runtests, undo, submit, edit @K OLD NEW, list, search WORD."""
-READS_ONLY = frozenset({"list", "search", "view", "untested", "runtests", "locate"})
+RUNS_TESTS = frozenset({"runtests", "locate"})
+READS_ONLY = RUNS_TESTS | {"list", "search", "view", "untested"}
 TOOLS = READS_ONLY | {"fix", "edit"}
-SAYS_EDITS = frozenset({"fix", "edit", "runtests", "locate"})  # after these the number of open edits is said
+SAYS_EDITS = RUNS_TESTS | {"fix", "edit"}  # after these the number of open edits is said
 MOST_OBSERVATION_CHARACTERS = 2000
 
 _QUOTED = re.compile(r"""'[^']*'|"[^"$`\\]*\"""")
@@ -75,7 +75,7 @@ class RepairEnv:
         result = self._run_tool(words) if words and tool else self._sandbox.run(command)
         if tool not in READS_ONLY:
             self._note_changes()
-        if tool in ("runtests", "locate") and not result.output.startswith("PASS"):
+        if tool in RUNS_TESTS and not result.output.startswith("PASS"):
             self._note_tested()
         if not tool:  # a shell command may have damaged what the tools need
             self._sandbox.write(self._settings())
@@ -87,7 +87,7 @@ class RepairEnv:
     def _run_tool(self, words: list[str]) -> CommandResult:
         """Run a repair tool; a test run on a tree that was tested before is remembered."""
         assert self._sandbox is not None
-        if self._memory is None or words[0] not in ("runtests", "locate") or len(words) > 1:
+        if self._memory is None or words[0] not in RUNS_TESTS or len(words) > 1:
             return self._sandbox.run(words)
         key = (self.task_id, words[0], self._tree_digest())
         known = self._memory.get(key)
@@ -133,23 +133,25 @@ class RepairEnv:
         return {**self._original, **package}
 
     def _settings(self) -> dict[str, bytes]:
-        return {
-            SETTINGS_FILE: json.dumps(self.task.tool_settings()).encode(),
-            TESTED_FILE: json.dumps(self._tested).encode(),
-        }
+        return {SETTINGS_FILE: json.dumps(self.task.tool_settings()).encode(), **self._tested_file()}
+
+    def _tested_file(self) -> dict[str, bytes]:
+        return {TESTED_FILE: json.dumps(self._tested).encode()}
 
     def _note_tested(self) -> None:
         """Where the one open edit changes one line, ``view`` need not propose it again: the tests failed."""
         if len(self._history) != 1:
             return
         (before,) = self._history
-        changed = [name for name in before.keys() | self._tree.keys() if before.get(name) != self._tree.get(name)]
+        changed = _changed(before, self._tree)
         if len(changed) == 1:
-            line = _only_change(before.get(changed[0], b""), self._tree.get(changed[0], b""))
-            if line is not None:
+            (name,) = changed
+            old, new = (tree.get(name, b"").splitlines(keepends=True) for tree in (before, self._tree))
+            lines = _changed_lines(old, new)
+            if len(old) == len(new) and len(lines) == 1:
                 assert self._sandbox is not None
-                self._tested.append((changed[0], *line))
-                self._sandbox.write(self._settings())
+                self._tested.append((name, lines[0], new[lines[0] - 1].decode(errors="replace")))
+                self._sandbox.write(self._tested_file())
 
     def _note_changes(self) -> None:
         assert self._sandbox is not None
@@ -164,11 +166,11 @@ class RepairEnv:
         if not self._history:
             return f"error: nothing to undo\n{self._open_edits()}"
         before, self._tree = self._tree, self._history.pop()
-        changed = {name for name in before.keys() | self._tree.keys() if before.get(name) != self._tree.get(name)}
-        self._sandbox.write({name: self._tree.get(name) for name in sorted(changed)})
-        name = min(changed)
-        line = _first_difference(before.get(name, b""), self._tree.get(name, b""))
-        shown = self._sandbox.run(["untested", f"{name}:{line}"])
+        changed = _changed(before, self._tree)
+        self._sandbox.write({name: self._tree.get(name) for name in changed})
+        name = changed[0]
+        lines = _changed_lines(*(tree.get(name, b"").splitlines() for tree in (before, self._tree)))
+        shown = self._sandbox.run(["untested", f"{name}:{lines[0] if lines else 1}"])
         return f"{self._open_edits()}\n{_describe(shown)}"
 
     def _open_edits(self) -> str:
@@ -188,28 +190,21 @@ def plain_words(command: str) -> list[str] | None:
 def tree_diff(before: Tree, after: Tree) -> str:
     """A unified diff in git's form between two trees of text files."""
     parts = []
-    for name in sorted(before.keys() | after.keys()):
-        old, new = (tree.get(name, b"").decode(errors="replace") for tree in (before, after))
-        if old != new:
-            lines = difflib.unified_diff(
-                old.splitlines(keepends=True), new.splitlines(keepends=True), f"a/{name}", f"b/{name}"
-            )
-            parts.append(f"diff --git a/{name} b/{name}\n" + "".join(lines))
+    for name in _changed(before, after):
+        old, new = (tree.get(name, b"").decode(errors="replace").splitlines(keepends=True) for tree in (before, after))
+        lines = difflib.unified_diff(old, new, f"a/{name}", f"b/{name}")
+        parts.append(f"diff --git a/{name} b/{name}\n" + "".join(lines))
     return "".join(parts)
 
 
-def _only_change(before: bytes, after: bytes) -> tuple[int, str] | None:
-    """Number and new text of the only line that differs; None where it is not just one line."""
-    old, new = (io.StringIO(text.decode(errors="replace"), newline="").readlines() for text in (before, after))
-    if len(old) != len(new):
-        return None
-    lines = [(number, b) for number, (a, b) in enumerate(zip(old, new, strict=True), 1) if a != b]
-    return lines[0] if len(lines) == 1 else None
+def _changed(before: Tree, after: Tree) -> list[str]:
+    """The files that differ, or stand in one of the trees only, in the order of their names."""
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
-def _first_difference(before: bytes, after: bytes) -> int:
-    pairs = zip(before.splitlines(), after.splitlines(), strict=False)
-    return next((number for number, (a, b) in enumerate(pairs, 1) if a != b), 1)
+def _changed_lines(before: Sequence[bytes], after: Sequence[bytes]) -> list[int]:
+    """The numbers, from 1, of the lines that differ, as far as the shorter one goes."""
+    return [number for number, (a, b) in enumerate(zip(before, after, strict=False), 1) if a != b]
 
 
 def _describe(result: CommandResult) -> str:

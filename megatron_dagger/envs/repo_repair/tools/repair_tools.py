@@ -77,8 +77,7 @@ def command_view(address: str, count: str = "1"):  # type: ignore[no-untyped-def
     for offset, line in enumerate(lines[number - 1 : number - 1 + int(count)]):
         yield f"{_name(path, number + offset)}: {line.rstrip()}"
     if count == "1":
-        fixes = swaps.repairs(lines[number - 1])
-        yield ", ".join(f"{n} {fix.old} -> {fix.new}" for n, fix in enumerate(fixes, 1)) or "no fixes"
+        yield swaps.numbered(swaps.repairs(lines[number - 1])) or "no fixes"
         yield from command_untested(address)
 
 

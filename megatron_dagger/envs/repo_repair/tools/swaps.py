@@ -74,6 +74,11 @@ def repairs(line: str) -> list[Candidate]:
     return sorted(found, key=lambda candidate: _RANK.get(candidate.old, len(_RANK)))
 
 
+def numbered(fixes: list[Candidate]) -> str:
+    """Fixes as ``view`` shows them."""
+    return ", ".join(f"{n} {fix.old} -> {fix.new}" for n, fix in enumerate(fixes, 1))
+
+
 def replace_token(line: str, candidate: Candidate) -> str | None:
     """The line with the candidate applied, or None where it has no such token."""
     count = 0

@@ -5,7 +5,7 @@ start from the same weights. They differ in who acts after round 0: in the DAgge
 labels are for states that the student reaches; in the SFT arm the teacher alone. Each seed has its own weights,
 tasks and draws. The interval is a bootstrap over held-out tasks, the seeds of a task kept together and paired.
 
-    tools/study_dagger.py                 3 seeds, 100 held-out tasks, about 40 minutes; goes on where it was
+    tools/study_dagger.py                 3 seeds, 100 held-out tasks, about an hour; goes on where it was
     tools/study_dagger.py --seeds 1 --heldout 20 dagger.rounds=1     a quick look
 """
 
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study", help="where the runs go")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--heldout", type=int, default=100, help="held-out tasks")
-    parser.add_argument("--labels", type=int, default=600, help="labelled turns of each round, in both arms")
+    parser.add_argument("--labels", type=int, default=1000, help="labelled turns of each round, in both arms")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings of both arms")
     arguments = parser.parse_args()
     outcomes: dict[str, list[dict[str, bool]]] = {arm: [] for arm in ARMS}
@@ -55,6 +55,9 @@ def main() -> int:
                 f"tasks.heldout_tasks={arguments.heldout}",
                 f"dagger.evaluation_tasks={arguments.heldout}",
                 "dagger.evaluate_rounds=last",
+                "tasks.train_tasks=170",  # of them fresh ones for every round, so that the teacher alone
+                "dagger.sft_tasks=56",  # gives --labels as well
+                "dagger.tasks_per_round=56",
                 "training.epochs=1000",  # so that training.max_steps is what ends a round, in both arms
                 f"dagger.aggregation.max_labels_per_round={arguments.labels}",
                 *arguments.settings,

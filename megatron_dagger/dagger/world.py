@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor as ThreadPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class Student(Protocol):
         """The policy that samples so, from the weights served last."""
         ...
 
-    def sync(self, checkpoint_dir: Path, version: int, expected_digests: dict[str, str]) -> Any:
+    def sync(self, weights: Path, version: int, digests: Mapping[str, str]) -> Any:
         """Serve the weights of a checkpoint; raises where what arrived is not what was trained."""
         ...
 

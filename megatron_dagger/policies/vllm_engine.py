@@ -1,7 +1,7 @@
 """A vLLM engine in this process, in the few words that the student needs.
 
-With ``weights/vllm_transfer.py`` this is the only module that touches vLLM. Nothing here depends on
-CPU or CUDA: vLLM's build decides. All methods belong to one thread (``engine_thread``).
+With ``weights/vllm_transfer.py`` and ``vllm_target.py`` this is the only module that touches vLLM.
+Nothing here depends on CPU or CUDA: vLLM's build decides. All methods belong to one thread (``engine_thread``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ import numpy as np
 
 from megatron_dagger.config import EngineConfig, ModelConfig, to_dict
 from megatron_dagger.policies.base import PolicyError
-from megatron_dagger.weights.digest import compare
-from megatron_dagger.weights.errors import WeightSyncError
+from megatron_dagger.weights.digest import compare, merge
+from megatron_dagger.weights.errors import WeightMapError, WeightSyncError
+from megatron_dagger.weights.transports import Offer
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class VllmEngine:
             worker_extension_cls=vllm_transfer.WORKER_EXTENSION,
         )
         self._engine = LLMEngine.from_engine_args(arguments)
+        self._model = model
         self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"model": to_dict(model)}})
 
     def add(self, name: str, prompt: Sequence[int], sampling: Sampling) -> None:
@@ -141,27 +143,36 @@ class VllmEngine:
         """Give up a request."""
         self._engine.abort_request([name])
 
-    def load(self, checkpoint: Path, version: str, digests: dict[str, str]) -> None:
+    def load(self, offer: Offer, version: str, digests: Mapping[str, str]) -> None:
         """Take over new weights while nothing runs.
 
-        Raises WeightSyncError if a worker could not, or did not receive exactly ``digests``. Afterwards
-        ``intact`` says whether all workers' weights are of one version, be it the one before.
+        Raises WeightSyncError if a worker could not, or if what the workers then hold is not exactly what
+        ``digests`` say. Afterwards ``intact`` says whether all workers' weights are of one version, be it
+        the one before.
         """
         was_intact, self.intact = self.intact, False
         rpc = self._engine.collective_rpc
         rpc("start_weight_update")
-        rpc("update_weights", kwargs={"update_info": {"directory": str(checkpoint), "digests": digests}})
+        rpc("update_weights", kwargs={"update_info": {"offer": to_dict(offer)}})
         rpc("finish_weight_update")
         states = rpc("transfer_state")
         self.intact = was_intact and all(state.error and not state.touched for state in states)
         for rank, state in enumerate(states):
-            problem = state.error or compare(digests, state.received)
-            if problem is not None:
-                raise WeightSyncError(problem if len(states) == 1 else f"worker {rank}: {problem}")
+            if state.error is not None:
+                raise WeightSyncError(state.error if len(states) == 1 else f"worker {rank}: {state.error}")
+        self._check(states, digests)
         if not self._engine.reset_prefix_cache():  # what it holds was computed with the old weights
             raise WeightSyncError("the prefix cache could not be emptied: requests are still running")
         self._engine.set_weight_version(version)
         self.intact = True
+
+    def _check(self, states: Sequence[Any], digests: Mapping[str, str]) -> None:
+        try:
+            problem = compare(digests, merge([state.shares for state in states], self._model))
+        except WeightMapError as error:
+            problem = str(error)
+        if problem is not None:
+            raise WeightSyncError(f"what the workers hold is not the trainer's: {problem}")
 
     def weight_version(self) -> str:
         return self._engine.get_weight_version()

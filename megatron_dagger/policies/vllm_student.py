@@ -2,7 +2,7 @@
 
 Tokens in, tokens out: a prompt is ids, and the sampled ids come back verbatim, end-of-turn token
 included. Every action carries the version of the weights that sampled it. The student serves nothing
-before its first ``sync`` and nothing after a failed one that left its weights mixed.
+before its first ``sync``, and nothing after a failed one that left its weights mixed for good.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from megatron_dagger.policies.engine_thread import EngineThread
 from megatron_dagger.policies.vllm_engine import Completion, Sampling, VllmEngine
 from megatron_dagger.types import Action, State
 from megatron_dagger.weights.errors import WeightSyncError
+from megatron_dagger.weights.transports import Offer, checkpoint_offer
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,10 @@ class VllmStudent:
         decode: Callable[[np.ndarray], str] | None = None,
         end_of_turn: int | None = None,
     ):
-        self.config = engine
+        self.config, self.model = engine, model
         self.sampling = sampling or SamplingConfig()
         self.weight_version = -1  # of the weights being served
+        self._served: tuple[Offer, Mapping[str, str]] | None = None
         self._not_serving: str | None = "no weights were brought to it yet: call sync() first"
         self._thread = EngineThread(lambda: VllmEngine(model_dir, model, engine, seed=seed))
         if decode is None or end_of_turn is None:
@@ -166,34 +168,49 @@ class VllmStudent:
         assert result is not None, "they were asked for"
         return result
 
-    def sync(self, checkpoint_dir: Path, version: int, expected_digests: dict[str, str]) -> SyncReport:
-        """Take over the weights of a Megatron checkpoint, after the running requests have ended.
+    def sync(self, weights: Path | Offer, version: int, digests: Mapping[str, str]) -> SyncReport:
+        """Take over weights, after the running requests have ended: a Megatron checkpoint's, or offered ones.
 
-        ``expected_digests`` is what the trainer had in memory, by canonical name. Raises WeightSyncError,
-        naming the tensor or file at fault. If that was found before any weight changed, the student goes
-        on serving the version it had; else it refuses to act until a sync succeeds.
+        ``digests`` are of what the trainer had in memory (``training.digests``). Raises WeightSyncError,
+        naming the tensor, file or rank at fault. The student then goes on serving the version it had: if
+        weights had changed already, it takes that one's checkpoint again. Only if there is none, or it
+        cannot be read any more, does it refuse to act until a sync succeeds.
         """
         began = time.monotonic()
 
         def load(engine: VllmEngine) -> None:
+            offer = weights if isinstance(weights, Offer) else checkpoint_offer(weights, self.model)
             try:
-                engine.load(checkpoint_dir, str(version), expected_digests)
+                engine.load(offer, str(version), digests)
             except BaseException as error:
-                if not engine.intact and self.weight_version >= 0:
+                if not engine.intact and self._served is not None:
                     self._not_serving = f"its weights are mixed since a sync failed ({error}); sync again"
+                    self._take_back(engine, *self._served)
                 raise
-            self.weight_version, self._not_serving = version, None
+            self.weight_version, self._served, self._not_serving = version, (offer, digests), None
 
         try:
             self._thread.run(load, timeout_s=self.config.start_deadline_s)
         except Exception as error:
             now = "it does not serve" if self._not_serving else f"it serves version {self.weight_version} on"
+            where = weights.address if isinstance(weights, Offer) else weights
             raise WeightSyncError(
-                f"the student did not take over version {version} of the weights from {checkpoint_dir}: {error}; {now}"
+                f"the student did not take over version {version} of the weights from {where}: {error}; {now}"
             ) from error
-        report = SyncReport(weight_version=version, tensors=len(expected_digests), duration_s=time.monotonic() - began)
+        report = SyncReport(weight_version=version, tensors=len(digests), duration_s=time.monotonic() - began)
         logger.info("weights %d: %d tensors in %.2f s", version, report.tensors, report.duration_s)
         return report
+
+    def _take_back(self, engine: VllmEngine, offer: Offer, digests: Mapping[str, str]) -> None:
+        """Serve the version before again, if it lies in a checkpoint."""
+        if offer.kind != "checkpoint":
+            return
+        try:
+            engine.load(offer, str(self.weight_version), digests)
+        except Exception as error:
+            logger.error("version %d cannot be served again: %s", self.weight_version, error)
+        else:
+            self._not_serving = None
 
     def _check_serving(self) -> None:
         if self._not_serving is not None:

@@ -1,60 +1,142 @@
-"""One digest per tensor, the same on the trainer's side and on the engine's.
+"""Digests of weights in canonical space, that ranks of any layout compute from their own shares.
 
-A digest covers a tensor's dtype, shape and values (as contiguous little-endian bytes), so that a
-wrong cast, a transposition and a wrong value all show. Names are not part of it: they are its key.
+The digest of a canonical tensor is the sum, modulo 2^64, of the xxh3-64 hashes of its cells' bytes
+(contiguous, little-endian), each seeded with the cell's number; written with dtype and shape. So a
+wrong value, a wrong cast, and a block in the wrong place all show, and shares are put together by
+adding. It finds mistakes and damage; it is no protection against somebody who wants two tensors alike.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import xxhash
 
-def tensor_digest(tensor: Any) -> str:
-    """The sha256 (hex) of a tensor: torch or numpy, any dtype (bfloat16 too), any device."""
-    hasher = hashlib.sha256()
-    if type(tensor).__module__.partition(".")[0] == "numpy":
-        dtype, shape, data = str(tensor.dtype), tensor.shape, _numpy_bytes(tensor)
-    else:
-        dtype, shape, data = str(tensor.dtype).removeprefix("torch."), tensor.shape, _torch_bytes(tensor)
-    hasher.update(f"{dtype} {tuple(shape)}\n".encode())
-    hasher.update(data)
-    return hasher.hexdigest()
+from megatron_dagger.config.model import ModelConfig
+from megatron_dagger.weights.blocks import Block, Box
+from megatron_dagger.weights.cells import Cells, cells
+from megatron_dagger.weights.errors import WeightMapError
+
+_MODULUS = 2**64
+
+# dtype, and by run of cells (first, past the last) the sum of their hashes
+Share = tuple[str, dict[tuple[int, int], int]]
+Shares = dict[str, Share]  # by canonical name
 
 
-def digests(tensors: Iterable[tuple[str, Any]]) -> dict[str, str]:
-    """The digest of every ``(name, tensor)``; a name that comes twice is a ValueError."""
-    result: dict[str, str] = {}
+def digest_shares(blocks: Sequence[Block], tensor: Any, model: ModelConfig) -> Shares:
+    """What a rank's own tensor, made up of ``blocks``, contributes to the digests of canonical tensors.
+
+    ``tensor``: torch or numpy, any dtype, any device. A leading dimension of experts is taken apart.
+    """
+    table = cells(model)
+    shares: Shares = {}
+    for block in blocks:
+        for single, values in _each_expert(block, tensor):
+            cut = table[single.name]
+            run = cut.within(single)
+            _, sums = shares.setdefault(single.name, (_dtype(values), {}))
+            sums[run.start, run.stop] = _sum_of_hashes(values, cut, run)
+    return shares
+
+
+def canonical_digests(tensors: Iterable[tuple[str, Any]], model: ModelConfig) -> dict[str, str]:
+    """The digests of whole canonical tensors; a name that comes twice is a ValueError."""
+    found: Shares = {}
     for name, tensor in tensors:
-        if name in result:
+        if name in found:
             raise ValueError(f"tensor {name!r} comes twice")
-        result[name] = tensor_digest(tensor)
-    return result
+        whole = Box((0,) * len(tensor.shape), tuple(tensor.shape))
+        found |= digest_shares([Block(name, whole, whole.start)], tensor, model)
+    return merge([found], model)
 
 
-def compare(expected: dict[str, str], received: dict[str, str]) -> str | None:
+def merge(ranks: Sequence[Mapping[str, Share]], model: ModelConfig) -> dict[str, str]:
+    """The digests of the tensors that the ranks hold together, in the model's order.
+
+    What several ranks hold must be the same on all of them, and every tensor must be held as a whole or
+    not at all; else WeightMapError with the tensor and the rank.
+    """
+    held: dict[str, tuple[str, dict[tuple[int, int], tuple[int, int]]]] = {}
+    for rank, shares in enumerate(ranks):
+        for name, (dtype, sums) in shares.items():
+            first_dtype, runs = held.setdefault(name, (dtype, {}))
+            if dtype != first_dtype:
+                raise WeightMapError(f"tensor {name!r} is {first_dtype} on one rank and {dtype} on rank {rank}")
+            for run, value in sums.items():
+                other, known = runs.setdefault(run, (rank, value))
+                if known != value:
+                    raise WeightMapError(f"ranks {other} and {rank} hold different copies of tensor {name!r}")
+    digests = {}
+    for name, cut in cells(model).items():
+        if name in held:
+            dtype, runs = held[name]
+            _check_whole(name, sorted(runs), cut)
+            digests[name] = f"{dtype} {cut.shape} {sum(value for _, value in runs.values()) % _MODULUS:016x}"
+    return digests
+
+
+def compare(expected: Mapping[str, str], received: Mapping[str, str]) -> str | None:
     """What differs between two sets of digests, in words that name the tensor; None if nothing does."""
     for name in expected:
         if name not in received:
             return f"tensor {name!r} was not received"
         if expected[name] != received[name]:
-            return f"tensor {name!r} differs: sent {expected[name][:12]}, received {received[name][:12]}"
+            return f"tensor {name!r} differs: sent {expected[name]}, received {received[name]}"
     extra = [name for name in received if name not in expected]
     return f"tensor {extra[0]!r} was received but never sent" if extra else None
 
 
-def _torch_bytes(tensor: Any) -> Any:
+def _check_whole(name: str, runs: list[tuple[int, int]], cut: Cells) -> None:
+    stops = [0, *(stop for _, stop in runs)]
+    for stop, (start, _) in zip(stops, [*runs, (cut.count, 0)], strict=True):
+        if start != stop:
+            what = "no rank holds" if start > stop else "ranks hold overlapping shares with"
+            raise WeightMapError(f"{what} cell {min(start, stop)} of the {cut.count} of tensor {name!r}")
+
+
+def _each_expert(block: Block, tensor: Any) -> Iterable[tuple[Block, Any]]:
+    start, box = block.start, block.canonical
+    values = tensor[tuple(slice(s, s + n) for s, n in zip(start, box.shape, strict=True))]
+    if "{}" not in block.name:
+        yield block, values
+        return
+    for index in range(box.shape[0]):
+        inner = Box(box.start[1:], box.shape[1:])
+        yield Block(block.name.format(box.start[0] + index), inner, start[1:]), values[index]
+
+
+def _sum_of_hashes(values: Any, cut: Cells, run: range) -> int:
+    if cut.axis == 1:  # cell by cell
+        rows, columns = values.shape
+        values = values.reshape(rows, columns // cut.extent, cut.extent).swapaxes(0, 1)
+    data = _bytes(values)
+    total, size = len(data), cut.extent * len(data) // max(1, _along(values, cut))
+    return sum(
+        xxhash.xxh3_64_intdigest(data[at : min(at + size, total)], seed=cell)
+        for cell, at in zip(run, range(0, total, size), strict=True)
+    )
+
+
+def _along(values: Any, cut: Cells) -> int:
+    """The extent of ``values``, in the order in which they are hashed, along the cut."""
+    return int(values.shape[0]) * (cut.extent if cut.axis == 1 else 1)
+
+
+def _dtype(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _bytes(tensor: Any) -> memoryview:
+    assert sys.byteorder == "little", "digests are defined on little-endian bytes"
+    if type(tensor).__module__.partition(".")[0] == "numpy":
+        import numpy as np
+
+        return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    assert sys.byteorder == "little", "digests are defined on little-endian bytes"
-    return flat.view(torch.uint8).numpy()
-
-
-def _numpy_bytes(array: Any) -> Any:
-    import numpy as np
-
-    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return np.ascontiguousarray(little).reshape(-1).view(np.uint8)
+    data: memoryview = flat.view(torch.uint8).numpy().data
+    return data

@@ -162,3 +162,7 @@ class TargetLayout:
             whole_experts = experts and self.enable_expert_parallel
             shard = Shard(expert_rank=rank, expert_size=size) if whole_experts else Shard(rank=rank, size=size)
             yield shard, tuple(ranks[rank::size])
+
+    def shard(self, rank: int, *, experts: bool) -> Shard:
+        """The share that ``rank`` has, of dense tensors or of stacked experts."""
+        return next(shard for shard, ranks in self.holders(experts=experts) if rank in ranks)

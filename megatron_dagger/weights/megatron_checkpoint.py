@@ -1,24 +1,27 @@
 """Reads the weights of a Megatron torch_dist checkpoint, without Megatron, a model or a process group.
 
-Weights only: the index is read by an unpickler that runs no code, the chunks by
-``torch.load(weights_only=True)``. At most one layer's tensor is in memory at a time. Whatever
-layout the checkpoint was saved under, the canonical tensors come out whole and in the model's order.
+Weights only: index and chunks are read by unpicklers that run no code. Files are mapped into memory, so
+that only what is used is read. Whatever layout the checkpoint was saved under, the canonical tensors
+come out whole and in the model's order.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import pickle
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.weights import families
+from megatron_dagger.weights.blocks import Block, Box, overlap
 from megatron_dagger.weights.dist_metadata import Chunk, StoredTensor, read_metadata
 from megatron_dagger.weights.errors import CheckpointReadError
+from megatron_dagger.weights.layouts import SourceLayout
+from megatron_dagger.weights.tensor_archive import ArchiveError, locate
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +46,7 @@ class MegatronCheckpoint:
     def __init__(self, directory: Path):
         self.directory = Path(directory)
         self.tensors = read_metadata(self.directory)
+        self._maps: dict[Path, mmap.mmap] = {}
 
     def sources(self, model: ModelConfig) -> list[Source]:
         """The model's Megatron tensors in the model's order, each with its place.
@@ -75,32 +79,46 @@ class MegatronCheckpoint:
         self._check_files()
         return [found[layout.parts[0].name] for layout in family.layouts(model).values()]
 
+    def source_layout(self, model: ModelConfig) -> SourceLayout:
+        """The checkpoint as the source of a plan: one rank that holds everything."""
+        embedding = self.sources(model)[0]
+        return SourceLayout(padded_vocab_size=_shape(embedding)[0])
+
     def canonical_tensors(self, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every canonical (Hugging Face) tensor of the model, whole, contiguous, on the CPU."""
         for source in self.sources(model):
             for name, tensor in families.to_canonical(source.name, self.read(source), model):
                 yield name, tensor.contiguous()
 
-    def read(self, source: Source) -> torch.Tensor:
-        """One whole Megatron tensor of one layer, in the dtype it was stored in."""
+    def read(self, source: Source, box: Box | None = None) -> torch.Tensor:
+        """One Megatron tensor of one layer, or a box of it, in the dtype it was stored in.
+
+        Where one chunk holds all of it, it is a view of the file: nothing but what is used of it is read.
+        """
         import torch
 
+        box = box or Box((0,) * len(_shape(source)), _shape(source))
         stored, layer = source.stored, source.layer
-        whole: torch.Tensor | None = None
+        result: torch.Tensor | None = None
         for chunk in stored.chunks:
             if layer is not None and not 0 <= layer - chunk.offsets[0] < chunk.sizes[0]:
                 continue
-            block = self._load(chunk, stored)
-            offsets, sizes = chunk.offsets, chunk.sizes
+            own = slice(0 if layer is None else 1, None)
+            here = Block(source.name, Box(chunk.offsets[own], chunk.sizes[own]), (0,) * len(box.start))
+            common = overlap(here, Block(source.name, box, (0,) * len(box.start)))
+            if common is None:
+                continue
+            values = self._view(chunk, stored)
             if layer is not None:
-                block, offsets, sizes = block[layer - offsets[0]], offsets[1:], sizes[1:]
-            if sizes == _shape(source):
-                return block
-            if whole is None:
-                whole = torch.empty(_shape(source), dtype=block.dtype)
-            whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] = block
-        assert whole is not None, "the chunks were checked to cover the tensor"
-        return whole
+                values = values[layer - chunk.offsets[0]]
+            values = values[common[0].slices]
+            if common[1].shape == box.shape:
+                return values
+            if result is None:
+                result = torch.empty(box.shape, dtype=values.dtype)
+            result[common[1].slices] = values
+        assert result is not None, "the chunks were checked to cover the tensor"
+        return result
 
     def bytes_stored(self, model: ModelConfig) -> int:
         """The bytes of the model's weights in the files."""
@@ -132,29 +150,65 @@ class MegatronCheckpoint:
                     f"{path} is truncated: {path.stat().st_size} bytes, the index speaks of {end}"
                 )
 
-    def _load(self, chunk: Chunk, stored: StoredTensor) -> torch.Tensor:
+    def _view(self, chunk: Chunk, stored: StoredTensor) -> torch.Tensor:
+        """A chunk's values as they lie in the file; they are read when they are used."""
         import torch
 
         path = self.directory / chunk.file
         where = f"{path}: the chunk of {stored.name!r} at byte {chunk.start}"
         try:
-            with open(path, "rb") as file:
-                file.seek(chunk.start)
-                data = file.read(chunk.length)
-            if len(data) < chunk.length:
-                raise CheckpointReadError(f"{where} is truncated: {len(data)} of {chunk.length} bytes")
-            block = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            memory = self._mapped(path)
+            if len(memory) < chunk.start + chunk.length:
+                raise CheckpointReadError(f"{where} is truncated: {len(memory) - chunk.start} of {chunk.length} bytes")
+            found = locate(cast(BinaryIO, _Window(memory, chunk.start, chunk.length)))
         except OSError as error:
             raise CheckpointReadError(f"{where} cannot be read: {error.strerror}") from error
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-            if isinstance(error, CheckpointReadError):
-                raise
+        except ArchiveError as error:
             raise CheckpointReadError(f"{where} is damaged: {error}") from error
-        expected = (getattr(torch, stored.dtype), chunk.sizes)
-        got = (block.dtype, tuple(block.shape)) if isinstance(block, torch.Tensor) else type(block)
-        if got != expected:
-            raise CheckpointReadError(f"{where} holds {got}, the index says {expected}")
-        return block
+        if (found.dtype, found.shape) != (stored.dtype, chunk.sizes):
+            raise CheckpointReadError(
+                f"{where} holds {found.dtype} {found.shape}, the index says {stored.dtype} {chunk.sizes}"
+            )
+        dtype, count = getattr(torch, stored.dtype), math.prod(chunk.sizes)
+        if found.start + count * dtype.itemsize > chunk.length:
+            raise CheckpointReadError(f"{where} is damaged: its values end behind it")
+        if count == 0:
+            return torch.empty(chunk.sizes, dtype=dtype)
+        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=chunk.start + found.start)
+        return flat.view(chunk.sizes)
+
+    def _mapped(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            with open(path, "rb") as file:
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[path]
+
+
+class _Window(io.RawIOBase):
+    """Some bytes of a map as a file."""
+
+    def __init__(self, memory: mmap.mmap, start: int, length: int):
+        self._memory, self._start, self._length, self._at = memory, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._length - self._at)
+        count = left if size is None or size < 0 else min(size, left)
+        first = self._start + self._at
+        self._at += count
+        return self._memory[first : first + count]
 
 
 def _shape(source: Source) -> tuple[int, ...]:

@@ -1,159 +1,172 @@
-"""vLLM's side of the bridge: a weight-transfer engine that reads Megatron checkpoints.
+"""vLLM's side of the bridge: the weight-transfer engine and the model loader that vLLM knows by name.
 
-vLLM finds it through the ``vllm.general_plugins`` entry point, in every process that it starts. The
-lifecycle is vLLM's own: ``init_weight_transfer_engine`` with the model's settings, then per update
-``start_weight_update``, ``update_weights`` with the checkpoint's directory and the digests that the
-trainer computed, ``finish_weight_update``. Each worker reads the checkpoint itself.
+vLLM finds both through the ``vllm.general_plugins`` entry point, in every process that it starts.
 
-Invariants: everything that can be checked without reading weights is checked before the first
-weight is touched, so that such a failure leaves the old weights serving. A tensor is given to the
-model only after its digest was found right. Errors are not raised through vLLM's RPC, which with
-several workers would answer the next call with a stale reply: they are kept in ``TransferState``,
-which the caller asks for after every update.
+- Transfer engine: the lifecycle is vLLM's own. ``init_weight_transfer_engine`` with the model's settings,
+  then per update ``start_weight_update``, ``update_weights`` with an Offer, ``finish_weight_update``. Each
+  worker takes what it needs by itself. Errors are not raised through vLLM's RPC, which with several workers
+  would answer the next call with a stale reply: they are kept in ``TransferState``, which the caller asks
+  for after every update, with the digests of what the worker's parameters then hold.
+- Loader: ``load_format="megatron"`` starts a worker from a Megatron checkpoint, without dummy weights.
 
-This module and ``policies/vllm_engine.py`` are the only ones that touch vLLM.
+This module, ``vllm_target.py`` and ``policies/vllm_engine.py`` are the only ones that touch vLLM.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import ParallelConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from megatron_dagger.config import ModelConfig, build
-from megatron_dagger.weights.digest import tensor_digest
-from megatron_dagger.weights.errors import WeightSyncError
-from megatron_dagger.weights.families import lookup
-from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_dagger.weights.digest import Shares
+from megatron_dagger.weights.layouts import TargetLayout
+from megatron_dagger.weights.transports import Agreement, Offer
+from megatron_dagger.weights.transports.open import open_transport
+from megatron_dagger.weights.vllm_target import VllmTarget
 
 logger = logging.getLogger(__name__)
 
-BACKEND = "megatron_checkpoint"
+BACKEND = "megatron_dagger"
+LOAD_FORMAT = "megatron"
 WORKER_EXTENSION = "megatron_dagger.weights.vllm_transfer.WorkerExtension"
 
 
 def register() -> None:
-    """Make the engine known to vLLM in this process; may be called any number of times."""
+    """Make engine and loader known to vLLM in this process; may be called any number of times."""
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, MegatronCheckpointEngine)
+        WeightTransferEngineFactory.register_engine(BACKEND, BridgeEngine)
+    if LOAD_FORMAT not in _LOAD_FORMAT_TO_MODEL_LOADER:
+        register_model_loader(LOAD_FORMAT)(MegatronLoader)
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """``model``: the ModelConfig as a dict."""
+    """``model``: the ModelConfig as a dict; which of how many engines this is that take the same weights."""
 
     model: dict[str, Any]
+    replica: int = 0
+    replicas: int = 1
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """``directory``: the checkpoint; ``digests``: what the trainer had, by canonical name."""
+    """``offer``: the Offer as a dict."""
 
-    directory: str
-    digests: dict[str, str]
+    offer: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferState:
     """What the last update left on this worker.
 
-    ``received``: the digest of every tensor that was given to the model. ``error``: why the update
-    failed, or None. ``touched``: whether it had begun to change the model's weights.
+    ``shares``: the digests of all its parameters. ``error``: why the update failed, or None.
+    ``touched``: whether it had begun to change the model's weights.
     """
 
-    received: dict[str, str]
+    shares: Shares
     error: str | None
     touched: bool
 
 
-class MegatronCheckpointEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads a Megatron checkpoint into a vLLM worker's model, in place."""
+class BridgeEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Takes offered weights into a vLLM worker's model, in place."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     supports_draft_weight_update = False
-    transfer_state = TransferState(received={}, error="no update has come yet", touched=False)
-    _taken_apart = False  # between layerwise reload's two ends
+    transfer_state = TransferState(shares={}, error="no update has come yet", touched=False)
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        self.architecture = build(ModelConfig, init_info.model)
+        self._architecture = build(ModelConfig, init_info.model)
+        self._layout = _target_layout(self.parallel_config, init_info.replicas)
+        self._rank = init_info.replica * self._layout.engine_size + _rank_in_engine(self.parallel_config)
 
     def start_weight_update(self) -> None:
-        """Nothing yet: the model is taken apart only after the checkpoint was found readable."""
+        """Nothing yet: what can be found wrong is found before a weight is touched."""
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Check, read and load the checkpoint; the outcome is in ``transfer_state``."""
-        received: dict[str, str] = {}
+        """Take the weights; the outcome is in ``transfer_state``."""
+        target = VllmTarget(self.model, self.model_config, self._rank)
+        shares: Shares = {}
         error = None
         try:
-            checkpoint = MegatronCheckpoint(Path(update_info.directory))
-            checkpoint.sources(self.architecture)
-            lookup(self.architecture).check_complete(update_info.digests, self.architecture)
-            self._load(checkpoint, update_info.digests, received)
+            agreement = Agreement(
+                model=self._architecture,
+                target=self._layout,
+                dtype=str(self.model_config.dtype).removeprefix("torch."),
+                offer=build(Offer, update_info.offer),
+            )
+            with torch.no_grad(), open_transport(agreement, self._rank, self.device) as transport:
+                shares = target.take(transport, agreement)
+            target.pack_tied_heads()
         except Exception as failure:
             error = str(failure) or type(failure).__name__
-            logger.error("weights were not taken over from %s: %s", update_info.directory, error)
-        self.transfer_state = TransferState(received=received, error=error, touched=self._taken_apart)
+            logger.error("weights were not taken over: %s", error)
+        self.transfer_state = TransferState(shares=shares, error=error, touched=target.touched)
 
     def finish_weight_update(self) -> None:
-        """Put the model together again, also after a failure: the next update can start from there."""
-        if not self._taken_apart:
-            return
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._taken_apart = False
-        for module in self.model.modules():
-            # On the CPU vLLM packs a copy of the output layer. With tied embeddings nothing was loaded
-            # into that layer itself, so vLLM does not pack it again: without this the logits are stale.
-            if isinstance(module, ParallelLMHead):
-                module.quant_method.process_weights_after_loading(module)
+        """Nothing is left to do."""
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""
 
-    def _load(self, checkpoint: MegatronCheckpoint, expected: dict[str, str], received: dict[str, str]) -> None:
-        # A tied output layer is the embedding's parameter, and listed once; during the update it is not.
-        parameters = [name for name, _ in self.model.named_parameters()]
-        self._taken_apart = True
-        initialize_layerwise_reload(self.model)
-        loaded = self.model.load_weights(self._verified(checkpoint, expected, received))
-        left = [name for name in parameters if name not in loaded]
-        if left:
-            raise WeightSyncError(f"vLLM left parameters without new weights: {', '.join(left[:5])}")
 
-    def _verified(
-        self, checkpoint: MegatronCheckpoint, expected: dict[str, str], received: dict[str, str]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in checkpoint.canonical_tensors(self.architecture):
-            received[name] = tensor_digest(tensor)
-            if received[name] != expected[name]:
-                raise WeightSyncError(
-                    f"tensor {name!r} ({tensor.dtype} {tuple(tensor.shape)}) in {checkpoint.directory} is "
-                    f"not the trainer's: sent {expected[name][:12]}, received {received[name][:12]}"
-                )
-            yield name, tensor
+class MegatronLoader(BaseModelLoader):
+    """Starts a model from a Megatron checkpoint. ``model_loader_extra_config``: ``offer`` and ``model`` as dicts."""
+
+    def download_model(self, model_config: Any) -> None:
+        """The checkpoint is there."""
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        extra = self.load_config.model_loader_extra_config
+        offer, architecture = build(Offer, extra["offer"]), build(ModelConfig, extra["model"])
+        parallel = get_current_vllm_config().parallel_config
+        rank = _rank_in_engine(parallel)
+        dtype = str(model_config.dtype).removeprefix("torch.")
+        agreement = Agreement(model=architecture, target=_target_layout(parallel, 1), dtype=dtype, offer=offer)
+        target = VllmTarget(model, model_config, rank, fresh=True)
+        device = next(model.parameters()).device
+        with torch.no_grad(), open_transport(agreement, rank, device) as transport:
+            shares = target.take(transport, agreement)
+        # The worker's transfer engine does not exist yet: it will hand these out.
+        BridgeEngine.transfer_state = TransferState(shares=shares, error=None, touched=True)
 
 
 class WorkerExtension:
     """Mixed into vLLM's workers: what ``collective_rpc`` can ask for by name."""
 
-    weight_transfer_engine: MegatronCheckpointEngine
+    weight_transfer_engine: BridgeEngine
 
     def transfer_state(self) -> TransferState:
         return self.weight_transfer_engine.transfer_state
 
 
-# A worker imports this module for its extension: so the engine is known also where the package is only
-# on the path, and no entry point is installed.
+def _target_layout(parallel: ParallelConfig, replicas: int) -> TargetLayout:
+    return TargetLayout(
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        data_parallel_size=parallel.data_parallel_size,
+        enable_expert_parallel=parallel.enable_expert_parallel,
+        replicas=replicas,
+    )
+
+
+def _rank_in_engine(parallel: ParallelConfig) -> int:
+    return int(parallel.data_parallel_rank * parallel.tensor_parallel_size + get_tensor_model_parallel_rank())
+
+
+# A worker imports this module for its extension: so both are known also where the package is only on the
+# path, and no entry point is installed.
 register()

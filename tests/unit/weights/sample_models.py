@@ -1,11 +1,16 @@
-"""Small models of every family, for the tests of the weight map and of the plan."""
+"""Small models of every family and layouts of both ends, for the tests of the weight map, plan and digests."""
 
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
 
 from megatron_dagger.config import ModelConfig
+from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
 
+VOCAB, PADDED = 130, 144  # vLLM pads to 192
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
@@ -44,3 +49,31 @@ def sample_models(draw: Any) -> ModelConfig:
         tie_embeddings=draw(st.booleans()),
         **settings,
     )
+
+
+def sources(groups: int, experts: bool) -> Iterator[SourceLayout]:
+    """All layouts of the trainer in the matrix, for this many query groups."""
+    tensor = [tp for tp in range(1, groups + 1) if groups % tp == 0]
+    for tp, (pp, vp), dp in itertools.product(tensor, [(1, 1), (2, 2), (4, 1)], [1, 2]):
+        layout = SourceLayout(
+            padded_vocab_size=PADDED,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vp,
+            data_parallel_size=dp,
+        )
+        yield layout
+        if experts and dp == 2:
+            yield replace(layout, expert_model_parallel_size=2)  # expert tensor parallelism as the dense one
+            if tp > 1:
+                yield replace(layout, expert_model_parallel_size=2 * tp, expert_tensor_parallel_size=1)
+
+
+def targets(groups: int, experts: bool) -> Iterator[TargetLayout]:
+    """All layouts of the engine in the matrix: one rank, one for each KV head, and more than those."""
+    for tp in sorted({1, groups, 2 * groups}):
+        yield TargetLayout(tensor_parallel_size=tp)
+        yield TargetLayout(tensor_parallel_size=tp, replicas=3, enable_expert_parallel=experts)
+    if experts:
+        for parallel in (False, True):
+            yield TargetLayout(tensor_parallel_size=groups, data_parallel_size=2, enable_expert_parallel=parallel)

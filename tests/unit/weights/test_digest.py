@@ -1,42 +1,116 @@
-"""A digest covers dtype, shape and values, and is the same for torch and numpy."""
+"""A digest covers dtype, shape, values and their places; shares of any layout add up to the whole's."""
 
-import hashlib
-
-import numpy as np
 import pytest
 import torch
+import xxhash
 
-from megatron_dagger.weights.digest import compare, digests, tensor_digest
+from megatron_dagger.weights import families
+from megatron_dagger.weights.blocks import Block, Box
+from megatron_dagger.weights.cells import cells
+from megatron_dagger.weights.digest import canonical_digests, compare, digest_shares, merge
+from megatron_dagger.weights.errors import WeightMapError
+from tests.unit.weights.naive_shards import canonical_tensors, megatron_ranks, vllm_ranks
+from tests.unit.weights.sample_models import FAMILIES, PADDED, VOCAB, sample_model, sources, targets
+
+MODEL = sample_model("qwen3", num_query_groups=2)
+DOWN, QUERY, NORM = (
+    "model.layers.0.mlp.down_proj.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.norm.weight",
+)
+
+
+def digest(name, tensor):
+    return canonical_digests([(name, tensor)], MODEL)[name]
 
 
 def test_the_definition():
-    tensor = torch.tensor([[1.0, 2.0]])
-    expected = hashlib.sha256(b"float32 (1, 2)\n" + np.array([1, 2], "<f4").tobytes()).hexdigest()
-    assert tensor_digest(tensor) == expected
-    assert tensor_digest(tensor.numpy()) == expected
-    assert tensor_digest(tensor.numpy().astype(">f4").astype("<f4")) == expected
+    query = torch.arange(64, dtype=torch.float32).reshape(8, 8)
+    heads = [xxhash.xxh3_64_intdigest(query[2 * h : 2 * h + 2].numpy().tobytes(), seed=h) for h in range(4)]
+    assert digest(QUERY, query) == f"float32 (8, 8) {sum(heads) % 2**64:016x}"
+    columns = [xxhash.xxh3_64_intdigest(query[:, c : c + 1].numpy().tobytes(), seed=c) for c in range(8)]
+    assert digest(DOWN, query) == f"float32 (8, 8) {sum(columns) % 2**64:016x}"
+    assert digest(DOWN, query.numpy()) == digest(DOWN, query)
 
 
 def test_what_a_tensor_lies_in_does_not_matter():
-    tensor = torch.arange(12, dtype=torch.bfloat16).reshape(3, 4)
-    assert tensor_digest(tensor.t().contiguous().t()) == tensor_digest(tensor)
-    assert tensor_digest(torch.nn.Parameter(tensor)) == tensor_digest(tensor)
-    assert tensor_digest(torch.cat([tensor, tensor])[:3]) == tensor_digest(tensor)
+    tensor = torch.arange(64, dtype=torch.bfloat16).reshape(8, 8)
+    assert digest(DOWN, tensor.t().contiguous().t()) == digest(DOWN, tensor)
+    assert digest(DOWN, torch.nn.Parameter(tensor)) == digest(DOWN, tensor)
+    assert digest(DOWN, torch.cat([tensor, tensor])[:8]) == digest(DOWN, tensor)
 
 
-def test_dtype_shape_and_every_value_matter():
-    tensor = torch.arange(12, dtype=torch.float32)
-    others = [tensor.reshape(3, 4), tensor.to(torch.bfloat16), tensor.to(torch.int32), tensor.clone()]
-    others[-1][7] += 1e-6
-    others += [torch.zeros(0), torch.tensor(0.0)]
-    assert len({tensor_digest(other) for other in [tensor, *others]}) == 7
+def test_dtype_every_value_and_its_place_matter():
+    tensor = torch.arange(64, dtype=torch.float32).reshape(8, 8)
+    others = [tensor.to(torch.bfloat16), tensor.t(), tensor.flip(0), tensor.flip(1), tensor.clone()]
+    others[-1][7, 3] += 1e-5
+    for name in (QUERY, DOWN):
+        assert len({digest(name, other) for other in [tensor, *others]}) == 6
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shares_of_any_layout_of_either_end_add_up_to_the_whole(family, groups):
+    experts = family == "qwen3_moe"
+    sizes = {"num_attention_heads": 24, "num_query_groups": groups, "ffn_hidden_size": 24, "vocab_size": VOCAB}
+    moe = {"num_moe_experts": 24, "moe_ffn_hidden_size": 24} if experts else {}
+    model = sample_model(family, num_layers=4, **sizes, **moe)
+    tensors = canonical_tensors(model, families.canonical_names(model))
+    expected = canonical_digests(tensors.items(), model)
+    assert list(expected) == list(tensors)
+    for source in sources(groups, experts):
+        held = megatron_ranks(model, source, tensors)
+        ranks: list = [{} for _ in held]
+        for name, layout in families.lookup(model).megatron(model).items():
+            for shard, holders in source.holders(layout, source.stage(name, model)):
+                blocks = layout.blocks(shard, padded_rows=PADDED)
+                for rank in holders:
+                    ranks[rank] |= digest_shares(blocks, held[rank][name], model)
+        assert compare(expected, merge(ranks, model)) is None, source
+    for target in targets(groups, experts):
+        held = vllm_ranks(model, target, tensors)
+        ranks = [{} for _ in held]
+        for name, parameter in families.lookup(model).vllm(model).items():
+            for shard, holders in target.holders(experts=experts and parameter.experts > 0):
+                for rank in holders:
+                    ranks[rank] |= digest_shares(parameter.blocks(shard), held[rank][name], model)
+        assert compare(expected, merge(ranks, model)) is None, target
+
+
+def shares_of(name, tensor, first=0, rows=None):
+    part = tensor[first : first + rows] if rows else tensor
+    box = Box((first, *[0] * (part.ndim - 1)), tuple(part.shape))
+    return digest_shares([Block(name, box, (0,) * part.ndim)], part, MODEL)
+
+
+def test_ranks_that_differ_or_miss_something_are_named():
+    query = torch.randn(8, 8)
+    upper, lower = shares_of(QUERY, query, 0, 4), shares_of(QUERY, query, 4, 4)
+    assert merge([upper, lower], MODEL)[QUERY] == digest(QUERY, query)
+    with pytest.raises(WeightMapError, match=r"no rank holds cell 2 of the 4 of tensor .*q_proj"):
+        merge([upper], MODEL)
+    with pytest.raises(WeightMapError, match="overlapping shares"):
+        merge([shares_of(QUERY, query), lower], MODEL)
+    with pytest.raises(WeightMapError, match=r"ranks 0 and 2 hold different copies of tensor .*q_proj"):
+        merge([upper, lower, shares_of(QUERY, query + 1, 0, 4)], MODEL)
+    with pytest.raises(WeightMapError, match="float32 on one rank and bfloat16 on rank 1"):
+        merge([upper, shares_of(QUERY, query.bfloat16(), 4, 4)], MODEL)
+    with pytest.raises(WeightMapError, match=r"q_proj.*from 0 to 3 cuts a cell of 2"):
+        shares_of(QUERY, query, 0, 3)
+    with pytest.raises(ValueError, match="comes twice"):
+        canonical_digests([(NORM, torch.zeros(8)), (NORM, torch.zeros(8))], MODEL)
 
 
 def test_the_difference_is_named():
-    sent = digests([("a", torch.zeros(1)), ("b", torch.ones(1))])
+    sent = canonical_digests([(NORM, torch.zeros(8)), (DOWN, torch.ones(8, 8))], MODEL)
     assert compare(sent, dict(sent)) is None
-    assert "'b' differs" in (compare(sent, {**sent, "b": sent["a"]}) or "")
-    assert "'b' was not received" in (compare(sent, {"a": sent["a"]}) or "")
-    assert "'c' was received" in (compare(sent, {**sent, "c": sent["a"]}) or "")
-    with pytest.raises(ValueError, match="'a' comes twice"):
-        digests([("a", torch.zeros(1)), ("a", torch.zeros(1))])
+    assert "down_proj.weight' differs: sent float32 (8, 8)" in (compare(sent, {**sent, DOWN: sent[NORM]}) or "")
+    assert "was not received" in (compare(sent, {NORM: sent[NORM]}) or "")
+    assert "'c' was received but never sent" in (compare(sent, {**sent, "c": sent[NORM]}) or "")
+
+
+def test_every_usual_size_is_whole_cells():
+    model = sample_model("qwen3", ffn_hidden_size=9728, vocab_size=151_936, num_attention_heads=32, num_query_groups=8)
+    table = cells(model)
+    assert table[DOWN].count == 32 and table[QUERY].count == 32
+    assert table["model.embed_tokens.weight"].count == 151_936 // 4

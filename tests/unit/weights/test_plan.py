@@ -15,9 +15,8 @@ from megatron_dagger.weights.blocks import Cut
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
 from megatron_dagger.weights.plan import plan
 from tests.unit.weights.naive_shards import canonical_tensors, megatron_ranks, vllm_ranks
-from tests.unit.weights.sample_models import FAMILIES, sample_model
+from tests.unit.weights.sample_models import FAMILIES, VOCAB, sample_model, sources, targets
 
-VOCAB, PADDED = 130, 144  # vLLM pads to 192
 MOE = {"num_moe_experts": 24, "moe_ffn_hidden_size": 24}
 ITEMSIZE = 4
 
@@ -43,34 +42,6 @@ def check(model, source, target, held, wanted):
     least = sum(np.count_nonzero(array) for rank in wanted for array in rank.values()) * ITEMSIZE  # only padding is 0
     assert result.bytes_moved(ITEMSIZE) == result.minimum_bytes(ITEMSIZE) == least
     return result
-
-
-def sources(groups, experts):
-    """All layouts of the trainer in the matrix, for this many query groups."""
-    tensor = [tp for tp in range(1, groups + 1) if groups % tp == 0]
-    for tp, (pp, vp), dp in itertools.product(tensor, [(1, 1), (2, 2), (4, 1)], [1, 2]):
-        layout = SourceLayout(
-            padded_vocab_size=PADDED,
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            virtual_pipeline_model_parallel_size=vp,
-            data_parallel_size=dp,
-        )
-        yield layout
-        if experts and dp == 2:
-            yield replace(layout, expert_model_parallel_size=2)  # expert tensor parallelism as the dense one
-            if tp > 1:
-                yield replace(layout, expert_model_parallel_size=2 * tp, expert_tensor_parallel_size=1)
-
-
-def targets(groups, experts):
-    """All layouts of the engine in the matrix: one rank, one for each KV head, and more than those."""
-    for tp in sorted({1, groups, 2 * groups}):
-        yield TargetLayout(tensor_parallel_size=tp)
-        yield TargetLayout(tensor_parallel_size=tp, replicas=3, enable_expert_parallel=experts)
-    if experts:
-        for parallel in (False, True):
-            yield TargetLayout(tensor_parallel_size=groups, data_parallel_size=2, enable_expert_parallel=parallel)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

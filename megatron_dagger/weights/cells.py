@@ -1,0 +1,81 @@
+"""The cells of canonical tensors: blocks that tensor parallelism never cuts, on which digests stand.
+
+A canonical (Hugging Face) tensor is cut along one axis into equal cells, the same for every layout: a
+head of a projection of attention, a few rows of a vocabulary, elsewhere the largest shares that are
+whole in every layout of up to 16 ranks (and 32). A rank's share is then some whole cells, so its digests can
+be compared with, or put together with, those of any other layout (see ``digest.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_dagger.config.model import ModelConfig
+from megatron_dagger.weights.blocks import Block, Cut
+from megatron_dagger.weights.errors import WeightMapError
+from megatron_dagger.weights.families import canonical_names, lookup
+from megatron_dagger.weights.families.layout import Shape
+from megatron_dagger.weights.families.parameter import Parameter, Piece
+
+_PARALLEL_SIZES = (*range(1, 17), 32)
+# vLLM cuts a vocabulary of whole 64s, Megatron one of whole 128s per rank.
+_VOCABULARY_ROWS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cells:
+    """How a canonical tensor is cut: ``count`` cells of ``extent`` along ``axis``, the last maybe smaller."""
+
+    shape: Shape
+    axis: int
+    extent: int
+
+    @property
+    def count(self) -> int:
+        return math.ceil(self.shape[self.axis] / self.extent)
+
+    def within(self, block: Block) -> range:
+        """The cells that make up a block of the tensor (without a dimension of stacked experts).
+
+        Raises WeightMapError if the block's ends are not cells' ends.
+        """
+        start, extent = block.canonical.start[self.axis], block.canonical.shape[self.axis]
+        stop = start + extent
+        if start % self.extent or (stop % self.extent and stop != self.shape[self.axis]):
+            raise WeightMapError(
+                f"{block.name!r}: a share from {start} to {stop} cuts a cell of {self.extent} along dimension "
+                f"{self.axis}; use a tensor-parallel size of up to 16, or 32"
+            )
+        return range(start // self.extent, math.ceil(stop / self.extent))
+
+
+@lru_cache(maxsize=16)
+def cells(model: ModelConfig) -> dict[str, Cells]:
+    """The cells of every canonical tensor of a model. Not to be changed."""
+    found = {}
+    shapes = canonical_names(model)
+    for parameter in lookup(model).vllm(model).values():
+        for piece in parameter.pieces:
+            for number in range(parameter.experts or 1):
+                name = piece.name.format(number)
+                axis, extent = _cut(parameter, piece)
+                found[name] = Cells(shape=shapes[name], axis=axis, extent=extent)
+    return {name: found[name] for name in shapes}
+
+
+def _cut(parameter: Parameter, piece: Piece) -> tuple[int, int]:
+    if parameter.padded:
+        return 0, _VOCABULARY_ROWS
+    if piece.heads:
+        return 0, piece.rows // piece.heads
+    if parameter.cut is Cut.COLUMNS:
+        return 1, _finest_share(parameter.tail[0])
+    if parameter.cut is Cut.NONE:
+        return 0, piece.rows
+    return 0, _finest_share(piece.rows)
+
+
+def _finest_share(total: int) -> int:
+    return total // math.lcm(*(size for size in _PARALLEL_SIZES if total % size == 0))

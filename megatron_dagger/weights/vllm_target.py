@@ -1,0 +1,112 @@
+"""Puts the blocks of a plan into a vLLM model, parameter by parameter.
+
+A plan speaks of vLLM's parameters as they are when a checkpoint is loaded. Where a layer serves them
+as they are, blocks are written in place. Where it has packed them for its device (on the CPU all linear
+layers), vLLM's layerwise reload takes the layer apart, one at a time: fresh parameters, filled, packed,
+put into the place of the old. So what is needed beside the model is one layer, and a failure leaves every
+layer whole, be it the old or the new one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process, get_layerwise_info
+from vllm.model_executor.model_loader.reload.meta import materialize_layer
+from vllm.platforms import current_platform
+
+from megatron_dagger.weights.digest import Shares, digest_shares
+from megatron_dagger.weights.errors import WeightSyncError
+from megatron_dagger.weights.families import lookup
+from megatron_dagger.weights.transports import Agreement, WeightTransport
+
+
+class VllmTarget:
+    """A worker's model as target rank ``rank``. ``fresh``: its parameters have not been packed yet."""
+
+    def __init__(self, model: torch.nn.Module, model_config: Any, rank: int, *, fresh: bool = False):
+        self._model, self._model_config, self._rank, self._fresh = model, model_config, rank, fresh
+        self.touched = False  # whether a weight has been changed
+
+    def take(self, transport: WeightTransport, agreement: Agreement) -> Shares:
+        """Fill all parameters, and return the digests of what then stands in them.
+
+        Raises WeightSyncError; what was changed until then stays changed.
+        """
+        plan, architecture = agreement.plan, agreement.model
+        table = lookup(architecture).vllm(architecture)
+        self._check_parameters(table)
+        arrivals = transport.receive(plan.by_target[self._rank])
+        shares: Shares = {}
+        for module, names in itertools.groupby(table, key=lambda name: name.rpartition(".")[0]):
+            with self._opened(self._model.get_submodule(module)) as tensors:
+                for name in names:
+                    parameter, tensor = table[name], tensors[name.rpartition(".")[2]]
+                    shard = agreement.target.shard(self._rank, experts=parameter.experts > 0)
+                    if (shape := tuple(tensor.shape)) != parameter.shape(shard):
+                        raise WeightSyncError(f"vLLM's {name!r} has shape {shape}, planned is {parameter.shape(shard)}")
+                    padding = parameter.padding(shard)
+                    missing = math.prod(shape) - (padding.elements if padding else 0)
+                    while missing > 0:
+                        copy, block = next(arrivals)
+                        assert copy.target_parameter == name, "copies come in the order of the parameters"
+                        self.touched = True
+                        tensor[copy.target.slices].copy_(block)
+                        missing -= block.numel()
+                    if padding:
+                        tensor[padding.slices].zero_()
+                    shares |= digest_shares(parameter.blocks(shard), tensor, architecture)
+        for _ in arrivals:
+            raise AssertionError("the plan brings more than the parameters hold")
+        return shares
+
+    def pack_tied_heads(self) -> None:
+        """On the CPU vLLM packs a copy of the output layer; where that is the embedding, pack it again."""
+        if self._fresh or not current_platform.is_cpu():
+            return
+        for module in self._model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+    def _check_parameters(self, table: Mapping[str, Any]) -> None:
+        """A tied output layer is the embedding's parameter, and listed once."""
+        theirs = {name for name, _ in self._model.named_parameters()}
+        if theirs != table.keys():
+            some = ", ".join(sorted(theirs ^ table.keys())[:5])
+            raise WeightSyncError(f"vLLM's parameters are not those of the family's map: {some}")
+
+    @contextmanager
+    def _opened(self, layer: torch.nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
+        """The layer's own parameters, to be written; with the end of the block they are served."""
+        if self._fresh or _serves_them_as_they_are(layer):
+            yield {name: parameter.data for name, parameter in layer.named_parameters(recurse=False)}
+            return
+        initialize_layerwise_reload(layer)
+        try:
+            info = get_layerwise_info(layer)
+            materialize_layer(layer, info)
+            yield {name: parameter.data for name, parameter in layer.named_parameters(recurse=False)}
+            _layerwise_process(layer, info)
+        finally:
+            finalize_layerwise_reload(layer, self._model_config)  # after a failure: the old ones come back
+
+
+def _serves_them_as_they_are(layer: torch.nn.Module) -> bool:
+    method = getattr(layer, "quant_method", None)
+    if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+        return isinstance(method, UnquantizedEmbeddingMethod)
+    if isinstance(method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)):
+        return bool(current_platform.is_cuda())
+    return method is None

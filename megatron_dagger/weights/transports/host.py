@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.transports.buckets import Segment
 
 _BUFFERS = 2
+_RETRY_S = 0.02
 _MOST_BYTES_OF_A_MESSAGE = 1 << 16
 
 
@@ -163,11 +165,10 @@ class HostReceiver:
             raise
 
     def _connect(self, directory: str, rank: int, plan_digest: str, dtype: torch.dtype) -> None:
-        peer = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        peer.settimeout(self._deadline_s)
         path = socket_path(directory, rank)
         try:
-            peer.connect(path)
+            peer = self._stack.enter_context(_reach(path, self._deadline_s))
+            peer.settimeout(self._deadline_s)
             peer.sendall((json.dumps({"target_rank": self._rank, "plan": plan_digest}) + "\n").encode())
             data, descriptors, _, _ = socket.recv_fds(peer, _MOST_BYTES_OF_A_MESSAGE, 1)
         except OSError as error:
@@ -206,6 +207,21 @@ class HostReceiver:
     def close(self) -> None:
         self._buffers.clear()
         self._stack.close()
+
+
+def _reach(path: str, deadline_s: float) -> socket.socket:
+    """Connect, as soon as there is somebody to connect to."""
+    end = time.monotonic() + deadline_s
+    while True:
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            peer.connect(path)
+            return peer
+        except (FileNotFoundError, ConnectionRefusedError):
+            peer.close()
+            if time.monotonic() > end:
+                raise
+            time.sleep(_RETRY_S)
 
 
 def _receive_line(peer: socket.socket, who: str, whom: str) -> bytes:

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def main() -> int:
     parser.add_argument("--labels", type=int, default=1000, help="labelled turns of each round, in both arms")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings of both arms")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run under way is ended as well
     outcomes: dict[str, list[dict[str, bool]]] = {arm: [] for arm in ARMS}
     amounts: list[tuple[int, int]] = []
     for number in range(arguments.seeds):

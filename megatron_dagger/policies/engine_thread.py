@@ -59,6 +59,10 @@ class EngineThread:
         self._arrived: deque[_Request | _Call] = deque()  # taken from the queue, not yet given to the engine
         self._lock = threading.Lock()  # nothing is queued after the thread has looked for the last time
 
+    @property
+    def started(self) -> bool:
+        return self._thread is not None
+
     def start(self, *, timeout_s: float) -> None:
         """Start the engine; PolicyError if it fails or is not ready in time."""
         if self._thread is not None:

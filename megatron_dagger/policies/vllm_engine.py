@@ -63,9 +63,15 @@ class Completion:
 
 
 class VllmEngine:
-    """vLLM started on ``model_dir`` (config.json) with dummy weights: ``load`` brings real ones."""
+    """vLLM started on ``model_dir`` (config.json).
 
-    def __init__(self, model_dir: Path, model: ModelConfig, config: EngineConfig, *, seed: int):
+    It starts with the weights of ``start``, to be confirmed by ``accept``, or with dummy weights, which
+    ``load`` replaces by real ones.
+    """
+
+    def __init__(
+        self, model_dir: Path, model: ModelConfig, config: EngineConfig, *, seed: int, start: Offer | None = None
+    ):
         self.intact = False  # the dummy weights are nobody's
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
@@ -90,7 +96,8 @@ class VllmEngine:
             model=str(model_dir),
             skip_tokenizer_init=True,  # ids in, ids out
             generation_config="vllm",  # nothing is read beside config.json
-            load_format="dummy",
+            load_format="dummy" if start is None else vllm_transfer.LOAD_FORMAT,
+            model_loader_extra_config={} if start is None else {"offer": to_dict(start), "model": to_dict(model)},
             dtype=config.dtype,
             seed=seed,
             max_model_len=config.max_model_len,
@@ -163,6 +170,12 @@ class VllmEngine:
         self._check(states, digests)
         if not self._engine.reset_prefix_cache():  # what it holds was computed with the old weights
             raise WeightSyncError("the prefix cache could not be emptied: requests are still running")
+        self._engine.set_weight_version(version)
+        self.intact = True
+
+    def accept(self, version: str, digests: Mapping[str, str]) -> None:
+        """Confirm what it was started with; WeightSyncError if that is not exactly what ``digests`` say."""
+        self._check(self._engine.collective_rpc("transfer_state"), digests)
         self._engine.set_weight_version(version)
         self.intact = True
 

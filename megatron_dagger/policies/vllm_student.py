@@ -65,14 +65,18 @@ class VllmStudent:
         self.weight_version = -1  # of the weights being served
         self._served: tuple[Offer, Mapping[str, str]] | None = None
         self._not_serving: str | None = "no weights were brought to it yet: call sync() first"
-        self._thread = EngineThread(lambda: VllmEngine(model_dir, model, engine, seed=seed))
+        self._first: Offer | None = None  # what to start with
+        self._thread = EngineThread(lambda: VllmEngine(model_dir, model, engine, seed=seed, start=self._first))
         if decode is None or end_of_turn is None:
             own_decode, own_end = _tokenizer(model_dir)
             decode, end_of_turn = decode or own_decode, own_end if end_of_turn is None else end_of_turn
         self._decode, self.end_of_turn = decode, end_of_turn
 
     def start(self) -> None:
-        """Start the engine, with no weights. Raises PolicyError; takes ``start_deadline_s`` at most."""
+        """Start the engine now, with no weights, rather than with the first ``sync``.
+
+        Raises PolicyError; takes ``start_deadline_s`` at most.
+        """
         began = time.monotonic()
         self._thread.start(timeout_s=self.config.start_deadline_s)
         logger.info("vLLM is up after %.1f s", time.monotonic() - began)
@@ -82,7 +86,6 @@ class VllmStudent:
         self._thread.close()
 
     def __enter__(self) -> VllmStudent:
-        self.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -171,6 +174,8 @@ class VllmStudent:
     def sync(self, weights: Path | Offer, version: int, digests: Mapping[str, str]) -> SyncReport:
         """Take over weights, after the running requests have ended: a Megatron checkpoint's, or offered ones.
 
+        An engine that has not been started is started with them.
+
         ``digests`` are of what the trainer had in memory (``training.digests``). Raises WeightSyncError,
         naming the tensor, file or rank at fault. The student then goes on serving the version it had: if
         weights had changed already, it takes that one's checkpoint again. Only if there is none, or it
@@ -179,9 +184,11 @@ class VllmStudent:
         began = time.monotonic()
 
         def load(engine: VllmEngine) -> None:
-            offer = weights if isinstance(weights, Offer) else checkpoint_offer(weights, self.model)
             try:
-                engine.load(offer, str(version), digests)
+                if starts:
+                    engine.accept(str(version), digests)
+                else:
+                    engine.load(offer, str(version), digests)
             except BaseException as error:
                 if not engine.intact and self._served is not None:
                     self._not_serving = f"its weights are mixed since a sync failed ({error}); sync again"
@@ -189,7 +196,12 @@ class VllmStudent:
                 raise
             self.weight_version, self._served, self._not_serving = version, (offer, digests), None
 
+        starts = not self._thread.started
         try:
+            offer = weights if isinstance(weights, Offer) else checkpoint_offer(weights, self.model)
+            if starts:
+                self._first = offer
+                self._thread.start(timeout_s=self.config.start_deadline_s)
             self._thread.run(load, timeout_s=self.config.start_deadline_s)
         except Exception as error:
             now = "it does not serve" if self._not_serving else f"it serves version {self.weight_version} on"

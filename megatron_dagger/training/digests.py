@@ -13,10 +13,11 @@ from megatron.core import parallel_state
 
 from megatron_dagger.config import ModelConfig
 from megatron_dagger.training import layout
-from megatron_dagger.training.model import bare, padded_vocab_size
+from megatron_dagger.training.model import bare
 from megatron_dagger.weights.blocks import Shard
 from megatron_dagger.weights.digest import Shares, digest_shares, merge
 from megatron_dagger.weights.families import lookup
+from megatron_dagger.weights.layouts import padded_vocab_size
 
 
 def parameter_digests(chunks: list[Any], model: ModelConfig) -> dict[str, str]:

@@ -20,14 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dagger.config import ConfigError, ModelConfig, TrainingConfig
 from megatron_dagger.training import compat, layout
 from megatron_dagger.training.local_modules import RMSNorm, TokenRope, TreeAttention
-
-_VOCAB_MULTIPLE = 128  # as Megatron pads, but the same for every power-of-two tensor-parallel size
-
-
-def padded_vocab_size(model: ModelConfig, tensor_parallel: int) -> int:
-    """The rows of the embedding: the vocabulary, filled up so that every rank has as many."""
-    multiple = math.lcm(_VOCAB_MULTIPLE, tensor_parallel)
-    return -(-model.vocab_size // multiple) * multiple
+from megatron_dagger.weights.layouts import padded_vocab_size
 
 
 def check_supported(model: ModelConfig, training: TrainingConfig) -> None:

@@ -5,16 +5,28 @@ Neither end's library is imported; the rank orders are theirs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 from megatron_dagger.config.base import require
 from megatron_dagger.config.model import ModelConfig
+from megatron_dagger.config.training import ParallelConfig
 from megatron_dagger.weights.blocks import Cut, Shard
 from megatron_dagger.weights.families.decoder import OUTPUT_LAYER
 from megatron_dagger.weights.families.layout import Layout
 
 _LAYERS = "decoder.layers."
+
+
+_VOCAB_MULTIPLE = 128  # as Megatron pads, but the same for every power-of-two tensor-parallel size
+
+
+def padded_vocab_size(model: ModelConfig, tensor_parallel: int) -> int:
+    """The rows of our trainer's embedding: the vocabulary, filled up so that every rank has as many."""
+    multiple = math.lcm(_VOCAB_MULTIPLE, tensor_parallel)
+    return -(-model.vocab_size // multiple) * multiple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +60,18 @@ class SourceLayout:
             self.stage_size % self._expert_model_size == 0,
             f"source.expert_model_parallel_size={self.expert_model_parallel_size} x expert tensor parallelism of "
             f"{self.expert_tensor_size} does not divide the {self.stage_size} ranks of a pipeline stage",
+        )
+
+    @classmethod
+    def of_trainer(cls, model: ModelConfig, parallel: ParallelConfig) -> Self:
+        """How our trainer holds the model under its own parallel layout."""
+        return cls(
+            padded_vocab_size=padded_vocab_size(model, parallel.tensor_model_parallel_size),
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size or 1,
+            context_parallel_size=parallel.context_parallel_size,
+            data_parallel_size=parallel.data_parallel_size,
         )
 
     @property

@@ -1,7 +1,7 @@
 """One rank of a small training that writes what the bridge's tests read (``python -m``, from ``launch``).
 
 For each version: a checkpoint after two optimizer steps, the digests of the weights in memory, and
-Megatron's own log-probs of ``tokens.npy``.
+Megatron's own log-probs of ``tokens.npy``. Then the last version is handed over to every offer of the job.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dagger.config import ModelConfig, TrainingConfig, build
-from megatron_dagger.training import checkpoint, digests, packing, parallel
+from megatron_dagger.training import checkpoint, digests, handover, packing, parallel
 from megatron_dagger.training.engine import Engine
 from megatron_dagger.types import LabelledEpisode, StateLabel
+from megatron_dagger.weights.layouts import TargetLayout
+from megatron_dagger.weights.transports import Offer
 
 
 def main(directory: Path) -> None:
@@ -45,6 +47,8 @@ def main(directory: Path) -> None:
                 np.save(directory / f"logprobs-{version}.npy", logprobs[0][: len(tokens) - 1])
             if parallel.is_rank_zero():
                 (directory / f"digests-{version}.json").write_text(json.dumps(in_memory))
+        for offer in job["offers"]:
+            handover.hand_over(engine, build(Offer, offer), build(TargetLayout, job["target"]), "float32")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from megatron_dagger.config import EngineConfig, ModelConfig, ParallelConfig, Tr
 from megatron_dagger.policies.vllm_student import VllmStudent
 from megatron_dagger.training.launch import launch
 from megatron_dagger.types import State
+from megatron_dagger.weights.layouts import TargetLayout
+from megatron_dagger.weights.transports import Offer
 
 ROOT = Path(__file__).resolve().parents[2]
 TIED = ModelConfig(num_layers=2, vocab_size=1000, init_std=0.2)  # large weights: log-probs far from uniform
@@ -19,6 +22,7 @@ UNTIED = replace(TIED, tie_embeddings=False)
 TP2 = ParallelConfig(world_size=2, tensor_model_parallel_size=2)
 PP2 = ParallelConfig(world_size=2, pipeline_model_parallel_size=2)
 ONE = ParallelConfig()
+ONE_WORKER = TargetLayout()
 END = 7
 TOLERANCE = 1e-3  # of log-probs in fp32: what the project promises
 
@@ -44,10 +48,18 @@ class Written:
         return np.load(self.directory / "tokens.npy")
 
 
-def write(directory: Path, model: ModelConfig, parallel: ParallelConfig, versions: int) -> Written:
+def write(
+    directory: Path,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    versions: int,
+    offers: Sequence[Offer] = (),
+    target: TargetLayout = ONE_WORKER,
+) -> Written:
     directory.mkdir()
     training = TrainingConfig(parallel=parallel, sequence_length=320, global_batch_tokens=320)
     job = {"model": to_dict(model), "training": to_dict(training), "versions": versions}
+    job |= {"offers": [to_dict(offer) for offer in offers], "target": to_dict(target)}
     (directory / "job.json").write_text(json.dumps(job))
     (directory / "config.json").write_text(json.dumps(model.hf_config()))
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, 300).astype(np.int32)

@@ -1,0 +1,30 @@
+"""The trainer's end of a live transfer."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed
+
+from megatron_dagger.training import layout
+from megatron_dagger.training.engine import Engine
+from megatron_dagger.training.model import bare
+from megatron_dagger.weights.layouts import TargetLayout
+from megatron_dagger.weights.transports import Agreement, Offer
+from megatron_dagger.weights.transports.open import send_weights
+
+
+def own_tensors(engine: Engine) -> dict[str, torch.Tensor]:
+    """This rank's parameters by their global Megatron names, a tied output layer's copy included."""
+    return {
+        name: parameter.detach() for chunk in engine.chunks for name, parameter in layout.global_parameters(bare(chunk))
+    }
+
+
+def hand_over(engine: Engine, offer: Offer, target: TargetLayout, dtype: str) -> None:
+    """Send the weights to engines that were told of ``offer``; called on every rank.
+
+    ``dtype``: what the engines hold, by torch's name. Raises WeightSyncError, within the offer's deadline.
+    """
+    agreement = Agreement(model=engine.model_config, target=target, dtype=dtype, offer=offer)
+    with torch.no_grad():
+        send_weights(agreement, torch.distributed.get_rank(), own_tensors(engine), engine.device)

@@ -1,0 +1,63 @@
+"""Weights from running Megatron ranks into a running vLLM: same host, and point to point. Both real."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
+
+from megatron_dagger.config import EngineConfig
+from megatron_dagger.policies.vllm_student import VllmStudent
+from megatron_dagger.weights.errors import WeightSyncError
+from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
+from megatron_dagger.weights.transports import Offer
+from megatron_dagger.weights.transports.live import free_address
+from tests.integration.served import END, PP2, TIED, TOLERANCE, TP2, UNTIED, Written, write
+
+
+def offers(directory, model, parallel, kinds, deadline_s=120.0):
+    source = SourceLayout.of_trainer(model, parallel)
+    return [
+        Offer(
+            kind=kind,
+            address=str(directory) if kind == "host" else free_address(),
+            source=source,
+            bucket_mib=1,
+            deadline_s=deadline_s,
+        )
+        for kind in kinds
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "workers"),
+    [(TIED, PP2, 1), pytest.param(UNTIED, TP2, 2, marks=pytest.mark.slow)],
+    ids=["tied-pp2-to-1", "untied-tp2-to-2"],
+)
+def test_weights_of_running_trainer_ranks_are_served(model, parallel, workers, tmp_path):
+    directory = tmp_path / "it"
+    offered = offers(tmp_path, model, parallel, ["host", "live"])
+    target = TargetLayout(tensor_parallel_size=workers)
+    engine = EngineConfig(max_model_len=512, kv_cache_memory_mib=32, tensor_parallel_size=workers)
+    where = Written(directory, model)
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(write, directory, model, parallel, 1, offered, target)
+        while not (directory / "digests-0.json").exists() and not training.done():
+            time.sleep(0.05)
+        with VllmStudent(directory, model, engine, seed=1, decode=str, end_of_turn=END) as student:
+            # The first starts the engine, through the loader; the second is taken over in place.
+            for version, offer in enumerate(offered):
+                report = student.sync(offer, version, where.digests())
+                assert report.weight_version == version
+                assert np.abs(student.logprobs(where.tokens) - where.logprobs()).max() < TOLERANCE
+            training.result()
+            lost = replace(offered[0], deadline_s=1.0)
+            with pytest.raises(WeightSyncError, match=r"source rank 0 cannot be reached.*it serves version 1 on"):
+                student.sync(lost, 2, where.digests())
+            assert np.abs(student.logprobs(where.tokens) - where.logprobs()).max() < TOLERANCE

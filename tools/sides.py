@@ -1,4 +1,4 @@
-"""The sides of a benchmark: processes that each work while they are told to, so that they can take turns."""
+"""The sides of a benchmark: processes of their own that work when they are told to."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ class Side:
         self._process = process
         self._deadline_s = deadline_s
 
-    def go(self, word: str) -> str:
+    def go(self, word: str, order: str = "go") -> str:
         """Let it work once; returns what ``answer`` does."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
+        self.tell(order)
         return self.answer(word)
+
+    def tell(self, order: str) -> None:
+        """Let it begin to work."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(order + "\n")
+        self._process.stdin.flush()
 
     def answer(self, word: str) -> str:
         """The rest of the next line that begins with ``word``; TimeoutError after the deadline."""

@@ -78,6 +78,7 @@ class VllmTarget:
             return
         for module in self._model.modules():
             if isinstance(module, ParallelLMHead):
+                module.cpu_linear = _unpacked_linear  # the old packed copy is freed before there is a new one
                 module.quant_method.process_weights_after_loading(module)
 
     def _check_parameters(self, table: Mapping[str, Any]) -> None:
@@ -101,6 +102,10 @@ class VllmTarget:
             _layerwise_process(layer, info)
         finally:
             finalize_layerwise_reload(layer, self._model_config)  # after a failure: the old ones come back
+
+
+def _unpacked_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.nn.functional.linear(hidden, weight, bias)
 
 
 def _serves_them_as_they_are(layer: torch.nn.Module) -> bool:

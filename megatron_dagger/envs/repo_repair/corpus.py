@@ -16,7 +16,7 @@ def texts(trees: Iterable[SourceTree], tasks: Iterable[RepairTask]) -> Iterator[
     """System message, problem statements, lines of code as the tools show them, and commands."""
     fixed = ["locate", "runtests", "undo", "submit", "edits: 0", "edits: 1", "FAIL 1 of 9\n", "PASS 9"]
     fixed += ["system\n" + SYSTEM_MESSAGE, "assistant\n", "user\n", "untested: none of @1"]
-    fixed += ["error: nothing to undo", "error: run locate first"]
+    fixed += ["error: nothing to undo", "error: run locate first", "error: undo the edits first"]
     for _ in range(REPEATS):
         yield from fixed
         yield from (f"view @{rank}\nfix @{rank} {rank}" for rank in range(1, 10))

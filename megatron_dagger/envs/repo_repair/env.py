@@ -3,6 +3,10 @@
 Every change of the work tree, by whatever command, is a step that ``undo`` takes back. ``undo`` and
 ``submit`` are handled here, outside the sandbox; all else runs inside it, through a shell unless it
 is a plain call of one of the repair tools.
+
+A reply ends with where the agent stands, whatever it did: how many edits are open, and if none is, which
+fixes no test run has failed of the line that it looked at last. So what is best to do next can be read
+off the last reply, after mistakes as well.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ locate, view @K, fix @K N, runtests, undo, submit, edit @K OLD NEW, list, search
 RUNS_TESTS = frozenset({"runtests", "locate"})
 READS_ONLY = RUNS_TESTS | {"list", "search", "view", "untested"}
 TOOLS = READS_ONLY | {"fix", "edit"}
-SAYS_EDITS = RUNS_TESTS | {"fix", "edit"}  # after these the number of open edits is said
+TAKES_A_LINE = frozenset({"view", "untested", "fix", "edit"})
 MOST_OBSERVATION_CHARACTERS = 2000
 
 _QUOTED = re.compile(r"""'[^']*'|"[^"$`\\]*\"""")
@@ -54,12 +58,14 @@ class RepairEnv:
         self._tree: dict[str, bytes] = {}
         self._history: list[dict[str, bytes]] = []
         self._tested: list[tuple[str, int, str]] = []  # (file, line number, text): edits that failed the tests
+        self._line: str | None = None  # the address of the line that the agent looked at last
 
     def reset(self) -> tuple[str, str]:
         self._sandbox = self._sandbox or self._pool.take()
         self._tree = dict(self._original)
         self._history = []
         self._tested = []
+        self._line = None
         self._sandbox.write({**self._files, **self._settings()})
         return SYSTEM_MESSAGE, self.task.problem_statement
 
@@ -72,6 +78,8 @@ class RepairEnv:
         if words == ["undo"]:
             return Observation(text=self._undo())
         tool = words[0] if words and words[0] in TOOLS else ""
+        if tool == "locate" and self._history:  # the lines of another tree would be no help later
+            return Observation(text=f"error: undo the edits first\n{self._status()}")
         result = self._run_tool(words) if words and tool else self._sandbox.run(command)
         if tool not in READS_ONLY:
             self._note_changes()
@@ -79,10 +87,13 @@ class RepairEnv:
             self._note_tested()
         if not tool:  # a shell command may have damaged what the tools need
             self._sandbox.write(self._settings())
+        if tool == "locate":
+            self._line = None
+        elif words and tool in TAKES_A_LINE and result.exit_code == 0:
+            self._line = words[1]
         text = _clip(_describe(result))
-        if not tool or tool in SAYS_EDITS:
-            text = f"{text}\n{self._open_edits()}".lstrip()
-        return Observation(text=text)
+        says_it_already = tool in ("view", "untested") and result.exit_code == 0 and not self._history
+        return Observation(text=text if says_it_already else f"{text}\n{self._status()}".lstrip())
 
     def _run_tool(self, words: list[str]) -> CommandResult:
         """Run a repair tool; a test run on a tree that was tested before is remembered."""
@@ -164,17 +175,21 @@ class RepairEnv:
     def _undo(self) -> str:
         assert self._sandbox is not None
         if not self._history:
-            return f"error: nothing to undo\n{self._open_edits()}"
+            return f"error: nothing to undo\n{self._status()}"
         before, self._tree = self._tree, self._history.pop()
         changed = _changed(before, self._tree)
         self._sandbox.write({name: self._tree.get(name) for name in changed})
         name = changed[0]
         lines = _changed_lines(*(tree.get(name, b"").splitlines() for tree in (before, self._tree)))
-        shown = self._sandbox.run(["untested", f"{name}:{lines[0] if lines else 1}"])
-        return f"{self._open_edits()}\n{_describe(shown)}"
+        self._line = f"{name}:{lines[0] if lines else 1}"
+        return self._status()
 
-    def _open_edits(self) -> str:
-        return f"edits: {len(self._history)}"
+    def _status(self) -> str:
+        assert self._sandbox is not None
+        status = f"edits: {len(self._history)}"
+        if self._history or self._line is None:
+            return status
+        return f"{status}\n{_describe(self._sandbox.run(['untested', self._line]))}"
 
 
 def plain_words(command: str) -> list[str] | None:

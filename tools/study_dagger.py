@@ -62,6 +62,9 @@ def main() -> int:
                 "dagger.tasks_per_round=56",
                 "training.epochs=1000",  # so that training.max_steps is what ends a round, in both arms
                 f"dagger.aggregation.max_labels_per_round={arguments.labels}",
+                "training.parallel.world_size=2",  # data-parallel: the fastest layout on two cores
+                "training.parallel.tensor_model_parallel_size=1",
+                "training.parallel.pipeline_model_parallel_size=1",
                 *arguments.settings,
                 *differing,
             ]

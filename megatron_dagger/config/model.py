@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from megatron_dagger.config.base import require
 
@@ -12,6 +12,15 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+# Entries of a config.json that must have this value, or be missing, for our model to be the same.
+_HF_PLAIN = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "hidden_act": "silu",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
 }
 
 
@@ -75,6 +84,42 @@ class ModelConfig:
             "torch_dtype": "float32",
             **self._hf_family(),
         }
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> ModelConfig:
+        """The settings of a model by its Hugging Face ``config.json``.
+
+        Raises ConfigError, naming the entry, for a family that is not known and for what changes the
+        model and is not covered (RoPE scaling, sliding windows, other biases, dense layers among experts).
+        """
+        family = config.get("model_type")
+        require(family in _ARCHITECTURES, f"model_type={family!r} is not known; there are {', '.join(_ARCHITECTURES)}")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        for name, plain in _HF_PLAIN.items():
+            require(config.get(name, plain) in (plain, None), f"{name}={config.get(name)!r} is not supported")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        require(kind == "default", f"rope_type={kind!r} is not supported")
+        heads = config["num_attention_heads"]
+        moe = family == "qwen3_moe"
+        return cls(
+            family=cast(Any, family),
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            ffn_hidden_size=config["intermediate_size"],
+            num_attention_heads=heads,
+            num_query_groups=config.get("num_key_value_heads") or heads,
+            kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab_size=config["vocab_size"],
+            max_position_embeddings=config["max_position_embeddings"],
+            rotary_base=int(rope.get("rope_theta", config.get("rope_theta", 10_000))),
+            layernorm_epsilon=config["rms_norm_eps"],
+            tie_embeddings=config.get("tie_word_embeddings", False),
+            init_std=config.get("initializer_range", 0.02),
+            num_moe_experts=config.get("num_experts", config.get("num_local_experts")) if moe else None,
+            moe_ffn_hidden_size=config["moe_intermediate_size"] if moe else None,
+            moe_router_topk=config["num_experts_per_tok"] if moe else 2,
+            norm_topk_prob=config.get("norm_topk_prob", False) if moe else True,
+        )
 
     def _hf_family(self) -> dict[str, Any]:
         """What only this family's Hugging Face config has."""

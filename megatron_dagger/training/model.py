@@ -20,13 +20,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dagger.config import ConfigError, ModelConfig, TrainingConfig
 from megatron_dagger.training import compat, layout
 from megatron_dagger.training.local_modules import RMSNorm, TokenRope, TreeAttention
+from megatron_dagger.weights.families import lookup
+from megatron_dagger.weights.families.decoder import EMBEDDING, OUTPUT_LAYER
+from megatron_dagger.weights.families.layout import Layout
 from megatron_dagger.weights.layouts import padded_vocab_size
 
 
 def check_supported(model: ModelConfig, training: TrainingConfig) -> None:
     """Raise ConfigError for settings that this trainer cannot run."""
-    if model.family != "qwen3":
-        raise ConfigError(f"model.family={model.family} cannot be trained yet: the trainer builds qwen3 only")
+    if model.num_moe_experts is not None:
+        raise ConfigError(f"model.family={model.family} cannot be trained yet: the trainer builds dense models only")
     parallel = training.parallel
     parallel.check_model(model)
     if parallel.context_parallel_size > 1:
@@ -88,11 +91,11 @@ def transformer_config(model: ModelConfig, training: TrainingConfig) -> Transfor
         "kv_channels": model.kv_channels,
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.layernorm_epsilon,
-        "qk_layernorm": True,
+        "qk_layernorm": model.family == "qwen3",
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": False,
+        "add_qkv_bias": model.family == "qwen2",
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": model.init_std,
@@ -178,13 +181,14 @@ def _layer_spec(config: TransformerConfig, engine: bool, stage: int, virtual: in
     )
 
     if engine:
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules
-    attention.q_layernorm = RMSNorm
-    attention.k_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
     attention.core_attention = TreeAttention
     layers = get_num_layers_to_build(config, vp_stage=stage if virtual else None)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
@@ -205,24 +209,20 @@ def initialize_weights(chunks: list[Any], model: ModelConfig, seed: int) -> None
     for chunk in chunks:
         for name, parameter in layout.global_parameters(bare(chunk)):
             if parameter.dim() == 1:
-                parameter.fill_(1.0)  # norms
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)  # else it is a norm's
                 continue
-            if name == "output_layer.weight" and model.tie_embeddings:
-                name = "embedding.word_embeddings.weight"
-            parameter.copy_(layout.shard(_random(name, parameter, model, seed, size), name, rank, size))
+            if name == OUTPUT_LAYER and model.tie_embeddings:
+                name = EMBEDDING
+            entry = lookup(model).layout(name, model)
+            parameter.copy_(layout.shard(_random(name, entry, model, seed, size), entry, rank, size))
 
 
-def _random(name: str, part: torch.Tensor, model: ModelConfig, seed: int, size: int) -> torch.Tensor:
+def _random(name: str, entry: Layout, model: ModelConfig, seed: int, size: int) -> torch.Tensor:
     """The full parameter ``name``; rows beyond the vocabulary are zero."""
-    cut = layout.cut_of(name)
-    rows, columns = part.shape
-    rows = rows * size if cut in (layout.Cut.ROWS, layout.Cut.GATED_ROWS) else rows
-    columns = columns * size if cut is layout.Cut.COLUMNS else columns
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
     std = model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std
-    if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-        values = torch.randn(model.vocab_size, columns, generator=generator) * std
-        return torch.nn.functional.pad(values, (0, 0, 0, rows - model.vocab_size))
-    return torch.randn(rows, columns, generator=generator) * std
+    values = torch.randn(entry.shape, generator=generator) * std
+    padding = padded_vocab_size(model, size) - model.vocab_size if entry.padded else 0
+    return torch.nn.functional.pad(values, (0, 0, 0, padding))

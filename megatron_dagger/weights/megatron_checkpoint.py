@@ -21,23 +21,26 @@ from megatron_dagger.weights.blocks import Block, Box, overlap
 from megatron_dagger.weights.dist_metadata import Chunk, StoredTensor, read_metadata
 from megatron_dagger.weights.errors import CheckpointReadError
 from megatron_dagger.weights.layouts import SourceLayout
+from megatron_dagger.weights.stacking import unstack
 from megatron_dagger.weights.tensor_archive import ArchiveError, locate
 
 if TYPE_CHECKING:
     import torch
 
-_LAYERS = "decoder.layers."
 _NOT_WEIGHTS = ("optimizer.", "optimizer_state.", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Where a Megatron tensor of one layer (or of none) lies: ``stored``, at index ``layer`` of its
-    leading dimension if it holds all layers stacked."""
+    """Where a Megatron tensor lies: in ``stored``, at index ``lead`` of its leading dimensions (``stacking``)."""
 
     name: str
     stored: StoredTensor
-    layer: int | None
+    lead: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape[len(self.lead) :]
 
 
 class MegatronCheckpoint:
@@ -59,7 +62,7 @@ class MegatronCheckpoint:
         for source in self._unstacked():
             try:
                 layout = family.layout(source.name, model)
-                expected, shape = layout.shape, _shape(source)
+                expected, shape = layout.shape, source.shape
                 fits = shape == expected or (layout.padded and shape[1:] == expected[1:] and shape[0] > expected[0])
                 if not fits:
                     raise families.WeightMapError(
@@ -82,7 +85,7 @@ class MegatronCheckpoint:
     def source_layout(self, model: ModelConfig) -> SourceLayout:
         """The checkpoint as the source of a plan: one rank that holds everything."""
         embedding = self.sources(model)[0]
-        return SourceLayout(padded_vocab_size=_shape(embedding)[0])
+        return SourceLayout(padded_vocab_size=embedding.shape[0])
 
     def canonical_tensors(self, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every canonical (Hugging Face) tensor of the model, whole, contiguous, on the CPU."""
@@ -97,21 +100,18 @@ class MegatronCheckpoint:
         """
         import torch
 
-        box = box or Box((0,) * len(_shape(source)), _shape(source))
-        stored, layer = source.stored, source.layer
+        box = box or Box((0,) * len(source.shape), source.shape)
+        wanted, depth = Block(source.name, box, (0,) * len(box.start)), len(source.lead)
         result: torch.Tensor | None = None
-        for chunk in stored.chunks:
-            if layer is not None and not 0 <= layer - chunk.offsets[0] < chunk.sizes[0]:
+        for chunk in source.stored.chunks:
+            inner = tuple(index - offset for index, offset in zip(source.lead, chunk.offsets, strict=False))
+            if not all(0 <= index < size for index, size in zip(inner, chunk.sizes, strict=False)):
                 continue
-            own = slice(0 if layer is None else 1, None)
-            here = Block(source.name, Box(chunk.offsets[own], chunk.sizes[own]), (0,) * len(box.start))
-            common = overlap(here, Block(source.name, box, (0,) * len(box.start)))
+            here = Block(source.name, Box(chunk.offsets[depth:], chunk.sizes[depth:]), wanted.start)
+            common = overlap(here, wanted)
             if common is None:
                 continue
-            values = self._view(chunk, stored)
-            if layer is not None:
-                values = values[layer - chunk.offsets[0]]
-            values = values[common[0].slices]
+            values = self._view(chunk, source.stored)[inner][common[0].slices]
             if common[1].shape == box.shape:
                 return values
             if result is None:
@@ -126,15 +126,10 @@ class MegatronCheckpoint:
         return sum(chunk.length for tensor in stored.values() for chunk in tensor.chunks)
 
     def _unstacked(self) -> Iterator[Source]:
-        for name, stored in self.tensors.items():
-            if name.startswith(_NOT_WEIGHTS):
-                continue
-            rest = name.removeprefix(_LAYERS)
-            if rest == name or rest.partition(".")[0].isdigit():
-                yield Source(name=name, stored=stored, layer=None)
-                continue
-            for layer in range(stored.shape[0]):
-                yield Source(name=f"{_LAYERS}{layer}.{rest}", stored=stored, layer=layer)
+        for stored in self.tensors.values():
+            if not stored.name.startswith(_NOT_WEIGHTS):
+                for name, lead in unstack(stored.name, stored.shape):
+                    yield Source(name=name, stored=stored, lead=lead)
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
@@ -209,10 +204,6 @@ class _Window(io.RawIOBase):
         first = self._start + self._at
         self._at += count
         return self._memory[first : first + count]
-
-
-def _shape(source: Source) -> tuple[int, ...]:
-    return source.stored.shape if source.layer is None else source.stored.shape[1:]
 
 
 def parameters(model: ModelConfig) -> int:

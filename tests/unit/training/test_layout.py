@@ -1,36 +1,37 @@
-"""Cutting parameters for tensor parallelism and putting them together again."""
+"""Cutting parameters for tensor parallelism: against the weight map's blocks, and against Megatron's rule for gates."""
 
 import pytest
 import torch
 
-from megatron_dagger.training.layout import Cut, cut_of, shard, unshard
+from megatron_dagger.training.layout import shard
+from megatron_dagger.weights import families
+from megatron_dagger.weights.blocks import Shard
+from tests.unit.weights.sample_models import sample_model
 
-NAMES = {
-    "embedding.word_embeddings.weight": Cut.ROWS,
-    "output_layer.weight": Cut.ROWS,
-    "decoder.layers.3.self_attention.linear_qkv.weight": Cut.ROWS,
-    "decoder.layers.3.self_attention.linear_proj.weight": Cut.COLUMNS,
-    "decoder.layers.0.mlp.linear_fc1.weight": Cut.GATED_ROWS,
-    "decoder.layers.0.mlp.linear_fc2.weight": Cut.COLUMNS,
-    "decoder.layers.0.mlp.linear_fc1.layer_norm_weight": Cut.NOT,
-    "decoder.layers.0.self_attention.q_layernorm.weight": Cut.NOT,
-    "decoder.final_layernorm.weight": Cut.NOT,
-}
+PADDED = 128
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_parts_put_together_are_the_whole(name, size):
-    full = torch.arange(16 * 8, dtype=torch.float32).view(16, 8)
-    full = full[0] if NAMES[name] is Cut.NOT else full
-    parts = [shard(full, name, rank, size) for rank in range(size)]
-    assert cut_of(name) is NAMES[name]
-    assert torch.equal(unshard(parts, name), full)
-    if size > 1 and NAMES[name] is not Cut.NOT:
-        assert sum(part.numel() for part in parts) == full.numel()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_part_is_what_the_weight_map_says(family, size):
+    model = sample_model(family, num_query_groups=4, tie_embeddings=False)
+    for name, layout in families.lookup(model).layouts(model).items():
+        canonical = {
+            part: torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
+            for part, shape in layout.canonical_shapes().items()
+        }
+        rows = PADDED if layout.padded else None
+        full = families.from_canonical(name, canonical, model, padded_rows=rows)
+        for rank in range(size):
+            part = shard(full, layout, rank, size)
+            for block in layout.blocks(Shard(rank=rank, size=size), padded_rows=rows):
+                place = tuple(slice(s, s + n) for s, n in zip(block.start, block.canonical.shape, strict=True))
+                assert torch.equal(part[place], canonical[block.name][block.canonical.slices]), name
 
 
 def test_each_rank_gets_its_rows_of_the_gate_and_of_the_up_projection():
-    gate, up = torch.zeros(4, 2) + torch.arange(4)[:, None], torch.ones(4, 2) * 9
-    part = shard(torch.cat([gate, up]), "decoder.layers.0.mlp.linear_fc1.weight", 1, 2)
-    assert part[:, 0].tolist() == [2, 3, 9, 9]
+    layout = families.lookup(sample_model("qwen3")).layouts(sample_model("qwen3"))[
+        "decoder.layers.0.mlp.linear_fc1.weight"
+    ]
+    full = torch.cat([torch.zeros(8, 8) + torch.arange(8)[:, None], torch.ones(8, 8) * 9])
+    assert shard(full, layout, 1, 2)[:, 0].tolist() == [4, 5, 6, 7, 9, 9, 9, 9]

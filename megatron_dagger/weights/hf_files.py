@@ -1,0 +1,172 @@
+"""Hugging Face checkpoints: safetensors files with an index, read and written tensor by tensor.
+
+Reading touches only the tensors asked for. Writing knows every tensor's size beforehand, so a file's header
+comes first and then one tensor after the other: no more than one is in memory. A file gets its name when
+it is whole, so a conversion that was interrupted goes on with the first file that is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_dagger.config.model import ModelConfig
+from megatron_dagger.store import atomic
+from megatron_dagger.weights import families
+from megatron_dagger.weights.errors import CheckpointReadError
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")  # weights
+_TIED_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+Read = Callable[[str], "torch.Tensor"]
+
+
+class HfCheckpoint:
+    """A directory with config.json and safetensors files."""
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        try:
+            self.model = ModelConfig.from_hf(json.loads((self.directory / CONFIG).read_text()))
+            self._files = self._index()
+        except (OSError, KeyError, json.JSONDecodeError) as error:
+            raise CheckpointReadError(f"{directory} is no Hugging Face checkpoint: {error!r}") from error
+        self._open: dict[str, Any] = {}
+        if self.model.tie_embeddings and _TIED_HEAD in self._files:
+            self._drop_tied_head()
+        try:
+            families.lookup(self.model).check_complete(self._files, self.model)
+        except families.WeightMapError as error:
+            raise CheckpointReadError(f"{directory}: {error}") from None
+
+    def read(self, name: str) -> torch.Tensor:
+        """One canonical tensor, in the dtype it is stored in."""
+        file = self._files[name]
+        tensor: torch.Tensor = self._opened(file).get_tensor(name)
+        expected = families.canonical_names(self.model)[name]
+        if tuple(tensor.shape) != expected:
+            raise CheckpointReadError(f"{self.directory / file}: {name!r} is {tuple(tensor.shape)}, not {expected}")
+        return tensor
+
+    def canonical_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the model, in the model's order."""
+        for name in families.canonical_names(self.model):
+            yield name, self.read(name)
+
+    def dtype(self) -> str:
+        """The dtype of the embedding, by torch's name."""
+        return str(self.read(_EMBEDDING).dtype).removeprefix("torch.")
+
+    def _index(self) -> dict[str, str]:
+        index = self.directory / INDEX
+        if index.is_file():
+            found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            for file in set(found.values()):
+                if Path(file).name != file or not (self.directory / file).is_file():
+                    raise CheckpointReadError(f"{index} names {file!r}, which is not there")
+            return found
+        return dict.fromkeys(self._names(SINGLE), SINGLE)
+
+    def _names(self, file: str) -> list[str]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(self.directory / file), framework="pt") as opened:
+                return list(opened.keys())
+        except SafetensorError as error:
+            raise CheckpointReadError(f"{self.directory / file} is damaged: {error}") from error
+
+    def _opened(self, file: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(str(self.directory / file), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointReadError(f"{self.directory / file} is damaged: {error}") from error
+        return self._open[file]
+
+    def _drop_tied_head(self) -> None:
+        import torch
+
+        head, embedding = (self._opened(self._files[n]).get_tensor(n) for n in (_TIED_HEAD, _EMBEDDING))
+        if not torch.equal(head, embedding):
+            raise CheckpointReadError(
+                f"{self.directory} has tie_word_embeddings, but {_TIED_HEAD} is not {_EMBEDDING}: set it to false"
+            )
+        del self._files[_TIED_HEAD]
+
+
+def write_hf(directory: Path, model: ModelConfig, read: Read, dtype: str, *, most_bytes: int = 5 << 30) -> None:
+    """Write config.json and the safetensors files of ``model`` into ``directory``; goes on where it was.
+
+    ``read`` gives a canonical tensor by its name; it is cast to ``dtype``. The index comes last.
+    """
+    shapes = families.canonical_names(model)
+    files = _portions([(name, math.prod(shape) * _ITEMSIZE[dtype]) for name, shape in shapes.items()], most_bytes)
+    names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    if len(files) == 1:
+        names = [SINGLE]
+    for file, tensors in zip(names, files, strict=True):
+        if not (directory / file).exists():
+            _write_file(directory / file, tensors, read, dtype, shapes)
+    atomic.write_json(directory / CONFIG, model.hf_config() | {"torch_dtype": dtype})
+    if len(files) > 1:
+        total = sum(math.prod(shape) * _ITEMSIZE[dtype] for shape in shapes.values())
+        places = {name: file for file, tensors in zip(names, files, strict=True) for name in tensors}
+        atomic.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def carry_along(source: Path, target: Path) -> None:
+    """Copy what belongs to a model beside its weights: tokenizer, chat template, generation settings."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        carried = path.is_file() and not path.name.endswith(_NOT_CARRIED)
+        if carried and path.name not in (INDEX, CONFIG) and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
+
+
+def _portions(sizes: Sequence[tuple[str, int]], most_bytes: int) -> list[list[str]]:
+    portions: list[list[str]] = []
+    room = 0
+    for name, size in sizes:
+        if not portions or size > room:
+            portions.append([])
+            room = most_bytes
+        portions[-1].append(name)
+        room -= size
+    return portions
+
+
+def _write_file(path: Path, names: Sequence[str], read: Read, dtype: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    """The safetensors format: the header's length, the header, the tensors' bytes."""
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + math.prod(shapes[name]) * _ITEMSIZE[dtype]
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.parent / atomic.temporary_name(path.name)
+    with open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = read(name).to(getattr(torch, dtype)).contiguous()
+            assert tuple(tensor.shape) == shapes[name], name
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)

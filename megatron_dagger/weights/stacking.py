@@ -1,0 +1,44 @@
+"""How Megatron's checkpoints stack tensors: one entry for all layers, and for all experts of all layers.
+
+``decoder.layers.mlp.linear_fc2.weight`` has the layer as its first dimension, and
+``decoder.layers.mlp.experts.experts.linear_fc2.weight`` layer and expert, whichever module the experts were
+(``megatron/core/transformer/moe/experts.py``, the same in 0.16 and 0.19). Entries that name a layer by its
+number are taken as they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+
+Index = tuple[int, ...]
+
+_LAYERS = "decoder.layers."
+_EXPERTS = "mlp.experts.experts."
+_EXPERT = re.compile(r"(mlp\.experts\.)(linear_fc[12]\.weight)(\d+)")
+
+
+def unstack(stored: str, shape: Index) -> Iterator[tuple[str, Index]]:
+    """The global Megatron names of a stored entry, each with the index of its leading dimensions."""
+    rest = stored.removeprefix(_LAYERS)
+    if rest == stored or rest.partition(".")[0].isdigit():
+        yield stored, ()
+    elif rest.startswith(_EXPERTS):
+        for layer, expert in itertools.product(range(shape[0]), range(shape[1])):
+            yield f"{_LAYERS}{layer}.mlp.experts.{rest.removeprefix(_EXPERTS)}{expert}", (layer, expert)
+    else:
+        for layer in range(shape[0]):
+            yield f"{_LAYERS}{layer}.{rest}", (layer,)
+
+
+def stacked(name: str) -> tuple[str, Index]:
+    """The stored entry of a global Megatron name, and the index in its leading dimensions."""
+    rest = name.removeprefix(_LAYERS)
+    if rest == name:
+        return name, ()
+    layer, _, rest = rest.partition(".")
+    expert = _EXPERT.fullmatch(rest)
+    if expert:
+        return f"{_LAYERS}{_EXPERTS}{expert[2]}", (int(layer), int(expert[3]))
+    return f"{_LAYERS}{rest}", (int(layer),)

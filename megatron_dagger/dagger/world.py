@@ -12,6 +12,7 @@ from megatron_dagger.agents.chat import ChatRenderer
 from megatron_dagger.config import RunConfig, SamplingConfig
 from megatron_dagger.envs.base import Env
 from megatron_dagger.policies.base import Policy
+from megatron_dagger.weights.canary import Canary
 
 
 class Student(Protocol):
@@ -21,7 +22,7 @@ class Student(Protocol):
         """The policy that samples so, from the weights served last."""
         ...
 
-    def sync(self, weights: Path, version: int, digests: Mapping[str, str]) -> Any:
+    def sync(self, weights: Path, version: int, digests: Mapping[str, str], canary: Canary | None = None) -> Any:
         """Serve the weights of a checkpoint; raises where what arrived is not what was trained."""
         ...
 

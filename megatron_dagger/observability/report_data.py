@@ -108,7 +108,7 @@ def _episodes(slots: list[Slot]) -> list[dict[str, Any]]:
 
 
 def _round(files: RoundFiles) -> dict[str, Any]:
-    train = {k: v for k, v in (files.train or {}).items() if k != "digests"}
+    train = {k: v for k, v in (files.train or {}).items() if k not in ("digests", "canary")}
     return {
         "index": files.index,
         "collect": files.collect,

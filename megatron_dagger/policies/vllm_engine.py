@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_dagger.config import EngineConfig, ModelConfig, to_dict
 from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.weights.canary import Canary
 from megatron_dagger.weights.digest import compare, merge
 from megatron_dagger.weights.errors import WeightMapError, WeightSyncError
 from megatron_dagger.weights.transports import Offer
@@ -114,7 +115,7 @@ class VllmEngine:
             worker_extension_cls=vllm_transfer.WORKER_EXTENSION,
         )
         self._engine = LLMEngine.from_engine_args(arguments)
-        self._model = model
+        self._model, self._dtype, self._max_model_len = model, config.dtype, config.max_model_len
         self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"model": to_dict(model)}})
 
     def add(self, name: str, prompt: Sequence[int], sampling: Sampling) -> None:
@@ -150,12 +151,12 @@ class VllmEngine:
         """Give up a request."""
         self._engine.abort_request([name])
 
-    def load(self, offer: Offer, version: str, digests: Mapping[str, str]) -> None:
+    def load(self, offer: Offer, version: str, digests: Mapping[str, str], canary: Canary | None = None) -> None:
         """Take over new weights while nothing runs.
 
-        Raises WeightSyncError if a worker could not, or if what the workers then hold is not exactly what
-        ``digests`` say. Afterwards ``intact`` says whether all workers' weights are of one version, be it
-        the one before.
+        Raises WeightSyncError if a worker could not, if what the workers then hold is not exactly what
+        ``digests`` say, or if they compute something else than the trainer for the ``canary``. Afterwards
+        ``intact`` says whether all workers' weights are of one version, be it the one before.
         """
         was_intact, self.intact = self.intact, False
         rpc = self._engine.collective_rpc
@@ -170,12 +171,26 @@ class VllmEngine:
         self._check(states, digests)
         if not self._engine.reset_prefix_cache():  # what it holds was computed with the old weights
             raise WeightSyncError("the prefix cache could not be emptied: requests are still running")
-        self._engine.set_weight_version(version)
-        self.intact = True
+        self._serve(version, canary)
 
-    def accept(self, version: str, digests: Mapping[str, str]) -> None:
-        """Confirm what it was started with; WeightSyncError if that is not exactly what ``digests`` say."""
+    def accept(self, version: str, digests: Mapping[str, str], canary: Canary | None = None) -> None:
+        """Confirm what it was started with, as ``load`` does."""
         self._check(self._engine.collective_rpc("transfer_state"), digests)
+        self._serve(version, canary)
+
+    def _serve(self, version: str, canary: Canary | None) -> None:
+        if canary is not None and len(canary.tokens) < self._max_model_len:
+            sampling = Sampling(temperature=0.0, max_tokens=1, prompt_logprobs=True)
+            self.add("canary", list(canary.tokens), sampling)
+            ended: list[tuple[str, Completion | PolicyError]] = []
+            while not ended:
+                ended = self.step()
+            outcome = ended[0][1]
+            if isinstance(outcome, PolicyError):
+                raise WeightSyncError(f"the canary could not be tried: {outcome}")
+            problem = canary.problem(outcome.prompt_logprobs, self._dtype)
+            if problem is not None:
+                raise WeightSyncError(problem)
         self._engine.set_weight_version(version)
         self.intact = True
 

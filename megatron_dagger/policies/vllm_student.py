@@ -22,6 +22,7 @@ from megatron_dagger.policies.base import PolicyError
 from megatron_dagger.policies.engine_thread import EngineThread
 from megatron_dagger.policies.vllm_engine import Completion, Sampling, VllmEngine
 from megatron_dagger.types import Action, State
+from megatron_dagger.weights.canary import Canary
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.transports import Offer, checkpoint_offer
 
@@ -171,12 +172,15 @@ class VllmStudent:
         assert result is not None, "they were asked for"
         return result
 
-    def sync(self, weights: Path | Offer, version: int, digests: Mapping[str, str]) -> SyncReport:
+    def sync(
+        self, weights: Path | Offer, version: int, digests: Mapping[str, str], canary: Canary | None = None
+    ) -> SyncReport:
         """Take over weights, after the running requests have ended: a Megatron checkpoint's, or offered ones.
 
         An engine that has not been started is started with them.
 
-        ``digests`` are of what the trainer had in memory (``training.digests``). Raises WeightSyncError,
+        ``digests`` are of what the trainer had in memory (``training.digests``), ``canary`` is what it computed
+        with them. Raises WeightSyncError,
         naming the tensor, file or rank at fault. The student then goes on serving the version it had: if
         weights had changed already, it takes that one's checkpoint again. Only if there is none, or it
         cannot be read any more, does it refuse to act until a sync succeeds.
@@ -186,9 +190,9 @@ class VllmStudent:
         def load(engine: VllmEngine) -> None:
             try:
                 if starts:
-                    engine.accept(str(version), digests)
+                    engine.accept(str(version), digests, canary)
                 else:
-                    engine.load(offer, str(version), digests)
+                    engine.load(offer, str(version), digests, canary)
             except BaseException as error:
                 if not engine.intact and self._served is not None:
                     self._not_serving = f"its weights are mixed since a sync failed ({error}); sync again"

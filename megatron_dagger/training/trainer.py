@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from megatron.core import parallel_state
 
 from megatron_dagger.config import to_dict
@@ -28,7 +29,8 @@ from megatron_dagger.training.engine import Engine
 from megatron_dagger.training.job import TrainJob
 from megatron_dagger.training.metrics import Metrics
 from megatron_dagger.training.schedule import learning_rate
-from megatron_dagger.types import LabelledEpisode
+from megatron_dagger.types import LabelledEpisode, StateLabel
+from megatron_dagger.weights.canary import MOST_TOKENS, Canary
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +92,11 @@ class _Round:
         if first < self.plan.steps or not (final / checkpoint.MARKER).is_file():
             self._save(final, self.plan.steps)
         hashes = digests.parameter_digests(self.engine.chunks, self.job.model)
+        canary = self._canary()
         if self.metrics is None:
             return None
         self.metrics.close()
-        manifest = self._manifest(hashes, time.monotonic() - began)
+        manifest = self._manifest(hashes, canary, time.monotonic() - began)
         atomic.write_json(self.output_dir / MANIFEST, manifest)
         return manifest
 
@@ -147,7 +150,19 @@ class _Round:
         checkpoint.save(directory, self.engine.chunks, self.engine.optimizer, state)
         checkpoint.remove_others(self.output_dir, keep=directory)
 
-    def _manifest(self, hashes: dict[str, str], duration_s: float) -> dict[str, Any]:
+    def _canary(self) -> Canary:
+        """The first tokens of the data, and the log-probs of the weights in memory for them; on all ranks together."""
+        tokens = self.data.samples[0].trunk[:MOST_TOKENS]
+        episode = LabelledEpisode(tokens=tokens, labels=(StateLabel(position=1, tokens=tokens[1:]),))
+        row = packing.pack([episode], self.job.training.sequence_length).row(0)
+        stages = self.job.training.parallel.pipeline_model_parallel_size
+        computed = self.engine.logprobs([row] * stages)  # the interleaved schedule wants as many micro-batches
+        everybodys: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everybodys, computed and computed[0][: len(tokens) - 1].tolist())
+        logprobs = next(values for values in everybodys if values is not None)
+        return Canary(tokens=tuple(tokens.tolist()), logprobs=tuple(logprobs))
+
+    def _manifest(self, hashes: dict[str, str], canary: Canary, duration_s: float) -> dict[str, Any]:
         assert self.metrics is not None
         return {
             "round": self.job.round_index,
@@ -161,6 +176,7 @@ class _Round:
             "checkpoint": checkpoint.FINAL,
             "weight_version": self.job.weight_version,
             "digests": hashes,
+            "canary": to_dict(canary),
         }
 
 

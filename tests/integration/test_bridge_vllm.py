@@ -22,6 +22,7 @@ pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 from megatron_dagger.policies.base import PolicyError
 from megatron_dagger.policies.vllm_engine import Sampling
 from megatron_dagger.policies.vllm_student import VllmStudent
+from megatron_dagger.weights.canary import Canary
 from megatron_dagger.weights.digest import canonical_digests
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
@@ -157,6 +158,17 @@ def test_nothing_is_served_where_the_version_before_is_gone(student, written, tm
     with pytest.raises(PolicyError, match="weights are mixed since a sync failed"):
         asyncio.run(student.act(state(0)))
     student.sync(where.checkpoint(1), 1, where.digests(1))
+    assert np.abs(served(student, where) - where.logprobs(1)).max() < TOLERANCE
+
+
+def test_an_engine_that_computes_something_else_does_not_serve(student, written):
+    """As where a packed copy was not renewed: every byte is right, and the log-probs are not."""
+    where = written["one"]
+    tokens, logprobs = where.tokens[:64], where.logprobs(1)[:63]
+    canary = Canary(tokens=tuple(tokens.tolist()), logprobs=tuple(logprobs.tolist()))
+    student.sync(where.checkpoint(1), 1, where.digests(1), canary)
+    with pytest.raises(WeightSyncError, match=r"log-probs of the canary.*allowed is 0\.001; it serves version 1 on"):
+        student.sync(where.checkpoint(0), 2, where.digests(0), canary)
     assert np.abs(served(student, where) - where.logprobs(1)).max() < TOLERANCE
 
 

@@ -10,8 +10,9 @@ parameters on the engine's side, vLLM's own packing of its layers. The limits ar
 - the usual way: rank 0 (which here has all tensors already) writes Hugging Face safetensors, which vLLM
   reads again.
 
-All are repeated, and medians compared. Peak memory is the worker's resident set while it takes the weights,
-less what it was before, in buckets; shared buffers count.
+All are repeated, and medians compared. Peak memory is the worker's own (anonymous) while it takes the weights,
+less what it was before, in buckets: beside the buffers of a transfer what vLLM needs to pack a layer. The
+buffers of the host transport are the trainer's, two a rank.
 
     tools/bench_weights.py                     about 5 minutes, 12 GB of memory, 5 GB of disk
     tools/bench_weights.py --layers 4          a quick look
@@ -411,8 +412,10 @@ def _peak(workers: int) -> Iterator[Callable[[], float]]:
 
 
 def _resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """The anonymous memory of this process, in bytes."""
+    with open("/proc/self/status") as file:
+        (line,) = [line for line in file if line.startswith("RssAnon:")]
+    return int(line.split()[1]) << 10
 
 
 # ---- the limits

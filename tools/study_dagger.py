@@ -5,7 +5,7 @@ start from the same weights. They differ in who acts after round 0: in the DAgge
 labels are for states that the student reaches; in the SFT arm the teacher alone. Each seed has its own weights,
 tasks and draws. The interval is a bootstrap over held-out tasks, the seeds of a task kept together and paired.
 
-    tools/study_dagger.py                 3 seeds, 100 held-out tasks, about an hour; goes on where it was
+    tools/study_dagger.py                 3 seeds, 100 held-out tasks, about half an hour; goes on where it was
     tools/study_dagger.py --seeds 1 --heldout 20 dagger.rounds=1     a quick look
 """
 
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study", help="where the runs go")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--heldout", type=int, default=100, help="held-out tasks")
-    parser.add_argument("--labels", type=int, default=1000, help="labelled turns of each round, in both arms")
+    parser.add_argument("--labels", type=int, default=950, help="labelled turns of each round, in both arms")
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings of both arms")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run under way is ended as well
@@ -57,9 +57,9 @@ def main() -> int:
                 f"tasks.heldout_tasks={arguments.heldout}",
                 f"dagger.evaluation_tasks={arguments.heldout}",
                 "dagger.evaluate_rounds=last",
-                "tasks.train_tasks=170",  # of them fresh ones for every round, so that the teacher alone
-                "dagger.sft_tasks=56",  # gives --labels as well
-                "dagger.tasks_per_round=56",
+                "tasks.train_tasks=180",  # of them fresh ones for every round, so that the teacher alone
+                "dagger.sft_tasks=60",  # gives --labels as well
+                "dagger.tasks_per_round=60",
                 "training.epochs=1000",  # so that training.max_steps is what ends a round, in both arms
                 f"dagger.aggregation.max_labels_per_round={arguments.labels}",
                 "training.parallel.world_size=2",  # data-parallel: the fastest layout on two cores

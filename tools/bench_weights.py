@@ -42,6 +42,7 @@ from sides import Side, side  # noqa: E402
 from megatron_dagger.config import EngineConfig, ModelConfig, ParallelConfig, build, to_dict  # noqa: E402
 from megatron_dagger.weights import families  # noqa: E402
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout  # noqa: E402
+from megatron_dagger.weights.megatron_writer import write_megatron  # noqa: E402
 from megatron_dagger.weights.transports import Agreement, Offer, checkpoint_offer  # noqa: E402
 
 SOURCES = 2
@@ -218,20 +219,18 @@ def trainer(arguments: argparse.Namespace, rank: int) -> None:
     """A rank's tensors; its orders are offers, "checkpoint" and "export"."""
     import torch
 
+    from megatron_dagger.training.layout import shard
     from megatron_dagger.weights.digest import digest_shares
     from megatron_dagger.weights.transports.open import send_weights
 
     model, source, dtype = model_of(arguments), source_of(model_of(arguments)), getattr(torch, arguments.dtype)
-    generator = torch.Generator().manual_seed(0)
     layouts = families.lookup(model).megatron(model)
     tensors, shares = {}, {}
-    for name, layout in layouts.items():
-        rows = source.padded_vocab_size if layout.padded else layout.shape[0]
-        whole = (0.02 * torch.randn(rows, *layout.tail, generator=generator)).to(dtype)
-        shard = next(shard for shard, ranks in source.holders(layout, 0) if rank in ranks)
-        blocks = layout.blocks(shard, padded_rows=source.padded_vocab_size)
-        tensors[name] = _own(whole, layout, rank)
-        shares |= digest_shares(blocks, tensors[name], model)
+    for name, whole in _whole(model, source, dtype):
+        layout = layouts[name]
+        mine = next(own for own, ranks in source.holders(layout, 0) if rank in ranks)
+        tensors[name] = shard(whole, layout, rank, SOURCES)
+        shares |= digest_shares(layout.blocks(mine, padded_rows=source.padded_vocab_size), tensors[name], model)
     plain = {name: (kind, [(a, b, v) for (a, b), v in runs.items()]) for name, (kind, runs) in shares.items()}
     print("READY " + json.dumps(plain), flush=True)
     for line in sys.stdin:
@@ -249,24 +248,8 @@ def trainer(arguments: argparse.Namespace, rank: int) -> None:
         print("SENT", flush=True)
 
 
-def _own(whole: Any, layout: Any, rank: int) -> Any:
-    """A tensor-parallel rank's part of a whole Megatron tensor."""
-    import torch
-
-    from megatron_dagger.weights.blocks import Cut
-
-    if layout.cut is Cut.NONE:
-        return whole
-    if layout.cut is Cut.COLUMNS:
-        return whole.chunk(SOURCES, dim=1)[rank].contiguous()
-    parts = (
-        whole.split([part.rows for part in layout.parts]) if layout.cut is Cut.ROWS and not layout.padded else [whole]
-    )
-    return torch.cat([part.chunk(SOURCES)[rank] for part in parts])
-
-
 def _whole(model: ModelConfig, source: SourceLayout, dtype: Any) -> Iterator[tuple[str, Any]]:
-    """The same tensors as all ranks hold together."""
+    """The tensors that all ranks hold together, by their global Megatron names."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -276,28 +259,24 @@ def _whole(model: ModelConfig, source: SourceLayout, dtype: Any) -> Iterator[tup
 
 
 def _write(what: str, arguments: argparse.Namespace, model: ModelConfig, source: SourceLayout, dtype: Any) -> None:
-    import torch
-    import torch.distributed.checkpoint as dcp
     from safetensors.torch import save_file
 
     tensors = dict(_whole(model, source, dtype))
-    if what == "export":
-        began = time.perf_counter()
-        found = [pair for name, tensor in tensors.items() for pair in families.to_canonical(name, tensor, model)]
-        save_file(
-            {name: tensor.contiguous() for name, tensor in found},
-            arguments.folder / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-        print(f"EXPORTED {time.perf_counter() - began}", flush=True)
+    if what == "checkpoint":
+        name = str(dtype).removeprefix("torch.")
+        folder = arguments.folder / "checkpoint"
+        folder.mkdir()
+        write_megatron(folder, model, tensors.__getitem__, source, name)
+        print(f"WROTE {sum(t.nbytes for t in tensors.values())}", flush=True)
         return
-    stacked: dict[str, list[Any]] = {}
-    for name, tensor in tensors.items():
-        head, _, rest = name.rpartition("layers.")
-        stacked.setdefault(f"{head}layers.{rest.partition('.')[2]}" if head else name, []).append(tensor)
-    state = {name: torch.stack(parts) if "layers." in name else parts[0] for name, parts in stacked.items()}
-    dcp.save(state, checkpoint_id=str(arguments.folder / "checkpoint"), no_dist=True)
-    print(f"WROTE {sum(t.nbytes for t in tensors.values())}", flush=True)
+    began = time.perf_counter()
+    found = [pair for name, tensor in tensors.items() for pair in families.to_canonical(name, tensor, model)]
+    save_file(
+        {name: tensor.contiguous() for name, tensor in found},
+        arguments.folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    print(f"EXPORTED {time.perf_counter() - began}", flush=True)
 
 
 # ---- the engine's
@@ -426,7 +405,7 @@ def copier(arguments: argparse.Namespace, _: int) -> None:
     import torch
 
     size = int(sys.stdin.readline())
-    source, target = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+    source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
     piece = arguments.bucket_mib << 20
     began = time.perf_counter()
     for start in range(0, size, piece):

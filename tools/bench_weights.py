@@ -41,13 +41,13 @@ from sides import Side, side  # noqa: E402
 
 from megatron_dagger.config import EngineConfig, ModelConfig, ParallelConfig, build, to_dict  # noqa: E402
 from megatron_dagger.weights import families  # noqa: E402
+from megatron_dagger.weights.blocks import ITEMSIZE  # noqa: E402
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout  # noqa: E402
 from megatron_dagger.weights.megatron_writer import write_megatron  # noqa: E402
 from megatron_dagger.weights.transports import Agreement, Offer, checkpoint_offer  # noqa: E402
 
 SOURCES = 2
 WORKERS = (1, 2)
-ITEMSIZE = {"float32": 4, "bfloat16": 2}
 DEADLINE_S = 300.0
 PROMPT = list(range(100, 164))
 
@@ -55,7 +55,7 @@ PROMPT = list(range(100, 164))
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24, help="of the model (default %(default)s: 0.5B parameters)")
-    parser.add_argument("--dtype", choices=list(ITEMSIZE), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--bucket-mib", type=int, default=32, help="default %(default)s")
     parser.add_argument("--turns", type=int, default=3, help="times that everything is measured (default %(default)s)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -21,10 +21,10 @@ from megatron_dagger.store import atomic
 from megatron_dagger.training import compat
 from megatron_dagger.training.model import bare
 from megatron_dagger.training.optimizer import each_optimizer
+from megatron_dagger.weights.checkpoints import MARKER
 
 logger = logging.getLogger(__name__)
 
-MARKER = "complete.json"
 FINAL = "checkpoint"
 _IN_ROUND = "checkpoint-step-"
 

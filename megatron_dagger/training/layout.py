@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_dagger.weights.blocks import Cut, share
 from megatron_dagger.weights.families.layout import Layout
 
 _LOCAL_NORMS = {
@@ -23,19 +22,8 @@ _LOCAL_NORMS = {
 
 def shard(full: torch.Tensor, layout: Layout, rank: int, size: int) -> torch.Tensor:
     """The part of a full parameter that tensor-parallel rank ``rank`` of ``size`` holds."""
-    if layout.cut is Cut.NONE or size == 1:
-        return full
-    name = layout.parts[0].name
-    if layout.cut is Cut.COLUMNS:
-        start, extent = share(full.shape[1], rank, size, name)
-        return full[:, start : start + extent].contiguous()
-    fused = layout.cut is Cut.ROWS and not layout.padded  # gate and up: each is cut for itself
-    parts = full.split([part.rows for part in layout.parts]) if fused else [full]
-    own = []
-    for part in parts:
-        start, extent = share(part.shape[0], rank, size, name)
-        own.append(part[start : start + extent])
-    return torch.cat(own)
+    pieces = [full[box.slices] for box in layout.pieces(tuple(full.shape), rank, size)]
+    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)
 
 
 def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.store import atomic
 from megatron_dagger.weights import families
+from megatron_dagger.weights.blocks import ITEMSIZE
 from megatron_dagger.weights.errors import CheckpointReadError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")  # weights
 _TIED_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -114,7 +114,7 @@ def write_hf(directory: Path, model: ModelConfig, read: Read, dtype: str, *, mos
     ``read`` gives a canonical tensor by its name; it is cast to ``dtype``. The index comes last.
     """
     shapes = families.canonical_names(model)
-    files = _portions([(name, math.prod(shape) * _ITEMSIZE[dtype]) for name, shape in shapes.items()], most_bytes)
+    files = _portions([(name, math.prod(shape) * ITEMSIZE[dtype]) for name, shape in shapes.items()], most_bytes)
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     if len(files) == 1:
         names = [SINGLE]
@@ -123,7 +123,7 @@ def write_hf(directory: Path, model: ModelConfig, read: Read, dtype: str, *, mos
             _write_file(directory / file, tensors, read, dtype, shapes)
     atomic.write_json(directory / CONFIG, model.hf_config() | {"torch_dtype": dtype})
     if len(files) > 1:
-        total = sum(math.prod(shape) * _ITEMSIZE[dtype] for shape in shapes.values())
+        total = sum(math.prod(shape) * ITEMSIZE[dtype] for shape in shapes.values())
         places = {name: file for file, tensors in zip(names, files, strict=True) for name in tensors}
         atomic.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
@@ -156,7 +156,7 @@ def _write_file(path: Path, names: Sequence[str], read: Read, dtype: str, shapes
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        start, end = end, end + math.prod(shapes[name]) * _ITEMSIZE[dtype]
+        start, end = end, end + math.prod(shapes[name]) * ITEMSIZE[dtype]
         header[name] = {"dtype": _DTYPES[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.store import atomic
 from megatron_dagger.weights import families
-from megatron_dagger.weights.blocks import Box, Cut, share
+from megatron_dagger.weights.blocks import Box, Cut
 from megatron_dagger.weights.dist_metadata import METADATA_FILE
 from megatron_dagger.weights.families.layout import Layout
 from megatron_dagger.weights.layouts import SourceLayout
@@ -66,26 +66,6 @@ def write_megatron(
         path.unlink()
 
 
-def boxes(layout: Layout, shape: tuple[int, ...], size: int) -> list[Box]:
-    """The chunks of a whole Megatron tensor that ``size`` tensor-parallel ranks write."""
-    whole = Box((0,) * len(shape), shape)
-    if layout.cut is Cut.NONE or size == 1:
-        return [whole]
-    axis = 1 if layout.cut is Cut.COLUMNS else 0
-    parts = [(0, shape[axis])]
-    if layout.cut is Cut.ROWS and not layout.padded:
-        stops = [sum(part.rows for part in layout.parts[: i + 1]) for i in range(len(layout.parts))]
-        parts = [(stop - part.rows, part.rows) for stop, part in zip(stops, layout.parts, strict=True)]
-    found = []
-    for rank in range(size):
-        for first, total in parts:
-            start, extent = share(total, rank, size, f"{layout.parts[0].name!r}")
-            at, sizes = [0] * len(shape), list(shape)
-            at[axis], sizes[axis] = first + start, extent
-            found.append(Box(tuple(at), tuple(sizes)))
-    return found
-
-
 def _shape(layout: Layout, source: SourceLayout) -> tuple[int, ...]:
     return (source.padded_vocab_size, *layout.tail) if layout.padded else layout.shape
 
@@ -125,7 +105,8 @@ def _write_file(
             tensor = read(name).to(getattr(torch, dtype))
             assert tuple(tensor.shape) == shape, (name, tuple(tensor.shape), shape)
             key, lead = stacked(name)
-            for box in boxes(layouts[name], shape, source.tensor_model_parallel_size):
+            size = source.tensor_model_parallel_size if layouts[name].cut is not Cut.NONE else 1
+            for box in [box for rank in range(size) for box in layouts[name].pieces(shape, rank, size)]:
                 start = file.tell()
                 torch.save(tensor[box.slices].contiguous().clone()[(None,) * len(lead)], file)
                 chunks.append([key, [*lead, *box.start], [*[1] * len(lead), *box.shape], start, file.tell() - start])

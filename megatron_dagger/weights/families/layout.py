@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_dagger.weights.blocks import Block, Cut, Shard, Span, share
+from megatron_dagger.weights.blocks import Block, Box, Cut, Shard, Span, share
 from megatron_dagger.weights.errors import WeightMapError
 
 Shape = tuple[int, ...]
@@ -75,6 +75,23 @@ class Layout:
             blocks.append(Block.of(name, span, row, columns, experts))
             row += span[1]
         return blocks
+
+    def pieces(self, shape: Shape, rank: int, size: int) -> list[Box]:
+        """The boxes of a whole Megatron tensor of this ``shape`` (one expert's) that a tensor-parallel rank holds."""
+        if self.cut is Cut.NONE or size == 1:
+            return [Box((0,) * len(shape), shape)]
+        axis = 1 if self.cut is Cut.COLUMNS else 0
+        parts = [shape[axis]]
+        if self.cut is Cut.ROWS and not self.padded:  # gate and up: each is cut for itself
+            parts = [part.rows for part in self.parts]
+        found, first = [], 0
+        for total in parts:
+            start, extent = share(total, rank, size, f"{self.parts[0].name!r}")
+            at, sizes = [0] * len(shape), list(shape)
+            at[axis], sizes[axis] = first + start, extent
+            found.append(Box(tuple(at), tuple(sizes)))
+            first += total
+        return found
 
     def _vocabulary(self, shard: Shard, padded_rows: int) -> Iterator[tuple[str, Span]]:
         (part,) = self.parts

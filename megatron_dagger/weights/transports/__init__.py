@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from megatron_dagger.config.base import require
 from megatron_dagger.config.model import ModelConfig
+from megatron_dagger.weights.blocks import ITEMSIZE
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
 from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_dagger.weights.plan import Copy, Plan, plan
 
 if TYPE_CHECKING:
     import torch
-
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ class Agreement:
     @property
     def most_elements(self) -> int:
         """Of a bucket."""
-        return self.offer.bucket_bytes // _ITEMSIZE[self.dtype]
+        return self.offer.bucket_bytes // ITEMSIZE[self.dtype]
 
     @property
     def plan(self) -> Plan:

@@ -14,13 +14,14 @@ import mmap
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_dagger.weights.errors import WeightSyncError
+from megatron_dagger.weights.transports import Agreement
 from megatron_dagger.weights.transports.buckets import Segment
 
 _BUFFERS = 2
@@ -28,49 +29,34 @@ _RETRY_S = 0.02
 _MOST_BYTES_OF_A_MESSAGE = 1 << 16
 
 
-def socket_path(directory: Path | str, source_rank: int) -> str:
+def socket_path(directory: str, source_rank: int) -> str:
     return str(Path(directory) / f"source-{source_rank}.sock")
 
 
 class HostSender:
-    """A source rank's end: waits for its ``target_ranks`` to come, then shares two buffers with them.
+    """A source rank's end. A context manager: waits for its target ranks to come, and shares two buffers with them."""
 
-    ``plan_digest``: of the plan that both ends carry out. A context manager.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        source_rank: int,
-        target_ranks: Sequence[int],
-        *,
-        plan_digest: str,
-        dtype: torch.dtype,
-        most_elements: int,
-        device: torch.device,
-        deadline_s: float,
-    ):
-        self._rank, self._deadline_s = source_rank, deadline_s
-        self._memory = _cuda_memory if device.type == "cuda" else _shared_memory
-        self._device = device
+    def __init__(self, agreement: Agreement, source_rank: int, device: torch.device):
+        offer, dtype = agreement.offer, getattr(torch, agreement.dtype)
+        self._rank, self._deadline_s, self._device = source_rank, offer.deadline_s, device
         self._users: list[int | None] = [None] * _BUFFERS  # the target rank that a buffer was filled for
         self._next = 0
         self._peers: dict[int, socket.socket] = {}
+        self._awaited = {copy.target_rank for copy in agreement.plan.by_source.get(source_rank, [])}
         self._stack = contextlib.ExitStack()
-        listener = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        path = socket_path(directory, source_rank)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        listener.bind(path)
+        self._listener = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        path = socket_path(offer.address, source_rank)
+        _unlink(path)
+        self._listener.bind(path)
         self._stack.callback(_unlink, path)
-        listener.listen(len(target_ranks))
-        self._listener, self._awaited = listener, set(target_ranks)
-        size = most_elements * dtype.itemsize
-        self._tensor, self._handle, self._descriptors = self._memory(_BUFFERS * size, device, self._stack)
-        self._buffers = self._tensor.view(dtype).view(_BUFFERS, most_elements)
-        self._greeting = {"plan": plan_digest, "bytes": _BUFFERS * size, "dtype": str(dtype), **self._handle}
+        self._listener.listen(len(self._awaited))
+        size = _BUFFERS * agreement.most_elements * dtype.itemsize
+        share = _cuda_memory if device.type == "cuda" else _shared_memory
+        memory, handle, self._descriptors = share(size, device, self._stack)
+        self._buffers = memory.view(dtype).view(_BUFFERS, agreement.most_elements)
+        self._greeting = {"plan": agreement.digest(), "bytes": size, "dtype": str(dtype), **handle}
 
-    def accept(self) -> None:
+    def _accept(self) -> None:
         """Wait until all targets have come."""
         self._listener.settimeout(self._deadline_s)
         while self._awaited:
@@ -131,40 +117,35 @@ class HostSender:
         return WeightSyncError(f"source rank {self._rank}: target rank {target_rank} {how}")
 
     def __enter__(self) -> HostSender:
+        try:
+            self._accept()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        del self._buffers, self._tensor
+        del self._buffers
         self._stack.close()
 
 
 class HostReceiver:
-    """A target rank's end, connected to the ``source_ranks`` that it needs."""
+    """A target rank's end, connected to the source ranks that it needs."""
 
-    def __init__(
-        self,
-        directory: str,
-        target_rank: int,
-        source_ranks: Iterable[int],
-        *,
-        plan_digest: str,
-        dtype: torch.dtype,
-        device: torch.device,
-        deadline_s: float,
-    ):
-        self._rank, self._deadline_s, self._device = target_rank, deadline_s, device
+    def __init__(self, agreement: Agreement, target_rank: int, device: torch.device):
+        self._rank, self._deadline_s, self._device = target_rank, agreement.offer.deadline_s, device
         self._peers: dict[int, socket.socket] = {}
         self._buffers: dict[int, torch.Tensor] = {}
         self._filled: dict[int, int] = {}
         self._stack = contextlib.ExitStack()
         try:
-            for rank in source_ranks:
-                self._connect(directory, rank, plan_digest, dtype)
+            for rank in sorted({copy.source_rank for copy in agreement.plan.by_target[target_rank]}):
+                self._connect(rank, agreement.offer.address, agreement.digest(), getattr(torch, agreement.dtype))
         except BaseException:
             self.close()
             raise
 
-    def _connect(self, directory: str, rank: int, plan_digest: str, dtype: torch.dtype) -> None:
+    def _connect(self, rank: int, directory: str, plan_digest: str, dtype: torch.dtype) -> None:
         path = socket_path(directory, rank)
         try:
             peer = self._stack.enter_context(_reach(path, self._deadline_s))
@@ -180,7 +161,7 @@ class HostReceiver:
             raise WeightSyncError(f"source rank {rank} carries out another plan: its model or layouts differ")
         if greeting["dtype"] != str(dtype):
             raise WeightSyncError(f"source rank {rank} sends {greeting['dtype']}, wanted is {dtype}")
-        memory = _open_memory(greeting, descriptors, self._device, self._stack)
+        memory = _open_memory(greeting, descriptors, self._device)
         self._buffers[rank] = memory.view(dtype).view(_BUFFERS, -1)
         self._peers[rank] = peer
 
@@ -269,9 +250,7 @@ def _cuda_memory(
     return tensor, {"cuda": parts}, []
 
 
-def _open_memory(
-    greeting: dict[str, Any], descriptors: list[int], device: torch.device, stack: contextlib.ExitStack
-) -> torch.Tensor:
+def _open_memory(greeting: dict[str, Any], descriptors: list[int], device: torch.device) -> torch.Tensor:
     size = int(greeting["bytes"])
     if "cuda" not in greeting:
         (descriptor,) = descriptors

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dagger.weights.errors import WeightSyncError
+from megatron_dagger.weights.transports import Agreement
 from megatron_dagger.weights.transports.buckets import Segment
 
 _BUFFERS = 2
@@ -25,23 +26,26 @@ _LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class _Group:
-    """The process group of a transfer, of ``sources + targets`` ranks."""
+    """The process group of a transfer, of all source ranks and then all target ranks, and two buffers of this one."""
 
-    def __init__(
-        self, address: str, rank: int, sources: int, targets: int, *, device: torch.device, deadline_s: float, plan: str
-    ):
+    def __init__(self, agreement: Agreement, rank: int, device: torch.device):
+        address, deadline_s = agreement.offer.address, agreement.offer.deadline_s
+        self.sources = agreement.offer.source.world_size
         self.deadline = datetime.timedelta(seconds=deadline_s)
         host, _, port = address.rpartition(":")
+        size = self.sources + agreement.target.world_size
         try:
             store = dist.TCPStore(host, int(port), is_master=rank == 0, timeout=self.deadline, wait_for_workers=False)
-            self._agree(store, rank, plan)
+            self._agree(store, rank, agreement.digest())
             scoped = dist.PrefixStore("transfer", store)
-            self._group = self._join(scoped, rank, sources + targets, host, device)
+            self._group = self._join(scoped, rank, size, host, device)
         except (RuntimeError, ValueError) as error:
             raise WeightSyncError(
                 f"no connection through the store at {address} within {deadline_s:.0f} s: {_short(error)}"
             ) from error
         self._store = store
+        dtype = getattr(torch, agreement.dtype)
+        self.buffers = torch.empty(_BUFFERS, agreement.most_elements, dtype=dtype, device=device)
         self._sent: Counter[int] = Counter()
         self._received: Counter[int] = Counter()
 
@@ -81,24 +85,10 @@ class _Group:
 class LiveSender:
     """A source rank's end. A context manager."""
 
-    def __init__(
-        self,
-        address: str,
-        source_rank: int,
-        sources: int,
-        targets: int,
-        *,
-        plan_digest: str,
-        dtype: torch.dtype,
-        most_elements: int,
-        device: torch.device,
-        deadline_s: float,
-    ):
-        self._rank, self._sources = source_rank, sources
-        self._transfer = _Group(
-            address, source_rank, sources, targets, device=device, deadline_s=deadline_s, plan=plan_digest
-        )
-        self._buffers = torch.empty(_BUFFERS, most_elements, dtype=dtype, device=device)
+    def __init__(self, agreement: Agreement, source_rank: int, device: torch.device):
+        self._rank = source_rank
+        self._transfer = _Group(agreement, source_rank, device)
+        self._buffers = self._transfer.buffers
         self._works: deque[tuple[Segment, Any]] = deque()
         self._next = 0
 
@@ -109,7 +99,7 @@ class LiveSender:
 
     def send(self, segment: Segment) -> None:
         data = self._buffers[self._next, : segment.elements]
-        self._works.append((segment, self._transfer.send(data, self._sources + segment.target_rank)))
+        self._works.append((segment, self._transfer.send(data, self._transfer.sources + segment.target_rank)))
         self._next = (self._next + 1) % _BUFFERS
 
     def finish(self) -> None:
@@ -136,23 +126,9 @@ class LiveSender:
 class LiveReceiver:
     """A target rank's end: two buffers, each with a part for every segment of one bucket."""
 
-    def __init__(
-        self,
-        address: str,
-        target_rank: int,
-        sources: int,
-        targets: int,
-        *,
-        plan_digest: str,
-        dtype: torch.dtype,
-        most_elements: int,
-        device: torch.device,
-        deadline_s: float,
-    ):
-        self._transfer = _Group(
-            address, sources + target_rank, sources, targets, device=device, deadline_s=deadline_s, plan=plan_digest
-        )
-        self._buffers = torch.empty(_BUFFERS, most_elements, dtype=dtype, device=device)
+    def __init__(self, agreement: Agreement, target_rank: int, device: torch.device):
+        self._transfer = _Group(agreement, agreement.offer.source.world_size + target_rank, device)
+        self._buffers = self._transfer.buffers
         self._bucket = 0
         self._expected: dict[int, deque[tuple[torch.Tensor, Any]]] = {}
 

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_dagger.cli import plan
@@ -98,12 +99,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, command, text in stages:
         stage = add_run(name, command, text + " A stage that is done is not run again.")
-        stage.add_argument("--round", type=int, required=True, dest="round_index", metavar="N")
+        which = stage.add_mutually_exclusive_group(required=True)
+        which.add_argument("--round", type=int, dest="round_index", metavar="N")
         if name == "train":
+            text = "live through all rounds: train each once it is collected, and hand the weights to the workers"
+            which.add_argument("--resident", action="store_true", help=text)
             stage.add_argument("--rank", action="store_true", help="be one rank; torchrun's variables say which")
-        if name == "rollout":
+        else:
             text = "do every K-th episode only, the I-th (from 0) first, beside other workers; seal nothing"
             stage.add_argument("--worker", metavar="I/K", help=text)
+        if name == "rollout":
+            text = "live through all rounds, beside `train --resident`: collect and evaluate; worker 0 seals"
+            which.add_argument("--resident", action="store_true", help=text)
         stage.add_argument("--take-over", action="store_true", help=TAKE_OVER)
 
     add_run("status", _status, "Rounds, stages, progress, rates, and what failed.")
@@ -182,24 +189,34 @@ def _recipes(arguments: argparse.Namespace) -> int:
 
 def _rollout(arguments: argparse.Namespace) -> int:
     from megatron_dagger.dagger.loop import collect
+    from megatron_dagger.dagger.resident import work_rounds
 
     worker = Worker.parse(arguments.worker) if arguments.worker else None
+    if arguments.resident:
+        worker = replace(worker or Worker(index=0, count=1), seals=worker is None or worker.index == 0)
+        return _stage(arguments, lambda parts: asyncio.run(work_rounds(parts, worker)), worker)
     return _stage(arguments, lambda parts: asyncio.run(collect(parts, arguments.round_index, worker)), worker)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_dagger.dagger.loop import evaluate
 
-    return _stage(arguments, lambda parts: asyncio.run(evaluate(parts, arguments.round_index)))
+    worker = Worker.parse(arguments.worker) if arguments.worker else None
+    return _stage(arguments, lambda parts: asyncio.run(evaluate(parts, arguments.round_index, worker)), worker)
 
 
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.rank:
-        from megatron_dagger.cli.world import open_run, train_rank
+        from megatron_dagger.cli.train import train_rank, train_resident_rank
+        from megatron_dagger.cli.world import open_run
 
         level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
         logging.basicConfig(level=level, format="%(asctime)s %(name)s %(message)s")
-        train_rank(open_run(arguments.run_dir), arguments.run_dir, arguments.round_index)
+        config = open_run(arguments.run_dir)
+        if arguments.resident:
+            train_resident_rank(config, arguments.run_dir)
+        else:
+            train_rank(config, arguments.run_dir, arguments.round_index)
         return 0
     return _train_node(arguments)
 
@@ -207,11 +224,15 @@ def _train(arguments: argparse.Namespace) -> int:
 @stops_when_asked()
 def _train_node(arguments: argparse.Namespace) -> int:
     """The first node holds the run; the others only start their ranks."""
-    from megatron_dagger.cli.world import open_run, train_beside
+    from megatron_dagger.cli.train import train_beside, train_resident
+    from megatron_dagger.cli.world import open_run
     from megatron_dagger.dagger.loop import train
     from megatron_dagger.training.launch import node_rank
 
     config = open_run(arguments.run_dir)
+    if arguments.resident:
+        train_resident(config, arguments.run_dir, take_over=arguments.take_over)
+        return 0
     if node_rank(config.training.parallel) == 0:
         return _stage(arguments, lambda parts: train(parts, arguments.round_index))
     train_beside(config, arguments.run_dir, arguments.round_index)
@@ -225,7 +246,8 @@ def _stage(arguments: argparse.Namespace, stage: Callable[..., None], worker: Wo
 
     config = open_run(arguments.run_dir)
     setup_logging(arguments.run_dir, name=worker.name if worker else "driver")
-    with world(config, arguments.run_dir, worker=worker, take_over=arguments.take_over) as parts:
+    resident = getattr(arguments, "resident", False)
+    with world(config, arguments.run_dir, worker=worker, resident=resident, take_over=arguments.take_over) as parts:
         stage(parts)
     return 0
 

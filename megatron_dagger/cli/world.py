@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_dagger.agents.chat import ChatRenderer
 from megatron_dagger.agents.tokenizer import take_tokenizer
 from megatron_dagger.cli.environments import Environment, open_environment
+from megatron_dagger.cli.train import launch_training
 from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, load_yaml
 from megatron_dagger.dagger.worker import Worker
 from megatron_dagger.dagger.world import Student, World, round_dir
@@ -22,16 +22,12 @@ from megatron_dagger.observability.metrics import Metrics
 from megatron_dagger.observability.progress import track
 from megatron_dagger.policies.base import Policy
 from megatron_dagger.store.atomic import write_json, write_text
-from megatron_dagger.store.fence import VARIABLE, claim, inherit
+from megatron_dagger.store.fence import VARIABLE, claim
 from megatron_dagger.store.lock import exclusive
 from megatron_dagger.weights.checkpoints import HF_FILES
 
-if TYPE_CHECKING:
-    from megatron_dagger.training.job import TrainJob
-
 logger = logging.getLogger(__name__)
 
-CLAIM_TIMEOUT_S = 5.0  # another process that works on the same run is an error, not a wait
 TEACHER_URLS = "MEGATRON_DAGGER_TEACHER_URLS"
 PREPARE_TIMEOUT_S = 3600.0
 
@@ -74,18 +70,20 @@ def world(
     *,
     trains: Iterable[int] = (),
     worker: Worker | None = None,
+    resident: bool = False,
     take_over: bool = False,
 ) -> Iterator[World]:
     """Everything a run needs, opened and, whatever happens, closed again; rounds ``trains`` will be trained.
 
-    The run is claimed for this process alone, or for it as one ``worker``; ``take_over``: see store.fence.
+    The run is claimed for this process alone, or for it as one ``worker``; ``take_over``: see store.fence. A
+    ``resident`` student takes its weights from the memory of the run's trainer.
     """
     from megatron_dagger.store.aggregated import DataStore
     from megatron_dagger.training.launch import warm_up
 
     with ExitStack() as stack:
         name = worker.name if worker else None
-        token = stack.enter_context(claim(run_dir, worker=name, take_over=take_over, deadline_s=CLAIM_TIMEOUT_S))
+        token = stack.enter_context(claim(run_dir, worker=name, take_over=take_over))
         if not all((round_dir(run_dir, index) / "train" / "manifest.json").exists() for index in trains):
             warm_up()  # while the first of them collects
         tracked = functools.partial(track, run_dir=run_dir)
@@ -97,10 +95,12 @@ def world(
 
         @functools.cache
         def student() -> Student:
+            from megatron_dagger.policies.resident_student import ResidentStudent
             from megatron_dagger.policies.vllm_student import VllmStudent
 
             served = VllmStudent(student_dir, config.model, config.rollout.engine, seed=config.seed)
-            return stack.enter_context(served)
+            stack.enter_context(served)
+            return ResidentStudent(served, run_dir) if resident else served
 
         yield World(
             config=config,
@@ -112,7 +112,7 @@ def world(
             teacher=make_teacher(config, run_dir, environment, renderer, stack),
             student=student,
             data=DataStore.create_or_open(run_dir / "data.zarr", writer=name or "driver"),
-            evaluations=DataStore.create_or_open(run_dir / "evaluations.zarr"),
+            evaluations=DataStore.create_or_open(run_dir / "evaluations.zarr", writer=name or "driver"),
             metrics=Metrics(run_dir, wandb_project=config.wandb_project),
             train=functools.partial(launch_training, config, run_dir, env={VARIABLE: token}),
             track=track,
@@ -149,60 +149,3 @@ def prepare_student(config: RunConfig, run_dir: Path, environment: Environment) 
             take_tokenizer(Path(config.init_checkpoint) / HF_FILES, folder)
         write_json(folder / "config.json", config.model.hf_config())
     return folder
-
-
-def train_job(config: RunConfig, run_dir: Path, round_index: int) -> TrainJob:
-    """What the ranks of a round's training are told."""
-    from megatron_dagger.training.job import TrainJob
-
-    previous = round_dir(run_dir, round_index - 1) / "train" / "checkpoint"
-    return TrainJob(
-        round_index=round_index,
-        seed=config.seed,
-        model=config.model,
-        training=config.training,
-        output_dir=str(round_dir(run_dir, round_index) / "train"),
-        init_checkpoint=str(previous) if round_index else config.init_checkpoint,
-        weight_version=round_index,
-        quantization=config.rollout.engine.quantization,
-    )
-
-
-def launch_training(
-    config: RunConfig, run_dir: Path, round_index: int, *, env: Mapping[str, str] | None = None
-) -> None:
-    """Start the ranks of a round's training on this host and wait for them."""
-    from megatron_dagger.training.launch import launch
-
-    logger.info("round %d train: %d ranks", round_index, config.training.parallel.world_size)
-    folder = run_dir / "logs" / f"train-{round_index:04d}"
-    launch(
-        ["megatron_dagger.cli.main", "train", str(run_dir), "--round", str(round_index), "--rank"],
-        config.training.parallel,
-        folder,
-        config.training.deadline_s,
-        threads=config.training.threads_per_process,
-        env=env,
-    )
-
-
-def train_beside(config: RunConfig, run_dir: Path, round_index: int) -> None:
-    """A further node's part in a round's training: its ranks. The first node holds the run and writes."""
-    if not (round_dir(run_dir, round_index) / "train" / "manifest.json").exists():
-        launch_training(config, run_dir, round_index)
-
-
-def train_rank(config: RunConfig, run_dir: Path, round_index: int) -> None:
-    """One rank of a round's training: aggregate what the store holds, then train on it."""
-    from megatron_dagger.dagger.aggregation import aggregate, select_rounds
-    from megatron_dagger.store.aggregated import DataStore
-    from megatron_dagger.training import compat
-    from megatron_dagger.training.trainer import train
-
-    compat.quiet()
-    inherit(run_dir, os.environ)
-    store = DataStore.open(run_dir / "data.zarr")
-    sealed = [index for index in store.rounds() if store.manifest(index) is not None]
-    chosen = select_rounds(config.dagger.aggregation, round_index, sealed)
-    episodes = aggregate((e for index in chosen for e in store.episodes(index)), config.dagger.aggregation)
-    train(train_job(config, run_dir, round_index), episodes)

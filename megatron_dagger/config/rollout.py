@@ -66,3 +66,4 @@ class RolloutConfig:
     engine: EngineConfig = EngineConfig()
     limits: LimitsConfig = LimitsConfig()
     concurrent_episodes: int = 32
+    stage_deadline_s: float = 86_400.0  # of one collection or evaluation, for those who wait for it (resident mode)

@@ -12,10 +12,14 @@ from megatron_dagger.config.base import require
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """Worker ``index`` (from 0) of ``count``: it does every ``count``-th task, the same ones each time."""
+    """Worker ``index`` (from 0) of ``count``: it does every ``count``-th task, the same ones each time.
+
+    One that ``seals`` waits then for the others' episodes and ends the stage.
+    """
 
     index: int
     count: int
+    seals: bool = False
 
     def __post_init__(self) -> None:
         require(

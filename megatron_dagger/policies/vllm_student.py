@@ -177,7 +177,7 @@ class VllmStudent:
     ) -> SyncReport:
         """Take over weights, after the running requests have ended: a Megatron checkpoint's, or offered ones.
 
-        An engine that has not been started is started with them.
+        An engine that has not been started is started with them; one that serves them already keeps them.
 
         ``digests`` are of what the trainer had in memory (``training.digests``), ``canary`` is what it computed
         with them. Raises WeightSyncError,
@@ -186,6 +186,8 @@ class VllmStudent:
         cannot be read any more, does it refuse to act until a sync succeeds.
         """
         began = time.monotonic()
+        if self.serves(version, digests):
+            return SyncReport(weight_version=version, tensors=len(digests), duration_s=0.0)
 
         def load(engine: VllmEngine) -> None:
             try:
@@ -216,6 +218,11 @@ class VllmStudent:
         report = SyncReport(weight_version=version, tensors=len(digests), duration_s=time.monotonic() - began)
         logger.info("weights %d: %d tensors in %.2f s", version, report.tensors, report.duration_s)
         return report
+
+    def serves(self, version: int, digests: Mapping[str, str]) -> bool:
+        """Whether these weights are being served."""
+        held = self._served is not None and self._served[1] == digests
+        return held and self._not_serving is None and self.weight_version == version
 
     def _take_back(self, engine: VllmEngine, offer: Offer, digests: Mapping[str, str]) -> None:
         """Serve the version before again, if it lies in a checkpoint."""

@@ -11,7 +11,8 @@ compares the token with its own and does so; a claim holds it alone while it cha
 write of an earlier incarnation happens after a claim, however long that process was stopped: it raises
 FencedError and ends.
 
-Workers that share a run hold ``.lock`` together, and each its own ``.lock-NAME`` and ``.fence-NAME``.
+Workers that share a run hold ``.lock`` together, and each its own ``.lock-NAME`` and ``.fence-NAME``: the
+workers of a rollout, and the trainer beside resident ones.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from typing import Any
 from megatron_dagger.store.errors import StoreError
 from megatron_dagger.store.lock import LockedError, flocked, name_holder, this_process
 
-VARIABLE = "MEGATRON_DAGGER_INCARNATION"  # how the ranks of a training come to know their driver's token
+CLAIM_TIMEOUT_S = 5.0  # another process that works on the same run is an error, not a wait
+VARIABLE = "MEGATRON_DAGGER_INCARNATION"  # how the ranks of a training come to know their driver's tokens
 
 _FENCE_DEADLINE_S = 60.0  # a fence is held for as long as a rename takes
 _POLL_S = 0.05
@@ -53,24 +55,25 @@ _claims: list[_Claim] = []  # of this process
 
 @contextmanager
 def claim(
-    run_dir: Path, *, worker: str | None = None, take_over: bool = False, deadline_s: float = 5.0
+    run_dir: Path, *, worker: str | None = None, take_over: bool = False, deadline_s: float = CLAIM_TIMEOUT_S
 ) -> Iterator[str]:
-    """Work on a run alone, or as the ``worker`` of that name beside others; yields the incarnation's token.
+    """Work on a run alone, or as the ``worker`` of that name beside others; yields what ``inherit`` wants in VARIABLE.
 
     A process that works on it already is an error after ``deadline_s`` (LockedError), unless it is an
     earlier incarnation of this SLURM job, or ``take_over`` is set: then it may write no more.
     """
     with ExitStack() as stack:
-        token = _enter(stack, run_dir, "", shared=worker is not None, take_over=take_over, deadline_s=deadline_s)
+        made = [_enter(stack, run_dir, "", shared=worker is not None, take_over=take_over, deadline_s=deadline_s)]
         if worker is not None:
-            _enter(stack, run_dir, f"-{worker}", shared=False, take_over=take_over, deadline_s=deadline_s)
-        yield token
+            made.append(_enter(stack, run_dir, f"-{worker}", shared=False, take_over=take_over, deadline_s=deadline_s))
+        yield json.dumps({held.fence.name: held.token for held in made})
 
 
 def inherit(run_dir: Path, environment: Mapping[str, str]) -> None:
     """Be held, for the rest of this process, to the claim of the driver that started it, if there is one."""
     if VARIABLE in environment:
-        _claims.append(_Claim(run_dir.absolute(), run_dir / ".fence", environment[VARIABLE]))
+        tokens: dict[str, str] = json.loads(environment[VARIABLE])
+        _claims.extend(_Claim(run_dir.absolute(), run_dir / name, token) for name, token in tokens.items())
 
 
 @contextmanager
@@ -89,8 +92,8 @@ def permitted(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
 
 
-def _enter(stack: ExitStack, run_dir: Path, suffix: str, *, shared: bool, take_over: bool, deadline_s: float) -> str:
-    """Take a lock file and its fence for the life of ``stack``, and register the claim; returns the token."""
+def _enter(stack: ExitStack, run_dir: Path, suffix: str, *, shared: bool, take_over: bool, deadline_s: float) -> _Claim:
+    """Take a lock file and its fence for the life of ``stack``, and register the claim."""
     lock, fence = run_dir / f".lock{suffix}", run_dir / f".fence{suffix}"
     end = time.monotonic() + deadline_s
     while True:
@@ -119,7 +122,7 @@ def _enter(stack: ExitStack, run_dir: Path, suffix: str, *, shared: bool, take_o
     made = _Claim(run_dir.absolute(), fence.absolute(), token)
     _claims.append(made)
     stack.callback(_claims.remove, made)
-    return token
+    return made
 
 
 def _job() -> dict[str, Any]:

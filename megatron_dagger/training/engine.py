@@ -37,6 +37,7 @@ class Engine:
         model.initialize_weights(chunks, model_config, seed)
         self.chunks = optimizer.data_parallel(chunks, training)
         self.optimizer = optimizer.build(self.chunks, training)
+        self.holds: Path | None = None  # the checkpoint that says what weights and moments are, if one does
         self.select = not training.parallel.sequence_parallel  # there each rank has other positions
         heads = [model.bare(c) for c in self.chunks if getattr(model.bare(c), "post_process", False)]
         self._forward_step = loss.forward_step(
@@ -54,6 +55,17 @@ class Engine:
         checkpoint.load(directory, self.chunks, self.optimizer if with_optimizer else None, exact=exact)
         if not with_optimizer:
             self.optimizer.reload_model_params()  # the main copy of BF16 weights
+        self.holds = directory if with_optimizer else None
+
+    def save(self, directory: Path, state: checkpoint.CheckpointState) -> None:
+        """Write weights and optimizer to ``directory``; see checkpoint.save."""
+        checkpoint.save(directory, self.chunks, self.optimizer, state)
+        self.holds = directory
+
+    def forget_moments(self) -> None:
+        """Go on from the weights with a new optimizer."""
+        self.optimizer = optimizer.build(self.chunks, self.training)
+        self.holds = None
 
     def step(self, rows: Sequence[PackedRow], *, normaliser: float, learning_rate: float) -> StepResult:
         """Train on this data-parallel rank's ``rows``, one a micro-batch.
@@ -61,6 +73,7 @@ class Engine:
         ``normaliser`` is the sum of the label weights of all ranks' rows. The result is the same on
         every rank.
         """
+        self.holds = None
         value = self.forward_backward(rows, normaliser=normaliser)
         optimizer.set_learning_rate(self.optimizer, learning_rate)
         succeeded, grad_norm, _ = self.optimizer.step()

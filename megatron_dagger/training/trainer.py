@@ -13,6 +13,7 @@ import logging
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 import torch.distributed
 from megatron.core import parallel_state
 
-from megatron_dagger.config import to_dict
+from megatron_dagger.config import ModelConfig, TrainingConfig, to_dict
 from megatron_dagger.signals import STOPPED
 from megatron_dagger.store import atomic
 from megatron_dagger.training import checkpoint, compat, digests, packing, parallel
@@ -49,24 +50,57 @@ def train(job: TrainJob, episodes: Sequence[LabelledEpisode]) -> dict[str, Any] 
     Raises ConfigError for settings that cannot work, NoTrainingDataError without labels, CheckpointError
     for an unusable ``init_checkpoint``, SystemExit(STOPPED) when a signal asked for it.
     """
-    began, training = time.monotonic(), job.training
+    began = time.monotonic()
+    data = _packed(job, episodes)
+    with Trainer(job.model, job.training, seed=job.seed) as trainer:
+        return _Round(job, data, trainer.engine, trainer.stop).run(began)
+
+
+class Trainer:
+    """The ranks' process groups, model and optimizer, for one round or for many. A context manager, on all ranks."""
+
+    engine: Engine
+    stop: StopSignal
+
+    def __init__(self, model: ModelConfig, training: TrainingConfig, *, seed: int) -> None:
+        self._model, self._training, self._seed = model, training, seed
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Trainer:
+        training = self._training
+        with ExitStack() as stack:
+            device = stack.enter_context(
+                parallel.process_groups(
+                    training.parallel,
+                    seed=self._seed,
+                    deadline_s=training.deadline_s,
+                    threads=training.threads_per_process,
+                )
+            )
+            # Only now: a rank that waits for the others could not answer it.
+            self.stop = stack.enter_context(StopSignal())
+            self.engine = Engine(self._model, training, seed=self._seed, device=device)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def train(self, job: TrainJob, episodes: Sequence[LabelledEpisode]) -> dict[str, Any] | None:
+        """One round, like ``train``; what the round before left in memory is not read again."""
+        began = time.monotonic()
+        return _Round(job, _packed(job, episodes), self.engine, self.stop).run(began)
+
+
+def _packed(job: TrainJob, episodes: Sequence[LabelledEpisode]) -> packing.PackedDataset:
+    training = job.training
     data = packing.pack(episodes, training.sequence_length, packing=training.packing)
     if not data.label_tokens:
         raise NoTrainingDataError(
             f"round {job.round_index}: {len(episodes)} episodes with no label within "
             f"training.sequence_length={training.sequence_length} tokens; collect more, or widen the filter"
         )
-    with (
-        parallel.process_groups(
-            training.parallel,
-            seed=job.seed,
-            deadline_s=training.deadline_s,
-            threads=training.threads_per_process,
-        ) as device,
-        StopSignal() as stop,  # only now: a rank that waits for the others could not answer it
-    ):
-        engine = Engine(job.model, training, seed=job.seed, device=device)
-        return _Round(job, data, engine, stop).run(began)
+    return data
 
 
 class _Round:
@@ -121,7 +155,11 @@ class _Round:
             return state.step
         if self.job.init_checkpoint is not None:  # round 0's is of weights alone
             keep_moments = self.job.round_index > 0 and not self.job.training.optimizer.reset_each_round
-            self.engine.load(Path(self.job.init_checkpoint), with_optimizer=keep_moments)
+            before = Path(self.job.init_checkpoint)
+            if self.engine.holds != before:
+                self.engine.load(before, with_optimizer=keep_moments)
+            elif not keep_moments:
+                self.engine.forget_moments()
         return 0
 
     def _step(self, step: int) -> None:
@@ -158,7 +196,7 @@ class _Round:
             model=self.job.model,
             megatron_core=compat.version(),
         )
-        checkpoint.save(directory, self.engine.chunks, self.engine.optimizer, state)
+        self.engine.save(directory, state)
         checkpoint.remove_others(self.output_dir, keep=directory)
 
     def _digests(self) -> dict[str, str]:

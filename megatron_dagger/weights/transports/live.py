@@ -156,11 +156,11 @@ class LiveReceiver:
         self._transfer.close()
 
 
-def free_address() -> str:
-    """HOST:PORT on the loopback, for the store of a transfer on one host."""
+def free_address(host: str = "127.0.0.1") -> str:
+    """HOST:PORT for the store of a transfer; ``host`` is this one, the loopback where all of it is on one host."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"
 
 
 def _short(error: BaseException) -> str:

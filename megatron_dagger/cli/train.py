@@ -1,0 +1,130 @@
+"""What the command ``train`` does: on a node, which starts ranks, and in each of these."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dagger.config import RunConfig
+from megatron_dagger.dagger.world import round_dir
+from megatron_dagger.store.fence import VARIABLE, claim, inherit
+from megatron_dagger.types import LabelledEpisode
+
+if TYPE_CHECKING:
+    from megatron_dagger.training.job import TrainJob
+
+logger = logging.getLogger(__name__)
+
+
+def train_job(config: RunConfig, run_dir: Path, round_index: int) -> TrainJob:
+    """What the ranks of a round's training are told."""
+    from megatron_dagger.training.job import TrainJob
+
+    previous = round_dir(run_dir, round_index - 1) / "train" / "checkpoint"
+    return TrainJob(
+        round_index=round_index,
+        seed=config.seed,
+        model=config.model,
+        training=config.training,
+        output_dir=str(round_dir(run_dir, round_index) / "train"),
+        init_checkpoint=str(previous) if round_index else config.init_checkpoint,
+        weight_version=round_index,
+        quantization=config.rollout.engine.quantization,
+    )
+
+
+def launch_training(
+    config: RunConfig, run_dir: Path, round_index: int, *, env: Mapping[str, str] | None = None
+) -> None:
+    """Start the ranks of a round's training on this host and wait for them."""
+    from megatron_dagger.training.launch import launch
+
+    logger.info("round %d train: %d ranks", round_index, config.training.parallel.world_size)
+    launch(
+        ["megatron_dagger.cli.main", "train", str(run_dir), "--round", str(round_index), "--rank"],
+        config.training.parallel,
+        run_dir / "logs" / f"train-{round_index:04d}",
+        config.training.deadline_s,
+        threads=config.training.threads_per_process,
+        env=env,
+    )
+
+
+def train_resident(config: RunConfig, run_dir: Path, *, take_over: bool = False) -> None:
+    """Start the ranks on this host that train all rounds, and wait for them.
+
+    The first node claims the run as the worker ``trainer``, which keeps a second trainer out.
+    """
+    from megatron_dagger.training.launch import launch, node_rank
+
+    with ExitStack() as stack:
+        env = None
+        if node_rank(config.training.parallel) == 0:
+            holds = claim(run_dir, worker="trainer", take_over=take_over)
+            env = {VARIABLE: stack.enter_context(holds)}
+        launch(
+            ["megatron_dagger.cli.main", "train", str(run_dir), "--resident", "--rank"],
+            config.training.parallel,
+            run_dir / "logs" / "train",
+            (config.training.deadline_s + config.rollout.stage_deadline_s) * (config.dagger.rounds + 2),
+            threads=config.training.threads_per_process,
+            env=env,
+        )
+
+
+def train_beside(config: RunConfig, run_dir: Path, round_index: int) -> None:
+    """A further node's part in a round's training: its ranks. The first node holds the run and writes."""
+    if not (round_dir(run_dir, round_index) / "train" / "manifest.json").exists():
+        launch_training(config, run_dir, round_index)
+
+
+def train_rank(config: RunConfig, run_dir: Path, round_index: int) -> None:
+    """One rank of a round's training."""
+    from megatron_dagger.training import compat
+    from megatron_dagger.training.trainer import train
+
+    compat.quiet()
+    inherit(run_dir, os.environ)
+    train(train_job(config, run_dir, round_index), training_data(config, run_dir, round_index))
+
+
+def train_resident_rank(config: RunConfig, run_dir: Path) -> None:
+    """One rank of a trainer that lives through all rounds."""
+    from megatron_dagger.store.aggregated import DataStore
+    from megatron_dagger.training import compat
+    from megatron_dagger.training.resident import ResidentRounds, train_rounds
+
+    compat.quiet()
+    inherit(run_dir, os.environ)
+
+    def collected(index: int) -> bool:
+        store = run_dir / "data.zarr"
+        return (store / "zarr.json").exists() and DataStore.open(store).manifest(index) is not None
+
+    rounds = ResidentRounds(
+        run_dir=run_dir,
+        rounds=config.dagger.rounds + 1,
+        engine=config.rollout.engine,
+        job=functools.partial(train_job, config, run_dir),
+        collected=collected,
+        episodes=functools.partial(training_data, config, run_dir),
+        over=(round_dir(run_dir, config.dagger.rounds) / "evaluate.json").exists,
+        deadline_s=config.rollout.stage_deadline_s,
+    )
+    train_rounds(rounds)
+
+
+def training_data(config: RunConfig, run_dir: Path, round_index: int) -> list[LabelledEpisode]:
+    """What a round trains on: the labels of the rounds that ``dagger.aggregation`` selects."""
+    from megatron_dagger.dagger.aggregation import aggregate, select_rounds
+    from megatron_dagger.store.aggregated import DataStore
+
+    store = DataStore.open(run_dir / "data.zarr")
+    sealed = [index for index in store.rounds() if store.manifest(index) is not None]
+    chosen = select_rounds(config.dagger.aggregation, round_index, sealed)
+    return aggregate((e for index in chosen for e in store.episodes(index)), config.dagger.aggregation)

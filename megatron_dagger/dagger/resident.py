@@ -1,0 +1,28 @@
+"""A rollout worker that lives through all rounds, beside others and a trainer that does (training/resident.py).
+
+They meet in the run directory: a round is trained once it is sealed, and sampled from once its training's
+manifest is there. The weights of a round serve the next round's collection first and then their own
+evaluation, so that the trainer trains while the workers evaluate.
+"""
+
+from __future__ import annotations
+
+from megatron_dagger.dagger.loop import collect, evaluate, train, until
+from megatron_dagger.dagger.worker import Worker
+from megatron_dagger.dagger.world import World
+
+
+async def work_rounds(world: World, worker: Worker) -> None:
+    """One worker's part in every round; the one that seals also records what the trainer did."""
+    rounds, deadline_s = world.config.dagger.rounds, world.config.training.deadline_s
+    for round_index in range(rounds + 1):
+        await collect(world, round_index, worker)
+        if round_index:
+            await evaluate(world, round_index - 1, worker)
+        else:
+            world.student()  # its engine starts while the teacher's episodes are trained on
+        manifest = world.round_dir(round_index) / "train" / "manifest.json"
+        await until(manifest.exists, deadline_s, f"the training of round {round_index}")
+        if worker.seals:
+            train(world, round_index)
+    await evaluate(world, rounds, worker)

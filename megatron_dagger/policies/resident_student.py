@@ -1,0 +1,36 @@
+"""The student beside a trainer that lives: it takes weights from the trainer's memory where it can."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_dagger.config import SamplingConfig
+from megatron_dagger.policies.vllm_student import SampledStudent, SyncReport, VllmStudent
+from megatron_dagger.weights.canary import Canary
+from megatron_dagger.weights.desk import ask
+from megatron_dagger.weights.errors import WeightSyncError
+
+logger = logging.getLogger(__name__)
+
+
+class ResidentStudent:
+    """A VllmStudent, started already, whose ``sync`` asks the run's trainer first, and then reads the checkpoint."""
+
+    def __init__(self, student: VllmStudent, run_dir: Path):
+        self._student, self._run_dir = student, run_dir
+        student.start()
+
+    def with_sampling(self, sampling: SamplingConfig) -> SampledStudent:
+        """The policy that samples so, from the weights served last."""
+        return self._student.with_sampling(sampling)
+
+    def sync(self, weights: Path, version: int, digests: Mapping[str, str], canary: Canary | None = None) -> SyncReport:
+        """As VllmStudent.sync; ``weights`` is the checkpoint of the version."""
+        if not self._student.serves(version, digests):
+            try:
+                return self._student.sync(ask(self._run_dir, version), version, digests, canary)
+            except WeightSyncError as error:
+                logger.warning("weights %d come from the checkpoint: %s", version, error)
+        return self._student.sync(weights, version, digests, canary)

@@ -1,0 +1,64 @@
+"""The resident mode, whole and real: a trainer and two workers live through all rounds, and one worker is killed."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_dagger.cli.world import create_run
+from megatron_dagger.config import override
+from megatron_dagger.store.aggregated import DataStore
+from recipes.quickstart import quickstart
+from tests.integration.tiny_run import DEADLINE_S, SETTINGS, assert_same, environment, writers
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+
+
+@contextlib.contextmanager
+def started(run, log, environment, *words):
+    command = [sys.executable, "-m", "megatron_dagger.cli.main", words[0], str(run), "--resident", *words[1:]]
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_weights_go_live_through_all_rounds_and_a_killed_worker_comes_back(undisturbed, cache, tmp_path):
+    run, env = tmp_path / "run", {**environment(cache), "GLOO_SOCKET_IFNAME": "lo"}
+    logs = {name: tmp_path / f"{name}.log" for name in ("trainer", "first", "second")}
+    create_run(override(quickstart(), SETTINGS), run)
+
+    def wait(condition, *processes):
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            for process in processes:
+                assert process.poll() is None, "".join(log.read_text()[-3000:] for log in logs.values())
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    with (
+        started(run, logs["trainer"], env, "train") as trainer,
+        started(run, logs["first"], env, "rollout", "--worker", "0/2") as first,
+    ):
+        with started(run, logs["second"], env, "rollout", "--worker", "1/2") as second:
+            wait(lambda: "weights 0: " in logs["second"].read_text(), trainer, first, second)
+            second.send_signal(signal.SIGKILL)
+        with started(run, logs["second"], env, "rollout", "--worker", "1/2") as again:
+            for process in (again, first, trainer):
+                assert process.wait(DEADLINE_S) == 0, "".join(log.read_text()[-3000:] for log in logs.values())
+
+    assert_same(run, undisturbed)
+    stores = [DataStore.open(folder / "evaluations.zarr") for folder in (undisturbed, run)]
+    assert stores[0].digest() == stores[1].digest()
+    assert (run / "metrics.jsonl").read_text().count("\n") == 6
+    rank = (run / "logs/train/rank-0.log").read_text()
+    assert rank.count("an engine took weights 0") >= 2
+    assert rank.count("an engine took weights 1") == 2
+    assert "come from the checkpoint" not in logs["first"].read_text()
+    assert not [pid for log in run.glob("logs/**/*.log") for pid in writers(log)]

@@ -103,8 +103,7 @@ class _Resident:
 
     def _decide(self, condition: Callable[[], bool]) -> Offer | str | None:
         assert self.desk is not None
-        offer = self.desk.next_offer() if self.version is not None else None
-        return offer or (_ON if condition() else None)
+        return self.desk.next_offer() or (_ON if condition() else None)
 
     def _hand_over(self, offer: Offer) -> None:
         engine = self.rounds.engine

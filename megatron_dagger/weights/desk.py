@@ -1,9 +1,9 @@
 """Where the engines of a run ask its trainer for the weights that it holds in memory.
 
-Source rank 0 keeps a store and writes where it is to ``RUN/trainer.json``. An engine that wants weights draws
-a number there and waits for the Offer of that number; the trainer, while it has nothing else to do, answers
-one after the other. Each gets a transfer of its own: one that is killed in the middle costs its transfer and
-nobody else's. What cannot be had here can be had from the checkpoint.
+Source rank 0 keeps a store and writes where it is to ``RUN/trainer.json``. An engine that wants a version of
+the weights draws a number there and waits for the Offer of that number; the trainer, while it has nothing else
+to do, answers one after the other. Each gets a transfer of its own: one that is killed in the middle costs its
+transfer and nobody else's. What cannot be had here can be had from the checkpoint.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from megatron_dagger.weights.transports.live import free_address
 HOST = "MEGATRON_DAGGER_TRAINER_HOST"  # by which other nodes know the trainer's first one
 
 _FILE = "trainer.json"
-_ANSWER_S = 60.0  # a trainer that serves answers within a transfer for each engine that came before
+_ANSWER_S = 600.0  # a trainer that serves answers after a transfer to each engine that came before
+_TRANSFER_S = 60.0  # for every single wait of a transfer; an engine that has asked is ready for it
+_CONNECT_S = 10.0  # the file may be of a trainer that is gone
 _READY_S = 5.0  # between a training's last file and its offer
 _POLL_S = 0.1
-_DRAWN, _SERVING = "drawn", "serving"
-_NOTHING = "none"
+_SERVING, _NOTHING = "serving", "none"
 
 
 class Desk:
@@ -44,48 +45,61 @@ class Desk:
         self._host = _own_host()
         self._store = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
         self._store.set(_SERVING, _NOTHING)
-        self._answered = 0
+        self._version = _NOTHING
+        self._answered = 0  # of those who want this version
         write_json(run_dir / _FILE, {"address": f"{self._host}:{self._store.port}"})
 
     @contextmanager
     def serving(self, version: int) -> Iterator[None]:
         """In the block engines may ask for this version of the weights."""
-        self._store.set(_SERVING, str(version))
+        self._version, self._answered = str(version), 0
+        self._store.set(_SERVING, self._version)
         try:
             yield
         finally:
+            self._version = _NOTHING
             self._store.set(_SERVING, _NOTHING)
 
     def next_offer(self) -> Offer | None:
         """The Offer that the next engine in the row is told of, to be carried out now by all source ranks."""
-        if self._store.add(_DRAWN, 0) <= self._answered:
+        if self._version == _NOTHING or self._store.add(_drawn(self._version), 0) <= self._answered:
             return None
         self._answered += 1
-        offer = Offer(kind="live", address=free_address(self._host), source=self._source)
-        self._store.set(f"offer-{self._answered}", json.dumps(to_dict(offer)))
+        offer = Offer(kind="live", address=free_address(self._host), source=self._source, deadline_s=_TRANSFER_S)
+        self._store.set(_offer(self._version, self._answered), json.dumps(to_dict(offer)))
         return offer
 
 
 def ask(run_dir: Path, version: int, *, deadline_s: float = _ANSWER_S) -> Offer:
     """What the run's trainer offers of this version. Raises WeightSyncError if it has not got it, or is not there."""
+    wanted = str(version)
     path = run_dir / _FILE
     if not path.exists():
         raise WeightSyncError("the run has no trainer that lives through its rounds")
     host, _, port = str(read_json(path)["address"]).rpartition(":")
-    deadline = datetime.timedelta(seconds=deadline_s)
+    connecting = datetime.timedelta(seconds=min(_CONNECT_S, deadline_s))
     try:
-        store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=deadline)
+        store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=connecting)
+        store.set_timeout(datetime.timedelta(seconds=deadline_s))
         end = time.monotonic() + _READY_S
-        while (serves := store.get(_SERVING).decode()) != str(version):
+        while (serves := store.get(_SERVING).decode()) != wanted:
             if time.monotonic() > end:
                 raise WeightSyncError(f"the trainer at {host}:{port} offers version {serves} of the weights")
             time.sleep(_POLL_S)
-        offer = store.get(f"offer-{store.add(_DRAWN, 1)}")
+        offer = store.get(_offer(wanted, store.add(_drawn(wanted), 1)))
     except RuntimeError as error:  # torch's errors; ours is one too
         if isinstance(error, WeightSyncError):
             raise
         raise WeightSyncError(f"the trainer at {host}:{port} did not answer within {deadline_s:.0f} s") from error
     return build(Offer, json.loads(offer))
+
+
+def _drawn(version: str) -> str:
+    return f"drawn-{version}"
+
+
+def _offer(version: str, number: int) -> str:
+    return f"offer-{version}-{number}"
 
 
 def _own_host() -> str:

@@ -1,0 +1,67 @@
+"""Asking a trainer for the weights in its memory: who gets which offer, and what is said where there is none."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+
+from megatron_dagger.store.atomic import write_json
+from megatron_dagger.weights import desk
+from megatron_dagger.weights.desk import Desk, ask
+from megatron_dagger.weights.errors import WeightSyncError
+from megatron_dagger.weights.layouts import SourceLayout
+from megatron_dagger.weights.transports.live import free_address
+
+SOURCE = SourceLayout(padded_vocab_size=128, tensor_model_parallel_size=2)
+
+
+def test_each_engine_that_asks_is_told_of_an_offer_of_its_own(tmp_path):
+    served, ended = [], threading.Event()
+    trainer = Desk(tmp_path, SOURCE)
+
+    def serve():
+        while not ended.is_set():
+            if (offer := trainer.next_offer()) is not None:
+                served.append(offer)
+
+    with ThreadPoolExecutor(4) as pool, trainer.serving(3):
+        serving = pool.submit(serve)
+        told = [asking.result(20) for asking in [pool.submit(ask, tmp_path, 3) for _ in range(3)]]
+        ended.set()
+        serving.result()
+    assert sorted(offer.address for offer in told) == sorted(offer.address for offer in served)
+    assert len({offer.address for offer in told}) == 3
+    assert all(offer.kind == "live" and offer.source == SOURCE for offer in told)
+
+
+def test_a_trainer_that_trains_or_has_other_weights_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(desk, "_READY_S", 0.2)
+    trainer = Desk(tmp_path, SOURCE)
+    with trainer.serving(3), pytest.raises(WeightSyncError, match="offers version 3 of"):
+        ask(tmp_path, 4)
+    with pytest.raises(WeightSyncError, match="offers version none of"):
+        ask(tmp_path, 3)
+    assert trainer.next_offer() is None
+
+
+def test_a_trainer_that_stops_serving_in_between_is_waited_for_until_the_deadline(tmp_path):
+    with Desk(tmp_path, SOURCE).serving(3), pytest.raises(WeightSyncError, match="did not answer within 1 s"):
+        ask(tmp_path, 3, deadline_s=1.0)
+
+
+def test_no_trainer_and_a_dead_one_are_told_apart(tmp_path):
+    with pytest.raises(WeightSyncError, match="no trainer that lives"):
+        ask(tmp_path, 0)
+    write_json(tmp_path / "trainer.json", {"address": free_address()})
+    with pytest.raises(WeightSyncError, match="did not answer within 1 s"):
+        ask(tmp_path, 0, deadline_s=1.0)
+
+
+def test_who_asked_for_an_earlier_version_and_left_costs_nothing_later(tmp_path):
+    trainer = Desk(tmp_path, SOURCE)
+    with trainer.serving(3), pytest.raises(WeightSyncError, match="did not answer"):
+        ask(tmp_path, 3, deadline_s=0.2)
+    with trainer.serving(4):
+        assert trainer.next_offer() is None

@@ -10,14 +10,16 @@ from megatron_dagger.envs.base import EnvironmentBroken
 
 _LEADS_OUT, _MISSING, _IS_DIRECTORY = 81, 82, 83
 
-# The agent's command comes on stdin; directory, exported variables and functions outlive it.
+# The agent's command comes on stdin; directory, exported variables and functions outlive it. They are put in place
+# whole: a command that is cut short may be killed while they are written.
 RUN = r"""
 IFS= read -r -d ''
 set -- "$REPLY" # no variable of the agent has the name of this one
 exec < /dev/null
 [ -d /.sandbox ] || mkdir /.sandbox 2> /dev/null
 [ -r /.sandbox/state ] && . /.sandbox/state 2> /dev/null
-trap '{ set +x; { declare -f; declare -px; printf "cd -- %q\n" "$PWD"; } > /.sandbox/state; } 2> /dev/null' EXIT
+trap '{ set +x; { declare -f; declare -px; printf "cd -- %q\n" "$PWD"; } > /.sandbox/new &&
+    builtin command -p mv -fT /.sandbox/new /.sandbox/state; } 2> /dev/null' EXIT
 eval "$1"
 """
 

@@ -6,7 +6,6 @@ one has to die, it is a process of its own.
 
 import contextlib
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +23,7 @@ from megatron_dagger.config import ConfigError
 from megatron_dagger.weights import families
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
-from megatron_dagger.weights.transports import Agreement, Offer, checkpoint_offer
+from megatron_dagger.weights.transports import Agreement, Offer, checkpoint_offer, host
 from megatron_dagger.weights.transports.live import free_address
 from megatron_dagger.weights.transports.open import open_transport, send_weights
 from tests.unit.weights.naive_shards import canonical_tensors, megatron_ranks, vllm_ranks
@@ -226,13 +225,6 @@ def test_a_trainer_killed_in_the_middle_is_named_at_once_and_the_next_transfer_w
     assert_equal(*transfer(again, model, tensors))
 
 
-def wait_for(path, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.05)
-
-
 def test_an_engine_that_ends_in_the_middle_is_named(tmp_path):
     model, tensors = case()
     offer = offered("host", tmp_path, ONE, model, tensors)
@@ -251,9 +243,7 @@ def test_strangers_are_turned_away(tmp_path):
     agreement = Agreement(model=model, target=TargetLayout(), dtype="float32", offer=offer)
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(send_weights, agreement, 0, {}, CPU)
-        wait_for(tmp_path / "source-0.sock")
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as stranger:
-            stranger.connect(str(tmp_path / "source-0.sock"))
+        with contextlib.closing(host._reach(str(tmp_path / "source-0.sock"), 30.0)) as stranger:
             stranger.sendall(b'{"target_rank": 5, "plan": ""}\n')
             with pytest.raises(WeightSyncError, match="target rank 5 came, which was not awaited"):
                 sending.result()

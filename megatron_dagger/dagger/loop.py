@@ -6,10 +6,8 @@ there is not run again, so the same command carries on wherever a killed run was
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
 
 from megatron_dagger.agents.episode import Actor, EpisodeKey
 from megatron_dagger.config import build
@@ -17,14 +15,12 @@ from megatron_dagger.dagger.aggregation import summarise
 from megatron_dagger.dagger.beta import beta
 from megatron_dagger.dagger.collect import round_tasks, run_episodes
 from megatron_dagger.dagger.mixing import MixtureActor, SoloActor, mixture
-from megatron_dagger.dagger.worker import Worker
-from megatron_dagger.dagger.world import EpisodeStore, World
+from megatron_dagger.dagger.worker import Worker, are_committed, ends_stage
+from megatron_dagger.dagger.world import World
 from megatron_dagger.evaluation.success import success
 from megatron_dagger.observability.metrics import read_lines
 from megatron_dagger.store.atomic import read_json, write_json
 from megatron_dagger.weights.canary import Canary
-
-_POLL_S = 0.5
 
 
 async def run_rounds(world: World) -> None:
@@ -49,7 +45,7 @@ async def collect(world: World, round_index: int, worker: Worker | None = None) 
     everybodys = round_tasks(config, world.train_tasks, round_index)
     tasks = worker.share(everybodys) if worker else everybodys
     student = None
-    if round_index and not _committed(world.data, round_index, tasks):
+    if round_index and not are_committed(world.data, round_index, tasks):
         sync(world, round_index - 1)
         student = world.student().with_sampling(config.rollout.sampling)
 
@@ -61,7 +57,7 @@ async def collect(world: World, round_index: int, worker: Worker | None = None) 
     if world.data.manifest(round_index) is None:
         sampling = config.rollout.sampling
         broken = await run_episodes(world, world.data, round_index, tasks, actor, sampling, beta=share, stage="collect")
-    if not await _to_be_sealed(world, world.data, round_index, everybodys, worker):
+    if not await ends_stage(worker, world.data, round_index, everybodys, config.rollout.stage_deadline_s):
         return
     manifest = world.data.seal(round_index)
     values = summarise(world.data.episodes(round_index)) | {
@@ -106,14 +102,14 @@ async def evaluate(world: World, round_index: int, worker: Worker | None = None)
     heldout = list(itertools.islice(world.heldout_tasks, config.dagger.evaluation_tasks))
     trained = list(itertools.islice(world.train_tasks, config.dagger.evaluation_train_tasks))
     tasks = worker.share(heldout + trained) if worker else heldout + trained
-    if not _committed(world.evaluations, round_index, tasks):
+    if not are_committed(world.evaluations, round_index, tasks):
         sync(world, round_index)
         sampling = config.evaluation_sampling
         actor = SoloActor(policy=world.student().with_sampling(sampling))
         await run_episodes(
             world, world.evaluations, round_index, tasks, lambda key: actor, sampling, beta=0.0, stage="evaluate"
         )
-    if not await _to_be_sealed(world, world.evaluations, round_index, heldout + trained, worker):
+    if not await ends_stage(worker, world.evaluations, round_index, heldout + trained, config.rollout.stage_deadline_s):
         return
     world.evaluations.seal(round_index)
     episodes = list(world.evaluations.episodes(round_index))
@@ -125,29 +121,3 @@ async def evaluate(world: World, round_index: int, worker: Worker | None = None)
     }
     write_json(report, {"round": round_index, **values})
     world.metrics.record(round_index, "evaluate", values)
-
-
-async def _to_be_sealed(
-    world: World, store: EpisodeStore, round_index: int, tasks: Sequence[str], worker: Worker | None
-) -> bool:
-    """Whether it is for this process to end the stage, after all workers' episodes of it are there."""
-    if worker is None:
-        return True
-    if worker.seals:
-        deadline_s = world.config.rollout.stage_deadline_s
-        what = f"the other workers' episodes of round {round_index}"
-        await until(lambda: _committed(store, round_index, tasks), deadline_s, what)
-    return worker.seals
-
-
-def _committed(store: EpisodeStore, round_index: int, tasks: Sequence[str]) -> bool:
-    return {task for task, _ in store.committed(round_index)}.issuperset(tasks)
-
-
-async def until(condition: Callable[[], bool], deadline_s: float, what: str) -> None:
-    """Wait for what other processes write. Raises TimeoutError after ``deadline_s``."""
-    end = time.monotonic() + deadline_s
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what}: not there after {deadline_s:.0f} s")
-        await asyncio.sleep(_POLL_S)

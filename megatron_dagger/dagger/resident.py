@@ -7,8 +7,8 @@ evaluation, so that the trainer trains while the workers evaluate.
 
 from __future__ import annotations
 
-from megatron_dagger.dagger.loop import collect, evaluate, train, until
-from megatron_dagger.dagger.worker import Worker
+from megatron_dagger.dagger.loop import collect, evaluate, train
+from megatron_dagger.dagger.worker import Worker, until
 from megatron_dagger.dagger.world import World
 
 

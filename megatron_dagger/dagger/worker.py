@@ -1,13 +1,18 @@
-"""Which of a round's tasks are whose, when several workers collect at the same time."""
+"""Which of a round's tasks are whose, when several workers act at the same time; and waiting for the others."""
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_dagger.config import ConfigError
 from megatron_dagger.config.base import require
+from megatron_dagger.dagger.world import EpisodeStore
+
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +47,29 @@ class Worker:
     def share(self, tasks: Sequence[str]) -> list[str]:
         """This worker's of the round's tasks."""
         return list(tasks[self.index :: self.count])
+
+
+async def ends_stage(
+    worker: Worker | None, store: EpisodeStore, round_index: int, tasks: Sequence[str], deadline_s: float
+) -> bool:
+    """Whether it is for this process to end the stage; if so, after all workers' episodes of ``tasks`` are there."""
+    if worker is None:
+        return True
+    if worker.seals:
+        what = f"the other workers' episodes of round {round_index}"
+        await until(lambda: are_committed(store, round_index, tasks), deadline_s, what)
+    return worker.seals
+
+
+def are_committed(store: EpisodeStore, round_index: int, tasks: Sequence[str]) -> bool:
+    """Whether every task has its episode."""
+    return {task for task, _ in store.committed(round_index)}.issuperset(tasks)
+
+
+async def until(condition: Callable[[], bool], deadline_s: float, what: str) -> None:
+    """Wait for what other processes write. Raises TimeoutError after ``deadline_s``."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what}: not there after {deadline_s:.0f} s")
+        await asyncio.sleep(_POLL_S)

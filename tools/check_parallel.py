@@ -1,8 +1,10 @@
 """Shows that a training step does not depend on the parallel layout or on packing.
 
-Every layout trains the same steps from the same checkpoint (weights and optimizer) in fp32 and its
-losses are held against one process's. Packed rows are held against one sample a row, in loss and
-gradients, and both against Hugging Face's Qwen3ForCausalLM with the same weights.
+Every layout trains the same steps in fp32, on from a checkpoint that one process or another layout saved
+(weights and optimizer), and its losses and gradient norms are held against one process's; the last step
+leaves all but one micro-batch without a label. Packed rows, and one row of everything, are held against
+one sample a row, in loss and gradients, and that against Transformers' model with the same weights; all of
+it for Qwen3 and for Qwen3-MoE.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +32,61 @@ from megatron_dagger.training import packing  # noqa: E402
 from megatron_dagger.training.episode_file import load_episodes, save_episodes  # noqa: E402
 from megatron_dagger.training.job import TrainJob  # noqa: E402
 from megatron_dagger.training.launch import launch  # noqa: E402
+from megatron_dagger.training.metrics import read  # noqa: E402
+from megatron_dagger.types import LabelledEpisode  # noqa: E402
 
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A layout to compare with one process, of the dense model or of the one with experts (``moe``)."""
+
+    world: int
+    settings: dict[str, Any]
+    moe: bool = False
+    after: str | None = None  # goes on from where that layout saved, optimizer included
+
+
+TP, SP, PP, VPP, EP = (
+    "tensor_model_parallel_size",
+    "sequence_parallel",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+)
 LAYOUTS = {
-    "tp2": {"tensor_model_parallel_size": 2},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "dp2": {},
-    "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "pp2_vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-    "tp2_pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "tp2": Layout(world=2, settings={TP: 2}),
+    "pp2": Layout(world=2, settings={PP: 2}),
+    "dp2": Layout(world=2, settings={}),
+    "tp2_sp": Layout(world=2, settings={TP: 2, SP: True}),
+    "pp2_vpp2": Layout(world=2, settings={PP: 2, VPP: 2}),
+    "tp2_sp_after_pp2_vpp2": Layout(world=2, settings={TP: 2, SP: True}, after="pp2_vpp2"),
+    "moe_ep2": Layout(world=2, settings={EP: 2}, moe=True),
+    "moe_pp2_vpp2": Layout(world=2, settings={PP: 2, VPP: 2}, moe=True),
+    "moe_tp2_sp_ep2": Layout(world=2, settings={TP: 2, SP: True, EP: 2}, moe=True),
+    "moe_pp2_after_ep2": Layout(world=2, settings={PP: 2}, moe=True, after="moe_ep2"),
+    "tp2_pp2": Layout(world=4, settings={TP: 2, PP: 2}),
+    "tp2_sp_pp2_vpp2": Layout(world=4, settings={TP: 2, SP: True, PP: 2, VPP: 2}),
+    "tp2_dp2": Layout(world=4, settings={TP: 2}),
+    "pp2_dp2": Layout(world=4, settings={PP: 2}),
+    "moe_ep2_dp2": Layout(world=4, settings={EP: 2}, moe=True),
+    "moe_ep2_pp2": Layout(world=4, settings={EP: 2, PP: 2}, moe=True),
+    "moe_tp2_sp_ep4": Layout(world=4, settings={TP: 2, SP: True, EP: 4}, moe=True),
 }
-WORLD = {name: 4 if name == "tp2_pp2" else 2 for name in LAYOUTS}
+MODELS = {
+    False: ModelConfig(num_layers=4, hidden_size=64, ffn_hidden_size=160, vocab_size=250),
+    True: ModelConfig(
+        family="qwen3_moe",
+        num_layers=4,
+        hidden_size=64,
+        num_moe_experts=4,
+        moe_ffn_hidden_size=48,
+        moe_router_topk=2,
+        vocab_size=250,
+    ),
+}
+ROW_TOKENS, ROWS_PER_STEP = 256, 4
 LIMIT = 1e-5
-GRADIENT_LIMIT = 1e-4  # of the largest gradient
+GRADIENT_LIMIT = 1e-4  # of the largest gradient, and of its norm
 DEADLINE_S = 300.0
 
 
@@ -59,111 +106,142 @@ def main() -> int:
     unknown = [name for name in names if name not in LAYOUTS]
     if unknown:
         parser.error(f"unknown layout {unknown[0]}; there are {', '.join(LAYOUTS)}")
+    missing = [layout.after for name in names if (layout := LAYOUTS[name]).after and layout.after not in names]
+    if missing:
+        parser.error(f"a layout goes on after {missing[0]}, which must be among --layouts too")
     with tempfile.TemporaryDirectory(prefix="check_parallel-") as folder:
         result = _check(Path(folder), names, arguments.steps, tie=not arguments.untied)
-    limits = {"packed_grad": GRADIENT_LIMIT, "hf_grad": GRADIENT_LIMIT}
-    print(f"{'compared':<14}{'largest difference':>20}{'limit':>10}")
+    print(f"{'compared':<28}{'largest difference':>20}{'limit':>10}")
     failed = False
     for name, value in result.items():
         if name != "steps":
-            limit = limits.get(name, LIMIT)
+            limit = GRADIENT_LIMIT if "_grad" in name else LIMIT
             failed |= not value <= limit
-            print(f"{name:<14}{value:>20.2e}{limit:>10.0e}{'' if value <= limit else '  TOO LARGE'}")
+            print(f"{name:<28}{value:>20.2e}{limit:>10.0e}{'' if value <= limit else '  TOO LARGE'}")
     print("RESULT " + json.dumps(result))
     return int(failed)
 
 
 def _check(folder: Path, names: list[str], steps: int, *, tie: bool) -> dict[str, Any]:
-    model = ModelConfig(num_layers=4, hidden_size=64, ffn_hidden_size=160, vocab_size=250, tie_embeddings=tie)
-    episodes = synthetic_episodes.make(20, seed=1, vocab_size=model.vocab_size, longest=250, branches=0.3)
+    episodes = synthetic_episodes.make(20, seed=1, vocab_size=250, longest=250, branches=0.3)
     save_episodes(folder / "episodes.npz", episodes)
-    _job(folder, "start", model, 2, {}, world=1)
-    _job(folder, "single", model, steps, {}, world=1, start=folder / "start")
-    subprocess.run([sys.executable, __file__, "--worker", str(folder)], check=True, timeout=DEADLINE_S)
+    jobs = _Jobs(folder, steps, len(packing.pack(episodes, ROW_TOKENS).rows), tie=tie)
+    kinds = sorted({LAYOUTS[name].moe for name in names})
+    for moe in kinds:
+        one = Layout(world=1, settings={}, moe=moe)
+        jobs.write(_reference("start", moe), one, first_steps=2)
+        jobs.write(_reference("single", moe), one, start=_reference("start", moe))
+        jobs.write(_reference("next", moe), one, start=_reference("single", moe))
+    command = [sys.executable, __file__, "--worker", str(folder)]
+    subprocess.run(command, check=True, timeout=DEADLINE_S)
     result: dict[str, Any] = {"steps": steps}
-    for world in sorted({WORLD[name] for name in names}):
-        group = [name for name in names if WORLD[name] == world]
-        jobs = [_job(folder, name, model, steps, LAYOUTS[name], world=world, start=folder / "start") for name in group]
+    for world in sorted({LAYOUTS[name].world for name in names}):
+        group = [name for name in LAYOUTS if name in names and LAYOUTS[name].world == world]
+        for name in group:
+            jobs.write(name, LAYOUTS[name], start=LAYOUTS[name].after or _reference("start", LAYOUTS[name].moe))
         launch(
-            ["megatron_dagger.training", str(folder / "episodes.npz"), *map(str, jobs)],
+            ["megatron_dagger.training", str(folder / "episodes.npz"), *(str(folder / f"{n}.json") for n in group)],
             ParallelConfig(world_size=world),
             folder / f"logs{world}",
             DEADLINE_S,
             env={"PYTHONPATH": str(ROOT)},
         )
     for name in names:
-        ours, reference = _losses(folder / name), _losses(folder / "single")
-        assert len(ours) == len(reference) == steps, f"{name}: {len(ours)} of {steps} steps"
-        result[name] = float(np.abs(np.array(ours) - np.array(reference)).max())
-    measured = json.loads((folder / "packed.json").read_text())
-    return {**result, **measured, **_against_hugging_face(folder, model)}
+        reference = _reference("next" if LAYOUTS[name].after else "single", LAYOUTS[name].moe)
+        (loss, norm), (single_loss, single_norm) = _curves(folder / name), _curves(folder / reference)
+        assert len(loss) == len(single_loss) == steps, f"{name}: {len(loss)} of {steps} steps"
+        result[name] = float(np.abs(loss - single_loss).max())
+        result[name + "_grad_norm"] = float(np.abs(norm / single_norm - 1).max())
+    for moe in kinds:
+        measured = json.loads((folder / f"{_reference('packed', moe)}.json").read_text())
+        measured |= _against_hugging_face(folder, _reference("single", moe))
+        result |= {_reference(name, moe): value for name, value in measured.items()}
+    return result
 
 
-def _job(
-    folder: Path,
-    name: str,
-    model: ModelConfig,
-    steps: int,
-    layout: dict[str, Any],
-    *,
-    world: int,
-    start: Path | None = None,
-) -> Path:
-    training = TrainingConfig(
-        parallel=ParallelConfig(world_size=world, **layout),
-        sequence_length=256,
-        packing="shared_prefix",
-        global_batch_tokens=1024,
-        epochs=50,
-        max_steps=steps,
-        deadline_s=DEADLINE_S,
-    )
-    job = TrainJob(
-        round_index=0,
-        seed=1,
-        model=model,
-        training=training,
-        output_dir=str(folder / name),
-        init_checkpoint=str(start / "checkpoint") if start else None,
-    )
-    path = folder / f"{name}.json"
-    job.save(path)
-    return path
+def _reference(name: str, moe: bool) -> str:
+    return f"moe_{name}" if moe else name
 
 
-def _losses(output_dir: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+@dataclass(frozen=True)
+class _Jobs:
+    folder: Path
+    steps: int
+    rows: int  # of the data
+    tie: bool
+
+    def write(self, name: str, layout: Layout, *, start: str | None = None, first_steps: int = 0) -> None:
+        """The last of a job's steps has one row: the other micro-batches, and ranks, have no label at all."""
+        rows = ROWS_PER_STEP * ((first_steps or self.steps) - 1) + 1
+        training = TrainingConfig(
+            parallel=ParallelConfig(world_size=layout.world, **layout.settings),
+            sequence_length=ROW_TOKENS,
+            packing="shared_prefix",
+            global_batch_tokens=ROWS_PER_STEP * ROW_TOKENS,
+            epochs=rows / self.rows,
+            deadline_s=DEADLINE_S,
+        )
+        job = TrainJob(
+            round_index=1 if start else 0,  # a later round goes on with the optimizer's state
+            seed=1,
+            model=replace(MODELS[layout.moe], tie_embeddings=self.tie),
+            training=training,
+            output_dir=str(self.folder / name),
+            init_checkpoint=str(self.folder / start / "checkpoint") if start else None,
+        )
+        job.save(self.folder / f"{name}.json")
+
+
+def _curves(output_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The loss and the gradient's norm of each step."""
+    lines = read(output_dir / "metrics.jsonl")
+    return np.array([line["loss"] for line in lines]), np.array([line["grad_norm"] for line in lines])
 
 
 def _worker(folder: Path) -> None:
-    """One process: the starting checkpoint, the reference losses, packed against unpacked."""
-    from megatron_dagger.training import compat, parallel
-    from megatron_dagger.training.engine import Engine
+    """One process: the starting checkpoints, the reference losses, packed against unpacked."""
+    from megatron_dagger.training import compat
     from megatron_dagger.training.trainer import train
 
     compat.quiet()
     episodes = load_episodes(folder / "episodes.npz")
-    train(TrainJob.load(folder / "start.json"), episodes)
-    job = TrainJob.load(folder / "single.json")
-    train(job, episodes)
+    for moe in MODELS:
+        if (folder / f"{_reference('single', moe)}.json").exists():
+            for name in ("start", "single", "next"):
+                train(TrainJob.load(folder / f"{_reference(name, moe)}.json"), episodes)
+            _compare_packings(folder, episodes, moe)
+
+
+def _compare_packings(folder: Path, episodes: Sequence[LabelledEpisode], moe: bool) -> None:
+    """Loss and gradient of all episodes: a sample a row, in packed rows, and in one row, so one micro-batch."""
+    from megatron_dagger.training import parallel
+    from megatron_dagger.training.engine import Engine
+
+    name = _reference("single", moe)
+    job = TrainJob.load(folder / f"{name}.json")
     with parallel.process_groups(job.training.parallel, seed=1, deadline_s=DEADLINE_S, threads=1) as device:
         engine = Engine(job.model, job.training, seed=1, device=device)
-        engine.load(folder / "start" / "checkpoint", with_optimizer=False)
-        size = job.training.sequence_length
-        packed = packing.pack(episodes, size)
-        single = packing.pack(episodes, size, packing="separate", one_sample_per_row=True)
-        packed_loss, packed_gradients = _gradients(engine, packed)
-        single_loss, single_gradients = _gradients(engine, single)
+        engine.load(folder / _reference("start", moe) / "checkpoint", with_optimizer=False)
+        single = packing.pack(episodes, ROW_TOKENS, packing="separate", one_sample_per_row=True)
+        packed = packing.pack(episodes, ROW_TOKENS)
+        loss, gradients = _gradients(engine, single)
+        measured = {}
+        for kind, data in {"packed": packed, "one_row": packing.pack(episodes, packed.tokens)}.items():
+            its_loss, its_gradients = _gradients(engine, data)
+            measured |= {f"{kind}_loss": abs(its_loss - loss), f"{kind}_grad": _difference(its_gradients, gradients)}
         scores = engine.logprobs([single.row(index) for index in range(len(single.rows))])
         assert scores is not None
         weights = _canonical(engine, lambda parameter: parameter.detach())
-    largest = max(float(np.abs(value).max()) for value in single_gradients.values())
-    difference = max(float(np.abs(packed_gradients[name] - value).max()) for name, value in single_gradients.items())
-    measured = {"packed_loss": abs(packed_loss - single_loss), "packed_grad": difference / largest}
-    (folder / "packed.json").write_text(json.dumps(measured))
-    np.savez(folder / "weights.npz", **weights)
-    np.savez(folder / "gradients.npz", loss=np.array(single_loss), **single_gradients)
-    np.savez(folder / "scores.npz", *scores)
+    (folder / f"{_reference('packed', moe)}.json").write_text(json.dumps(measured))
+    np.savez(folder / name / "weights.npz", **weights)
+    np.savez(folder / name / "gradients.npz", loss=np.array(loss), **gradients)
+    np.savez(folder / name / "scores.npz", *scores)
+
+
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+    """The largest difference between gradients, as a share of the largest of ``theirs``."""
+    largest = max(float(np.abs(value).max()) for value in theirs.values())
+    return max(float(np.abs(ours[name] - value).max()) for name, value in theirs.items()) / largest
 
 
 def _gradients(engine: Any, data: packing.PackedDataset) -> tuple[float, dict[str, Any]]:
@@ -184,22 +262,23 @@ def _canonical(engine: Any, value: Any) -> dict[str, Any]:
     }
 
 
-def _against_hugging_face(folder: Path, model: ModelConfig) -> dict[str, float]:
+def _against_hugging_face(folder: Path, name: str) -> dict[str, float]:
     """The same samples through Transformers' model, in this process: no Megatron, no shim."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     torch.set_num_threads(1)
-    network = Qwen3ForCausalLM(Qwen3Config(**model.hf_config()))
-    with np.load(folder / "weights.npz") as weights:
-        state = {name: torch.from_numpy(weights[name]) for name in weights.files}
+    model = TrainJob.load(folder / f"{name}.json").model
+    network = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**model.hf_config()))
+    with np.load(folder / name / "weights.npz") as weights:
+        state = {key: torch.from_numpy(value) for key, value in _stacked(weights).items()}
     missing, unexpected = network.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing
     episodes = load_episodes(folder / "episodes.npz")
-    data = packing.pack(episodes, 256, packing="separate", one_sample_per_row=True)
+    data = packing.pack(episodes, ROW_TOKENS, packing="separate", one_sample_per_row=True)
     total, largest = torch.zeros(()), 0.0
-    with np.load(folder / "scores.npz") as scores:
+    with np.load(folder / name / "scores.npz") as scores:
         for index, sample in enumerate(data.samples):
             tokens = torch.from_numpy(sample.trunk).long()
             logits = network(tokens[None, :-1]).logits[0].float()
@@ -209,12 +288,27 @@ def _against_hugging_face(folder: Path, model: ModelConfig) -> dict[str, float]:
             total = total - (logprobs * torch.from_numpy(sample.trunk_weights()[1:])).sum()
     loss = total / float(data.row_weights.sum())
     loss.backward()
-    with np.load(folder / "gradients.npz") as gradients:
-        named = {name: p.grad.numpy() for name, p in network.named_parameters() if p.grad is not None}
-        scale = max(float(np.abs(value).max()) for value in named.values())
-        difference = max(float(np.abs(gradients[name] - value).max()) for name, value in named.items())
-        difference_of_loss = abs(float(loss.detach()) - float(gradients["loss"]))
-    return {"hf_loss": difference_of_loss, "hf_logprob": largest, "hf_grad": difference / scale}
+    with np.load(folder / name / "gradients.npz") as gradients:
+        theirs = {name: p.grad.numpy() for name, p in network.named_parameters() if p.grad is not None}
+        return {
+            "hf_loss": abs(float(loss.detach()) - float(gradients["loss"])),
+            "hf_logprob": largest,
+            "hf_grad": _difference(_stacked(gradients), theirs),
+        }
+
+
+def _stacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Canonical tensors, the experts as Transformers 5 has them: a layer's in one tensor, up after gate."""
+    found = {name: value for name, value in tensors.items() if ".experts." not in name}
+    for first in [name for name in tensors if ".experts.0.gate_proj." in name]:
+        layer = first.removesuffix(".0.gate_proj.weight")
+        count = sum(name.startswith(layer) and "gate_proj" in name for name in tensors)
+        gate, up, down = (
+            np.stack([tensors[f"{layer}.{i}.{part}_proj.weight"] for i in range(count)])
+            for part in ("gate", "up", "down")
+        )
+        found |= {f"{layer}.gate_up_proj": np.concatenate([gate, up], 1), f"{layer}.down_proj": down}
+    return found
 
 
 if __name__ == "__main__":

@@ -9,19 +9,28 @@ from megatron_dagger.config.training import TrainingConfig
 
 def check_supported(model: ModelConfig, training: TrainingConfig, *, cuda: bool) -> None:
     """Raise ConfigError for settings that the trainer cannot run, with CUDA or on the CPU."""
-    if model.num_moe_experts is not None:
-        raise ConfigError(f"model.family={model.family} cannot be trained yet: the trainer builds dense models only")
     parallel = training.parallel
     parallel.check_model(model)
+    tensor_parallel = parallel.tensor_model_parallel_size
+    if model.num_moe_experts is not None and tensor_parallel > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"training.parallel.tensor_model_parallel_size={tensor_parallel} with experts needs sequence parallelism "
+            "(Megatron-Core's rule); set training.parallel.sequence_parallel=true"
+        )
+    if parallel.expert_tensor_parallel_size > 1 and not cuda:
+        raise ConfigError(
+            f"training.parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size} needs NCCL (gloo "
+            "cannot gather ranks' unequal numbers of tokens); set it to 1 and use expert_model_parallel_size"
+        )
     if parallel.context_parallel_size > 1:
         raise ConfigError(
             f"training.parallel.context_parallel_size={parallel.context_parallel_size}: packed rows are "
             "trained without context parallelism; set it to 1 and use tensor or pipeline parallelism"
         )
-    if training.sequence_length % parallel.tensor_model_parallel_size:
+    if training.sequence_length % tensor_parallel:
         raise ConfigError(
             f"training.sequence_length={training.sequence_length} is no multiple of "
-            f"training.parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}"
+            f"training.parallel.tensor_model_parallel_size={tensor_parallel}"
         )
     if training.packing == "shared_prefix" and uses_transformer_engine(training, cuda=cuda):
         raise ConfigError(
@@ -44,10 +53,10 @@ def check_supported(model: ModelConfig, training: TrainingConfig, *, cuda: bool)
     if training.precision.startswith("fp8"):
         if not cuda:
             raise ConfigError(f"training.precision={training.precision} needs a GPU; use fp32 or bf16 here")
-        if training.sequence_length % 128:
+        if training.sequence_length % training.row_multiple:
             raise ConfigError(
                 f"training.precision={training.precision} needs training.sequence_length to be a "
-                f"multiple of 128, got {training.sequence_length}"
+                f"multiple of {training.row_multiple}, got {training.sequence_length}"
             )
 
 

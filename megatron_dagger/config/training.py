@@ -22,6 +22,8 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     sequence_parallel: bool = False
+    expert_model_parallel_size: int = 1  # ranks, of tensor and data parallelism, that share a layer's experts
+    expert_tensor_parallel_size: int = 1  # ranks that share one expert
 
     def __post_init__(self) -> None:
         require(
@@ -32,6 +34,13 @@ class ParallelConfig:
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "training.parallel.sequence_parallel needs tensor_model_parallel_size > 1",
+        )
+        stage = self.world_size // self.pipeline_model_parallel_size
+        require(
+            stage % (self.expert_model_parallel_size * self.expert_tensor_parallel_size) == 0,
+            f"training.parallel.expert_model_parallel_size={self.expert_model_parallel_size} x "
+            f"expert_tensor_parallel_size={self.expert_tensor_parallel_size} does not divide the {stage} ranks of "
+            "a pipeline stage",
         )
 
     @property
@@ -44,18 +53,30 @@ class ParallelConfig:
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise ConfigError if the model cannot be laid out so."""
-        tp = self.tensor_model_parallel_size
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-            value = getattr(model, name)
-            require(
-                value % tp == 0,
-                f"training.parallel.tensor_model_parallel_size={tp} does not divide model.{name}={value}; "
-                f"choose one of {[d for d in range(1, value + 1) if value % d == 0][:8]}",
-            )
+        for name in ("num_attention_heads", "num_query_groups"):
+            self._check_divides("tensor_model_parallel_size", model, name)
+        if model.num_moe_experts is None:
+            self._check_divides("tensor_model_parallel_size", model, "ffn_hidden_size")
+            for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+                size = getattr(self, name)
+                require(
+                    size == 1, f"training.parallel.{name}={size}: family {model.family} has no experts; set it to 1"
+                )
+        else:
+            self._check_divides("expert_model_parallel_size", model, "num_moe_experts")
+            self._check_divides("expert_tensor_parallel_size", model, "moe_ffn_hidden_size")
         stages = self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
         require(
             model.num_layers % stages == 0,
             f"model.num_layers={model.num_layers} cannot be split evenly over {stages} pipeline stages",
+        )
+
+    def _check_divides(self, setting: str, model: ModelConfig, name: str) -> None:
+        size, value = getattr(self, setting), getattr(model, name)
+        require(
+            value % size == 0,
+            f"training.parallel.{setting}={size} does not divide model.{name}={value}; "
+            f"choose one of {[d for d in range(1, value + 1) if value % d == 0][:8]}",
         )
 
 
@@ -89,9 +110,9 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise"] = "fp32"
     epochs: float = 3.0  # passes over the round's aggregated data, at most max_steps
     max_steps: int | None = None  # optimizer steps a round, at most
-    sequence_length: int = 4096  # tokens of one packed micro-batch row
+    sequence_length: int = 4096  # tokens of one packed micro-batch row, at most
     packing: Packing = "separate"  # shared_prefix: an episode's labels share their prefix (no Transformer Engine yet)
-    global_batch_tokens: int = 16384  # tokens of one optimizer step, a multiple of sequence_length
+    global_batch_tokens: int = 16384  # tokens of one optimizer step at most, a multiple of sequence_length
     recompute: Literal["none", "selective", "full"] = "none"
     checkpoint_interval: int = 50  # steps between two checkpoints within a round
     threads_per_process: int = 1  # OpenMP threads, on the CPU
@@ -106,6 +127,11 @@ class TrainingConfig:
             f"{self.sequence_length} x {self.parallel.data_parallel_size}",
         )
         require(self.epochs > 0, f"training.epochs must be positive, got {self.epochs}")
+
+    @property
+    def row_multiple(self) -> int:
+        """Tokens that a row's length is a multiple of: each rank's share suits FP8 (16 a GEMM, 128 a block)."""
+        return (128 if self.precision == "fp8_blockwise" else 16) * self.parallel.tensor_model_parallel_size
 
     @property
     def micro_batches(self) -> int:

@@ -90,6 +90,9 @@ class Plan:
 def memory_of(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Memory:
     """The memory of both phases; ConfigError for settings that the trainer or the engine refuses on a GPU."""
     check_supported(config.model, config.training, cuda=True)
+    require(
+        config.model.num_moe_experts is None, f"model.family={config.model.family}: plans are for dense models only"
+    )
     gpu.flops(config.training.precision)
     _check_engine(config)
     stages = range(config.training.parallel.pipeline_model_parallel_size)

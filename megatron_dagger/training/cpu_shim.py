@@ -21,7 +21,7 @@ _installed = False
 
 
 class _Stream:
-    """Stands for a CUDA stream: CPU work is done when the call returns."""
+    """Stands for a CUDA stream and for an event in one: CPU work is done when the call returns."""
 
     device = _CPU
 
@@ -32,6 +32,9 @@ class _Stream:
     def wait_stream(self, stream: object) -> None: ...
 
     def wait_event(self, event: object) -> None: ...
+
+    def record_event(self, event: object = None) -> _Stream:
+        return self
 
 
 def install() -> bool:
@@ -96,6 +99,8 @@ def _patch_tensors() -> None:
 
 def _patch_megatron() -> None:
     import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -111,3 +116,12 @@ def _patch_megatron() -> None:
                     value.copy_(tensors[key])
 
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+    moe_utils.te_general_gemm = None  # 0.16 asks for it even where it could not import it
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        """Megatron's own, for a tensor that is there already: splits are wanted as numpy all the same."""
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else move(tensor)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu

@@ -1,6 +1,6 @@
 """Digests of the trainer's weights, in canonical (Hugging Face) names, from its memory.
 
-Every rank of one data-parallel replica digests its own shares; nothing but the hashes travels, and for
+The first of the ranks that hold a share digests it; nothing but the hashes travels, and for
 an engine that quantises the blocks' maxima.
 """
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed
-from megatron.core import parallel_state
 
 from megatron_dagger.config import ModelConfig
 from megatron_dagger.training import layout
 from megatron_dagger.training.model import bare
-from megatron_dagger.weights.blocks import Block, Shard
+from megatron_dagger.weights.blocks import Block
 from megatron_dagger.weights.digest import Shares, digest_shares, digest_whole, merge
 from megatron_dagger.weights.families import lookup
+from megatron_dagger.weights.families.decoder import OUTPUT_LAYER
 from megatron_dagger.weights.layouts import padded_vocab_size
 from megatron_dagger.weights.quantise import BlockScales
 
@@ -29,9 +29,8 @@ def parameter_digests(chunks: list[Any], model: ModelConfig, scales: BlockScales
     With ``scales``, of what an engine holds that quantises with them, the scales included.
     """
     mine: Shares = {}
-    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
-        for blocks, tensor in _own_tensors(chunks, model):
-            mine |= digest_shares(blocks, scales.quantised(blocks, tensor) if scales else tensor, model)
+    for blocks, tensor in _own_tensors(chunks, model):
+        mine |= digest_shares(blocks, scales.quantised(blocks, tensor) if scales else tensor, model)
     everybodys: list[Shares] = [{}] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everybodys, mine)
     if scales:
@@ -50,12 +49,11 @@ def block_scales(chunks: list[Any], model: ModelConfig, device: torch.device) ->
 
 
 def _own_tensors(chunks: list[Any], model: ModelConfig) -> Iterator[tuple[list[Block], torch.Tensor]]:
-    """This rank's tensors and what each is made of, without the last stage's copy of a tied embedding."""
-    family, size = lookup(model), parallel_state.get_tensor_model_parallel_world_size()
-    shard = Shard(rank=parallel_state.get_tensor_model_parallel_rank(), size=size)
+    """What this rank holds as the first replica, and what each tensor is made of; a tied embedding once."""
     for chunk in chunks:
         for name, parameter in layout.global_parameters(bare(chunk)):
-            if name == "output_layer.weight" and model.tie_embeddings:
+            if not layout.is_first_replica(name) or (name == OUTPUT_LAYER and model.tie_embeddings):
                 continue
-            blocks = family.layout(name, model).blocks(shard, padded_rows=padded_vocab_size(model, size))
+            own = layout.own_shard(name)
+            blocks = lookup(model).layout(name, model).blocks(own, padded_rows=padded_vocab_size(model, own.size))
             yield blocks, parameter.detach()

@@ -16,9 +16,11 @@ from megatron_dagger.weights.transports.open import send_weights
 
 
 def own_tensors(engine: Engine) -> dict[str, torch.Tensor]:
-    """This rank's parameters by their global Megatron names, a tied output layer's copy included."""
+    """This rank's parameters by the names that the plan has for them, a tied output layer's copy included."""
     return {
-        name: parameter.detach() for chunk in engine.chunks for name, parameter in layout.global_parameters(bare(chunk))
+        name: parameter.detach()
+        for chunk in engine.chunks
+        for name, parameter in layout.global_parameters(bare(chunk), number_experts=False)
     }
 
 

@@ -1,4 +1,4 @@
-"""Builds Megatron-Core's GPTModel for a Qwen3 decoder, and fills it with layout-independent weights.
+"""Builds Megatron-Core's GPTModel for a decoder of a known family, and fills it with layout-independent weights.
 
 Layers are Transformer Engine's on a GPU in BF16 and FP8, else Megatron's local ones with the
 modules in ``local_modules``. Both have the same names in a checkpoint.
@@ -52,7 +52,7 @@ def transformer_config(model: ModelConfig, training: TrainingConfig) -> Transfor
         "kv_channels": model.kv_channels,
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.layernorm_epsilon,
-        "qk_layernorm": model.family == "qwen3",
+        "qk_layernorm": model.family in ("qwen3", "qwen3_moe"),
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
@@ -79,10 +79,32 @@ def transformer_config(model: ModelConfig, training: TrainingConfig) -> Transfor
         "persist_layer_norm": False,
         "cross_entropy_loss_fusion": False,
         "attention_softmax_in_fp32": True,
+        **_experts(model, training, engine),
         **_recompute(training),
         **_fp8(training),
     }
     return compat.transformer_config(**settings)
+
+
+def _experts(model: ModelConfig, training: TrainingConfig, engine: bool) -> dict[str, Any]:
+    """No token is dropped and no auxiliary loss added: both would depend on what a micro-batch holds."""
+    if model.num_moe_experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_router_topk": model.moe_router_topk,
+        # the softmax of the chosen logits is that of all of them, the chosen ones made to sum to one
+        "moe_router_pre_softmax": not model.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": engine,
+        "moe_router_dtype": "fp32" if engine else None,
+        "moe_router_padding_for_quantization": training.precision.startswith("fp8"),
+        "expert_model_parallel_size": training.parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": training.parallel.expert_tensor_parallel_size,
+    }
 
 
 def _recompute(training: TrainingConfig) -> dict[str, Any]:
@@ -126,6 +148,9 @@ def build(model: ModelConfig, training: TrainingConfig, config: TransformerConfi
             rotary_base=model.rotary_base,
             vp_stage=stage if virtual else None,
         )
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name:  # reduced and optimized apart also where EP is 1: a checkpoint is for any layout
+                setattr(parameter, "allreduce", False)  # noqa: B010
         if not uses_transformer_engine(training):
             TokenRope(chunk)
         if torch.cuda.is_available():
@@ -142,10 +167,18 @@ def _layer_spec(config: TransformerConfig, engine: bool, stage: int, virtual: in
     )
 
     if engine:
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts:  # the norm is fused into no linear: Transformer Engine's checkpoints call it so too
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = spec.submodules.self_attention.submodules
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
@@ -165,8 +198,6 @@ def bare(chunk: Any) -> Any:
 @torch.no_grad()
 def initialize_weights(chunks: list[Any], model: ModelConfig, seed: int) -> None:
     """Give every matrix its random values: normal, with Megatron's scaled std before a residual."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
     for chunk in chunks:
         for name, parameter in layout.global_parameters(bare(chunk)):
             if parameter.dim() == 1:
@@ -174,15 +205,15 @@ def initialize_weights(chunks: list[Any], model: ModelConfig, seed: int) -> None
                 continue
             if name == OUTPUT_LAYER and model.tie_embeddings:
                 name = EMBEDDING
-            entry = lookup(model).layout(name, model)
-            parameter.copy_(layout.shard(_random(name, entry, model, seed, size), entry, rank, size))
+            entry, own = lookup(model).layout(name, model), layout.own_shard(name)
+            parameter.copy_(layout.cut(_random(name, entry, model, seed, own.size), entry, own))
 
 
 def _random(name: str, entry: Layout, model: ModelConfig, seed: int, size: int) -> torch.Tensor:
     """The full parameter ``name``; rows beyond the vocabulary are zero."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+    residual = ".linear_proj.weight" in name or ".linear_fc2.weight" in name  # which an expert's number follows
     std = model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std
     values = torch.randn(entry.shape, generator=generator) * std
     padding = padded_vocab_size(model, size) - model.vocab_size if entry.padded else 0

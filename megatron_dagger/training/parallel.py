@@ -85,6 +85,8 @@ def _lay_out(parallel: ParallelConfig, seed: int, deadline_s: float) -> None:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual and virtual > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, round(deadline_s / 60)),
     )
     torch.manual_seed(seed)

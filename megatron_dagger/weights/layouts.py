@@ -62,6 +62,8 @@ class SourceLayout:
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size or 1,
             context_parallel_size=parallel.context_parallel_size,
             data_parallel_size=parallel.data_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         )
 
     @property

@@ -19,12 +19,6 @@ from tests.unit.weights.sample_models import FAMILIES, sample_model
 
 def build(model: ModelConfig) -> GPTModel:
     settings = transformer_config(model, TrainingConfig())
-    settings.qk_layernorm = model.family in ("qwen3", "qwen3_moe")
-    settings.add_qkv_bias = model.family == "qwen2"
-    if model.num_moe_experts:
-        settings.num_moe_experts = model.num_moe_experts
-        settings.moe_ffn_hidden_size = model.moe_ffn_hidden_size
-        settings.moe_token_dispatcher_type = "alltoall"
     spec = get_gpt_layer_local_spec(
         qk_layernorm=settings.qk_layernorm, normalization="RMSNorm", num_experts=model.num_moe_experts
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_dagger.training.layout import shard
+from megatron_dagger.training.layout import cut
 from megatron_dagger.weights import families
 from megatron_dagger.weights.blocks import Shard
 from tests.unit.weights.sample_models import sample_model
@@ -23,8 +23,9 @@ def test_a_part_is_what_the_weight_map_says(family, size):
         rows = PADDED if layout.padded else None
         full = families.from_canonical(name, canonical, model, padded_rows=rows)
         for rank in range(size):
-            part = shard(full, layout, rank, size)
-            for block in layout.blocks(Shard(rank=rank, size=size), padded_rows=rows):
+            own = Shard(rank=rank, size=size)
+            part = cut(full, layout, own)
+            for block in layout.blocks(own, padded_rows=rows):
                 place = tuple(slice(s, s + n) for s, n in zip(block.start, block.canonical.shape, strict=True))
                 assert torch.equal(part[place], canonical[block.name][block.canonical.slices]), name
 
@@ -34,4 +35,4 @@ def test_each_rank_gets_its_rows_of_the_gate_and_of_the_up_projection():
         "decoder.layers.0.mlp.linear_fc1.weight"
     ]
     full = torch.cat([torch.zeros(8, 8) + torch.arange(8)[:, None], torch.ones(8, 8) * 9])
-    assert shard(full, layout, 1, 2)[:, 0].tolist() == [4, 5, 6, 7, 9, 9, 9, 9]
+    assert cut(full, layout, Shard(rank=1, size=2))[:, 0].tolist() == [4, 5, 6, 7, 9, 9, 9, 9]

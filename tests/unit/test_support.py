@@ -1,0 +1,50 @@
+"""Which settings the trainer takes on which machine, and what it says of the others."""
+
+import pytest
+
+from megatron_dagger.config import ConfigError, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_dagger.config.support import check_supported
+
+EXPERTS = {"family": "qwen3_moe", "num_moe_experts": 4, "moe_ffn_hidden_size": 96}
+TP2 = {"world_size": 2, "tensor_model_parallel_size": 2}
+
+
+def check(model, parallel, *, cuda=False, **training):
+    training = TrainingConfig(parallel=ParallelConfig(**parallel), **training)
+    check_supported(ModelConfig(**model), training, cuda=cuda)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+def test_every_family_is_trained(family):
+    check(EXPERTS if family == "qwen3_moe" else {"family": family}, {})
+
+
+def test_experts_are_spread_over_tensor_and_data_parallel_ranks():
+    check(EXPERTS, {"world_size": 4, "expert_model_parallel_size": 4})
+    check(EXPERTS, TP2 | {"sequence_parallel": True, "expert_model_parallel_size": 2})
+    check(EXPERTS, TP2 | {"sequence_parallel": True, "expert_tensor_parallel_size": 2}, cuda=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "message"),
+    [
+        ({}, {"world_size": 2, "context_parallel_size": 2}, "trained without context parallelism; set it to 1"),
+        ({}, {"world_size": 2, "expert_model_parallel_size": 2}, "family qwen3 has no experts; set it to 1"),
+        (EXPERTS, TP2, "set training.parallel.sequence_parallel=true"),
+        (EXPERTS | {"num_moe_experts": 6}, {"world_size": 4, "expert_model_parallel_size": 4}, r"choose one of \[1, 2"),
+        (
+            EXPERTS,
+            {"world_size": 2, "expert_model_parallel_size": 4},
+            "does not divide the 2 ranks of a pipeline stage",
+        ),
+        (EXPERTS, TP2 | {"sequence_parallel": True, "expert_tensor_parallel_size": 2}, "needs NCCL"),
+        (
+            {},
+            TP2 | {"tensor_model_parallel_size": 1, "sequence_parallel": True},
+            "needs tensor_model_parallel_size > 1",
+        ),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused_with_the_reason(model, parallel, message):
+    with pytest.raises(ConfigError, match=message):
+        check(model, parallel)

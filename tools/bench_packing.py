@@ -47,6 +47,8 @@ SIDES = ("shared_prefix", "per_state", "linear")
 MODEL = ModelConfig(num_layers=2, vocab_size=4096, max_position_embeddings=131_072)
 GRADIENT_EPISODES, GRADIENT_LONGEST = 4, 4096
 REPEATS = 8  # of the runs in a round
+OTHER_LENGTHS = (32768, 16384, 2048)  # of rows, whose fill is told too
+ROW_MULTIPLE = TrainingConfig().row_multiple
 DEADLINE_S = 1800.0
 
 
@@ -97,7 +99,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     for side, packed in data.items():
         row, token = times[side].seconds / times[side].rows, times[side].seconds / times[side].tokens
         print(
-            f"{side:<15}{len(packed.samples):>8}{len(packed.rows):>6}{packed.fill:>7.3f}{packed.tokens:>12,}"
+            f"{side:<15}{len(packed.samples):>8}{len(packed.rows):>6}{packed.fill(ROW_MULTIPLE):>7.3f}{packed.tokens:>12,}"
             f"{row:>9.2f}{row * len(packed.rows):>11.0f}{token * 1e6:>10.1f}"
         )
 
@@ -113,8 +115,12 @@ def _bench(arguments: argparse.Namespace) -> None:
         "speedup_vs_per_state_per_cpu_s": round(more_rows * ratio("per_state", "shared_prefix", "cpu", "rows"), 2),
         "overhead_vs_linear": round(ratio("shared_prefix", "linear", "seconds", "tokens"), 3),
         "overhead_vs_linear_per_cpu_s": round(ratio("shared_prefix", "linear", "cpu", "tokens"), 3),
-        "fill": round(filled.fill, 4),
-        "fill_timed": round(data["shared_prefix"].fill, 4),
+        "fill": round(filled.fill(ROW_MULTIPLE), 4),
+        "fill_whole_rows": round(filled.bin_fill, 4),
+        "fill_by_length": {
+            length: round(packing.pack(a_round, length).fill(ROW_MULTIPLE), 4) for length in OTHER_LENGTHS
+        },
+        "fill_timed": round(data["shared_prefix"].fill(ROW_MULTIPLE), 4),
         "tokens_vs_per_state_whole": round(_tokens_per_state(a_round, arguments) / filled.tokens, 2),
         "grad_max_rel_diff": max(difference.values()),
         "data_wait_share": round(times["shared_prefix"].waiting / times["shared_prefix"].seconds, 5),
@@ -195,7 +201,8 @@ def _serve(arguments: argparse.Namespace) -> None:
             while taken.seconds < arguments.seconds:
                 index = int(next(order))
                 began, cpu = time.perf_counter(), time.process_time()
-                row = data.row(index)
+                (length,) = batches.row_lengths(data.row_tokens[[index]], engine.training)
+                row = data.row(index, length)
                 built = time.perf_counter()
                 engine.forward_backward([row], normaliser=float(data.row_weights[index]))
                 ended, cpu = time.perf_counter(), time.process_time() - cpu

@@ -63,7 +63,8 @@ def main() -> int:
     for name in filter(None, arguments.layouts.split(",")):
         speeds[name] = _layout(arguments, name)
     ours, padded, single = (speeds[name] for name in WORKERS)
-    shares = dict.fromkeys(speeds, data.fill)
+    fill = data.fill(_training(arguments).row_multiple)
+    shares = dict.fromkeys(speeds, fill)
     shares |= {"hf_padded": _padded_fill(arguments, data), "hf_single": 1.0}
     print(f"{'side':<12}{'tokens/s':>10}{'per CPU s':>11}{'to hf_padded':>14}{'real tokens':>13}")
     for name, speed in speeds.items():
@@ -80,7 +81,7 @@ def main() -> int:
         "ratio_to_hf_unpadded_per_cpu_s": round(per_cpu["megatron"] / per_cpu["hf_single"], 3),
         "layout_tokens_per_s": {name: round(speeds[name], 1) for name in speeds if name in LAYOUTS},
         "threads": arguments.threads,
-        "fill": round(data.fill, 4),
+        "fill": round(fill, 4),
         "hf_fill": round(shares["hf_padded"], 4),
         "label_share": round(data.label_tokens / data.tokens, 4),
         "sequence_length": arguments.sequence_length,
@@ -132,7 +133,10 @@ def _megatron(arguments: argparse.Namespace) -> Iterator[int]:
         for step in range(plan.steps):
             rows = plan.rows_of(step)
             engine.step(
-                [data.row(int(index)) for index in rows],
+                [
+                    data.row(i, n)
+                    for i, n in zip(rows, batches.row_lengths(data.row_tokens[rows], training), strict=True)
+                ],
                 normaliser=float(data.row_weights[rows].sum()),
                 learning_rate=1e-4,
             )

@@ -1,4 +1,7 @@
-"""Which rows make up which step: a pure function of (seed, round, step), so a resume is exact."""
+"""Which rows make up which step: a pure function of (seed, round, step), so a resume is exact.
+
+How a step's rows are shared out among data-parallel ranks changes no loss, only who waits for whom.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+
+from megatron_dagger.config import TrainingConfig
+from megatron_dagger.training.packing import padded_length
 
 EMPTY_ROW = -1  # fills up the last batch: no label token, so no gradient
 
@@ -42,9 +48,33 @@ class BatchPlan:
                 chosen[place] = _order(self.rows, self.seed, self.round_index, epoch)[index]
         return chosen
 
-    def rows_of_rank(self, step: int, rank: int, data_parallel_size: int) -> np.ndarray:
-        """The rows of one data-parallel rank, one a micro-batch."""
-        return self.rows_of(step)[rank::data_parallel_size]
+
+def share_out(rows: np.ndarray, costs: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """The rows of each rank, as many for each and the sums of their costs as even as can be.
+
+    ``costs`` (all rows,); an EMPTY_ROW costs nothing. The costliest row goes first, to the rank with the
+    least so far (longest processing time first: at most 4/3 of the best, Graham 1969), and a rank's rows
+    come in that order: what ranks do at the same time costs about the same.
+    """
+    price = np.where(rows >= 0, costs[rows], 0.0)
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = np.zeros(ranks)
+    for place in np.argsort(-price, kind="stable"):
+        open_ranks = [rank for rank in range(ranks) if len(shares[rank]) < len(rows) // ranks]
+        chosen = min(open_ranks, key=lambda rank: loads[rank])
+        shares[chosen].append(int(rows[place]))
+        loads[chosen] += price[place]
+    return [np.array(share) for share in shares]
+
+
+def row_lengths(tokens: np.ndarray, training: TrainingConfig) -> list[int]:
+    """How long a rank's rows of so many tokens are made: no longer than need be.
+
+    Pipeline stages hand over tensors of one shape, so with a pipeline all are as long as the longest.
+    """
+    lengths = [padded_length(int(count), training.row_multiple, training.sequence_length) for count in tokens]
+    one_shape = training.parallel.pipeline_model_parallel_size > 1
+    return [max(lengths)] * len(lengths) if one_shape else lengths
 
 
 @lru_cache(maxsize=4)

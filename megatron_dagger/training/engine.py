@@ -124,7 +124,7 @@ class Engine:
             data_iterator=[iter(batches) for _ in self.chunks] if several else iter(batches),
             model=self.chunks if several else self.chunks[0],
             num_microbatches=len(batches),
-            seq_length=self.training.sequence_length,
+            seq_length=len(rows[0].tokens),
             micro_batch_size=1,
             forward_only=forward_only,
         )

@@ -12,7 +12,6 @@ given; trees of a row see nothing of each other; the same input gives the same r
 
 from __future__ import annotations
 
-import bisect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +20,11 @@ from functools import cached_property
 import numpy as np
 
 from megatron_dagger.config import Packing
+from megatron_dagger.training.bins import fullest_fit
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 logger = logging.getLogger(__name__)
 
-_CANDIDATES = 128  # at most, for one bin
-_SLACKS = (0.02, 0.06)  # of a bin
 _PADDING = 256  # tokens of a tree of padding: a long one's attention would cost as much as an episode's
 
 
@@ -64,6 +62,13 @@ class Sample:
         on_trunk = int(np.count_nonzero(self.trunk_weights()))
         return on_trunk + sum(len(branch.tokens) for branch in self.branches if branch.weight)
 
+    @property
+    def pairs(self) -> int:
+        """Of a token and one that it sees."""
+        trunk = self.trunk_length * (self.trunk_length + 1) // 2
+        own = [(branch.position - 1, len(branch.tokens)) for branch in self.branches]
+        return trunk + sum(size * before + size * (size + 1) // 2 for before, size in own)
+
     def trunk_weights(self) -> np.ndarray:
         """(n,) float32: the weight of each trunk token as a target; where spans overlap, they add up."""
         weights = np.zeros(len(self.trunk), np.float32)
@@ -74,7 +79,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedRow:
-    """One micro-batch of ``sequence_length`` tokens: trees one after the other, each trunk first.
+    """One micro-batch of s tokens: trees one after the other, each trunk first.
 
     ``tokens``, ``targets``, ``position_ids`` are (s,) int64 and ``weights`` (s,) float32. ``trees``
     (trees + 1,) int32 are the trees' bounds, from 0 to s; what is left over is cut into short trees.
@@ -100,6 +105,7 @@ class PackedDataset:
     rows: tuple[tuple[int, ...], ...]
     sequence_length: int
     too_long: int  # labels dropped because their sample exceeds sequence_length
+    cut: int  # episodes that these are of: each ends with the turn before
 
     @cached_property
     def tokens(self) -> int:
@@ -116,9 +122,14 @@ class PackedDataset:
     def label_tokens(self) -> int:
         return int(self.row_label_tokens.sum())
 
+    def fill(self, multiple: int) -> float:
+        """The share of the places that hold a token, of rows that end at a ``multiple`` of tokens."""
+        places = sum(padded_length(int(tokens), multiple, self.sequence_length) for tokens in self.row_tokens)
+        return self.tokens / places if places else 0.0
+
     @property
-    def fill(self) -> float:
-        """The share of the rows' places that hold a token."""
+    def bin_fill(self) -> float:
+        """The same where every row has ``sequence_length`` places."""
         return self.tokens / (len(self.rows) * self.sequence_length) if self.rows else 0.0
 
     @cached_property
@@ -131,9 +142,14 @@ class PackedDataset:
         """(rows,) int64: the tokens of each row that are no padding."""
         return np.array([sum(self.samples[i].length for i in row) for row in self.rows], np.int64)
 
-    def row(self, index: int) -> PackedRow:
-        """The arrays of row ``index``; -1 is a row of nothing but padding."""
-        size = self.sequence_length
+    @cached_property
+    def row_pairs(self) -> np.ndarray:
+        """(rows,) int64: pairs of a token and one that it sees, over which attention is computed."""
+        return np.array([sum(self.samples[i].pairs for i in row) for row in self.rows], np.int64)
+
+    def row(self, index: int, length: int | None = None) -> PackedRow:
+        """The arrays of row ``index``, padded to ``length`` (None: ``sequence_length``); -1 is nothing but padding."""
+        size = length or self.sequence_length
         row = PackedRow(
             tokens=np.zeros(size, np.int64),
             targets=np.zeros(size, np.int64),
@@ -150,6 +166,11 @@ class PackedDataset:
             padding = Sample(trunk=np.zeros(min(size - bounds[-1], _PADDING) + 1, np.int32))
             bounds.append(_write(row, bounds[-1], padding))
         return replace(row, trees=np.array(bounds, np.int32))
+
+
+def padded_length(tokens: int, multiple: int, sequence_length: int) -> int:
+    """The length of a row that holds so many tokens, and at least one."""
+    return min(max(1, -(-tokens // multiple)) * multiple, sequence_length)
 
 
 def _write(row: PackedRow, start: int, sample: Sample) -> int:
@@ -193,7 +214,9 @@ def pack(
         )
     lengths = [sample.length for sample in samples]
     rows = [(i,) for i in range(len(samples))] if one_sample_per_row else fullest_fit(lengths, sequence_length)
-    return PackedDataset(samples=tuple(samples), rows=tuple(rows), sequence_length=sequence_length, too_long=too_long)
+    return PackedDataset(
+        samples=tuple(samples), rows=tuple(rows), sequence_length=sequence_length, too_long=too_long, cut=cut
+    )
 
 
 def samples_of(
@@ -256,69 +279,3 @@ def _alone(episode: LabelledEpisode, label: StateLabel) -> Sample:
 def _on_trunk(episode: LabelledEpisode, label: StateLabel) -> bool:
     executed = episode.tokens[label.position : label.position + len(label.tokens)]
     return np.array_equal(executed, label.tokens)
-
-
-def fullest_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
-    """Pack items into bins: by ``best_fit``, or by ``subset_fit`` where that needs fewer bins."""
-    bins = best_fit(lengths, capacity)
-    if (len(bins) - 1) * capacity < sum(lengths):
-        return bins  # no packing needs fewer
-    return min(bins, *(subset_fit(lengths, capacity, int(capacity * slack)) for slack in _SLACKS), key=len)
-
-
-def subset_fit(lengths: Sequence[int], capacity: int, slack: int) -> list[tuple[int, ...]]:
-    """Pack items into bins: the longest one left, and then others that fill up its bin but for ``slack``.
-
-    These are as long as can be, so that short items are left for the bins that need them. Deterministic.
-    """
-    left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    bins: list[tuple[int, ...]] = []
-    while left:
-        longest = left.pop(0)
-        room = capacity - lengths[longest]
-        fitting = left[bisect.bisect_left(left, -room, key=lambda i: -lengths[i]) :]
-        candidates = fitting[:: -(-len(fitting) // _CANDIDATES) or 1]
-        chosen = _subset([lengths[i] for i in candidates], room, room - slack)
-        taken = {candidates[i] for i in chosen}
-        left = [i for i in left if i not in taken]
-        bins.append((longest, *(candidates[i] for i in chosen)))
-    return bins
-
-
-def _subset(sizes: Sequence[int], room: int, enough: int) -> list[int]:
-    """Which of ``sizes`` sum up to at least ``enough``, else to as much as can be, but at most ``room``.
-
-    Of the first sizes that can.
-    """
-    sums = [1]  # bit n: some of the sizes so far have the sum n
-    for size in sizes:
-        if sums[-1] >> max(enough, 0):
-            break
-        sums.append((sums[-1] | sums[-1] << size) & ((2 << room) - 1))
-    total, chosen = sums[-1].bit_length() - 1, []
-    for i in reversed(range(len(sums) - 1)):
-        if not sums[i] >> total & 1:
-            chosen.append(i)
-            total -= sizes[i]
-    return chosen[::-1]
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
-    """Pack items into bins: longest first, each into the fullest bin that has room for it.
-
-    Deterministic, O(n log n) comparisons. At most 11/9 of the best number of bins, plus one.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free places, bin), ascending
-    for item in order:
-        at = bisect.bisect_left(room, (lengths[item], -1))
-        if at < len(room):
-            free, chosen = room.pop(at)
-        else:
-            free, chosen = capacity, len(bins)
-            bins.append([])
-        bins[chosen].append(item)
-        if free > lengths[item]:
-            bisect.insort(room, (free - lengths[item], chosen))
-    return [tuple(items) for items in bins]

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from megatron.core import parallel_state
@@ -26,7 +27,8 @@ from megatron_dagger.config import ModelConfig, TrainingConfig, to_dict
 from megatron_dagger.signals import STOPPED
 from megatron_dagger.store import atomic
 from megatron_dagger.training import checkpoint, compat, digests, packing, parallel
-from megatron_dagger.training.batches import BatchPlan
+from megatron_dagger.training.batches import BatchPlan, row_lengths, share_out
+from megatron_dagger.training.cost import row_flops
 from megatron_dagger.training.engine import Engine
 from megatron_dagger.training.job import TrainJob
 from megatron_dagger.training.metrics import Metrics
@@ -115,6 +117,7 @@ class _Round:
             seed=job.seed,
             round_index=job.round_index,
         )
+        self.costs = row_flops(data, job.model)
         self.fingerprint = fingerprint(job, data)
         self.metrics = Metrics(self.output_dir, self.plan.steps) if parallel.is_rank_zero() else None
 
@@ -165,13 +168,14 @@ class _Round:
     def _step(self, step: int) -> None:
         training, began = self.job.training, time.monotonic()
         rows = self.plan.rows_of(step)
-        mine = self.plan.rows_of_rank(
-            step, parallel_state.get_data_parallel_rank(), training.parallel.data_parallel_size
-        )
+        mine = share_out(rows, self.costs, training.parallel.data_parallel_size)[
+            parallel_state.get_data_parallel_rank()
+        ]
+        lengths = row_lengths(np.where(mine >= 0, self.data.row_tokens[mine], 0), training)
         real = rows[rows >= 0]
         rate = learning_rate(step, self.plan.steps, training.optimizer)
         result = self.engine.step(
-            [self.data.row(int(index)) for index in mine],
+            [self.data.row(int(index), length) for index, length in zip(mine, lengths, strict=True)],
             normaliser=float(self.data.row_weights[real].sum()),
             learning_rate=rate,
         )
@@ -225,8 +229,9 @@ class _Round:
             **self.metrics.summary(),
             "samples": len(self.data.samples),
             "rows": len(self.data.rows),
-            "fill": self.data.fill,
+            "fill": self.data.fill(self.job.training.row_multiple),
             "too_long": self.data.too_long,
+            "cut": self.data.cut,
             "duration_s": duration_s,
             "peak_memory_mib": peak_memory_mib(),
             "checkpoint": checkpoint.FINAL,

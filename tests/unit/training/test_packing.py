@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dagger.training.packing import best_fit, fullest_fit, pack, samples_of, subset_fit
+from megatron_dagger.training.packing import pack, padded_length, samples_of
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 CAPACITY = 48
@@ -76,13 +76,14 @@ def test_separate_samples_are_plain_segments(made):
 @given(st.lists(episodes(longest=120), max_size=4), st.sampled_from(["shared_prefix", "separate"]))
 def test_episodes_of_any_length_are_cut_at_a_turn_never_in_a_label(made, packing):
     data = pack(made, CAPACITY, packing=packing)
-    fitting, dropped = [], 0
+    fitting, dropped, cut = [], 0, 0
     for episode in made:
         labels = tuple(label for label in episode.labels if label.position - 1 + len(label.tokens) <= CAPACITY)
         fitting.append(replace(episode, labels=labels))
         dropped += len(episode.labels) - len(labels)
+        cut += len(labels) < len(episode.labels)
     assert predictions(data) == expected(fitting)
-    assert data.too_long == dropped
+    assert (data.too_long, data.cut) == (dropped, cut)
     turns = {at for e in made for label in e.labels for at in (label.position, label.position + len(label.tokens))}
     assert {len(sample.trunk) for sample in data.samples} <= turns
 
@@ -130,7 +131,9 @@ def test_rows_are_well_formed_and_their_sums_agree(made):
         assert data.row_tokens[index] == sum(data.samples[i].length for i in members) <= CAPACITY
         assert not row.weights[data.row_tokens[index] :].any()
     if data.rows:
-        assert data.fill == pytest.approx(data.row_tokens.sum() / (len(data.rows) * CAPACITY))
+        assert data.bin_fill == pytest.approx(data.row_tokens.sum() / (len(data.rows) * CAPACITY))
+        assert data.fill(1) == pytest.approx(1.0)
+        assert data.bin_fill <= data.fill(16) <= 1.0
 
 
 @settings(max_examples=50, deadline=None)
@@ -142,39 +145,15 @@ def test_the_same_episodes_give_the_same_rows(made):
         assert np.array_equal(first.row(index).tokens, again.row(index).tokens)
 
 
-@given(st.lists(st.integers(1, 50), max_size=60))
-def test_best_fit_puts_everything_in_few_enough_bins(lengths):
-    bins = best_fit(lengths, 50)
-    assert sorted(i for items in bins for i in items) == list(range(len(lengths)))
-    loads = [sum(lengths[i] for i in items) for items in bins]
-    assert all(load <= 50 for load in loads)
-    assert len(bins) <= 11 / 9 * max(1, -(-sum(lengths) // 50)) * 2 + 1
-    if len(bins) > 1:
-        assert sorted(loads)[0] + sorted(loads)[1] > 50  # else the two would have been one
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 50), max_size=60), st.integers(0, 50))
-def test_subset_fit_packs_everything_and_the_no_fuller_packing_is_missed(lengths, slack):
-    bins = subset_fit(lengths, 50, slack)
-    assert sorted(i for items in bins for i in items) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in items) <= 50 for items in bins)
-    assert len(fullest_fit(lengths, 50)) <= len(best_fit(lengths, 50))
-
-
-def test_a_bin_is_filled_by_several_items_where_the_longest_one_wastes_room():
-    lengths = [29, 44, 31, 17, 43, 25]
-    assert best_fit(lengths, 100) == [(1, 4), (2, 0, 5), (3,)]
-    assert fullest_fit(lengths, 100) == [(1, 2, 5), (4, 0, 3)]
-
-
 def test_agent_episodes_fill_their_rows():
     rng = np.random.default_rng(0)
     made = []
     for _ in range(200):
         tokens = rng.integers(0, 9, int(np.clip(rng.lognormal(5.0, 0.7), 40, 1024))).astype(np.int32)
         made.append(LabelledEpisode(tokens=tokens, labels=(StateLabel(position=30, tokens=tokens[30:]),)))
-    assert pack(made, 1024).fill > 0.95
+    data = pack(made, 1024)
+    assert data.bin_fill > 0.95
+    assert data.fill(16) > 0.98
 
 
 def test_tokens_behind_the_last_label_are_cut():
@@ -219,6 +198,31 @@ def test_a_label_outside_the_episode_is_an_error_that_names_it(position):
         samples_of(LabelledEpisode(tokens=np.arange(6, dtype=np.int32), labels=(label,)), 48)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(episodes(), max_size=6), st.sampled_from([1, 5, 16]))
+def test_a_row_is_no_longer_than_its_tokens_and_a_multiple(made, multiple):
+    data = pack(made, CAPACITY)
+    for index, tokens in enumerate(data.row_tokens):
+        row, whole = data.row(index, padded_length(int(tokens), multiple, CAPACITY)), data.row(index)
+        size = len(row.tokens)
+        assert (size % multiple == 0 or size == CAPACITY) and tokens <= size < tokens + multiple
+        assert row.trees[-1] == size
+        assert np.array_equal(row.weights, whole.weights[:size])
+        assert np.array_equal(row.prefix_stops[:tokens], whole.prefix_stops[:tokens])
+    assert len(data.row(-1, padded_length(0, multiple, CAPACITY)).tokens) == multiple
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(episodes(), max_size=6))
+def test_pairs_are_what_the_rows_say(made):
+    data = pack(made, CAPACITY)
+    for index, tokens in enumerate(data.row_tokens):
+        row = data.row(index)
+        starts = np.repeat(row.trees[:-1], np.diff(row.trees))
+        seen = row.prefix_stops - starts + np.arange(CAPACITY) - row.run_starts + 1
+        assert data.row_pairs[index] == seen[:tokens].sum()
+
+
 def test_padding_is_short_trees():
     tokens = np.arange(20, dtype=np.int32)
     data = pack([LabelledEpisode(tokens=tokens, labels=(StateLabel(position=5, tokens=tokens[5:]),))], 1024)
@@ -228,5 +232,5 @@ def test_padding_is_short_trees():
 def test_an_empty_row_has_no_loss():
     data = pack([], CAPACITY)
     row = data.row(-1)
-    assert (data.fill, data.label_tokens, row.weights.sum()) == (0.0, 0, 0.0)
+    assert (data.fill(16), data.label_tokens, row.weights.sum()) == (0.0, 0, 0.0)
     assert list(row.trees) == [0, CAPACITY]

@@ -2,7 +2,7 @@
 
 from megatron_dagger.config.base import ConfigError, build, dump_yaml, load_yaml, override, to_dict
 from megatron_dagger.config.dagger import AggregationConfig, BetaConfig, DaggerConfig
-from megatron_dagger.config.model import ModelConfig
+from megatron_dagger.config.model import ModelConfig, YarnConfig
 from megatron_dagger.config.rollout import EngineConfig, LimitsConfig, RolloutConfig, SamplingConfig
 from megatron_dagger.config.run import RunConfig, TasksConfig
 from megatron_dagger.config.swe import SweConfig
@@ -27,6 +27,7 @@ __all__ = [
     "TasksConfig",
     "TeacherConfig",
     "TrainingConfig",
+    "YarnConfig",
     "build",
     "dump_yaml",
     "load_yaml",

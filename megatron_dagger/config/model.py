@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
 from megatron_dagger.config.base import require
@@ -27,8 +27,37 @@ _VOCAB_MULTIPLE = 128  # as Megatron pads, but the same for every power-of-two t
 
 
 @dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """RoPE stretched for longer sequences (YaRN, arXiv 2309.00071), as Qwen3 does it beyond 32,768 tokens."""
+
+    factor: float = 4.0
+    original_max_position_embeddings: int = 32_768
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.factor > 1, f"model.yarn.factor={self.factor} must be greater than 1; leave model.yarn out")
+        require(
+            self.original_max_position_embeddings > 0,
+            f"model.yarn.original_max_position_embeddings={self.original_max_position_embeddings} must be positive",
+        )
+
+    def hf_rope_scaling(self) -> dict[str, Any]:
+        return {"rope_type": "yarn", **{field.name: getattr(self, field.name) for field in fields(self)}}
+
+    @classmethod
+    def from_hf(cls, rope: dict[str, Any]) -> YarnConfig:
+        names = {field.name for field in fields(cls)}
+        others = {
+            k: v for k, v in rope.items() if k not in {*names, "rope_type", "type", "rope_theta"} and v is not None
+        }
+        require(not others, f"rope_scaling={others} is not supported with rope_type='yarn'")
+        return cls(**{name: rope[name] for name in names & rope.keys() if rope[name] is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder with RMSNorm, SwiGLU, GQA and RoPE (unscaled), of one of four families.
+    """A decoder with RMSNorm, SwiGLU, GQA and RoPE (plain or YaRN), of one of four families.
 
     They differ so: ``llama`` (SmolLM2 too) has nothing more, ``qwen2`` has biases on Q, K and V,
     ``qwen3`` normalises Q and K per head, and ``qwen3_moe`` is ``qwen3`` with a mixture of experts
@@ -45,6 +74,7 @@ class ModelConfig:
     vocab_size: int = 1024  # the tokenizer's, unpadded
     max_position_embeddings: int = 4096
     rotary_base: int = 1_000_000
+    yarn: YarnConfig | None = None  # RoPE's scaling
     layernorm_epsilon: float = 1e-6
     tie_embeddings: bool = True
     init_std: float = 0.02
@@ -62,6 +92,13 @@ class ModelConfig:
             f"model.num_attention_heads={self.num_attention_heads}",
         )
         require(self.kv_channels % 2 == 0, f"model.kv_channels={self.kv_channels} must be even (RoPE)")
+        if self.yarn:
+            reach = self.yarn.factor * self.yarn.original_max_position_embeddings
+            require(
+                self.max_position_embeddings <= reach,
+                f"model.max_position_embeddings={self.max_position_embeddings} exceeds what model.yarn reaches: "
+                f"factor x original_max_position_embeddings = {reach:g}",
+            )
         self._check_head_size()
         self._check_experts()
 
@@ -84,6 +121,7 @@ class ModelConfig:
             "hidden_act": "silu",
             "attention_dropout": 0.0,
             "torch_dtype": "float32",
+            **({"rope_scaling": self.yarn.hf_rope_scaling()} if self.yarn else {}),
             **self._hf_family(),
         }
 
@@ -92,7 +130,7 @@ class ModelConfig:
         """The settings of a model by its Hugging Face ``config.json``.
 
         Raises ConfigError, naming the entry, for a family that is not known and for what changes the
-        model and is not covered (RoPE scaling, sliding windows, other biases, dense layers among experts).
+        model and is not covered (RoPE scaling but for YaRN, sliding windows, other biases, dense layers among experts).
         """
         family = config.get("model_type")
         require(family in _ARCHITECTURES, f"model_type={family!r} is not known; there are {', '.join(_ARCHITECTURES)}")
@@ -100,7 +138,7 @@ class ModelConfig:
         for name, plain in _HF_PLAIN.items():
             require(config.get(name, plain) in (plain, None), f"{name}={config.get(name)!r} is not supported")
         kind = rope.get("rope_type", rope.get("type", "default"))
-        require(kind == "default", f"rope_type={kind!r} is not supported")
+        require(kind in ("default", "yarn"), f"rope_type={kind!r} is not supported")
         heads = config["num_attention_heads"]
         moe = family == "qwen3_moe"
         return cls(
@@ -114,6 +152,7 @@ class ModelConfig:
             vocab_size=config["vocab_size"],
             max_position_embeddings=config["max_position_embeddings"],
             rotary_base=int(rope.get("rope_theta", config.get("rope_theta", 10_000))),
+            yarn=YarnConfig.from_hf(rope) if kind == "yarn" else None,
             layernorm_epsilon=config["rms_norm_eps"],
             tie_embeddings=config.get("tie_word_embeddings", False),
             init_std=config.get("initializer_range", 0.02),

@@ -53,7 +53,9 @@ class TokenRope:
     def _remember(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         self._positions = args[1][0]  # position_ids (1, s)
 
-    def _gather(self, module: torch.nn.Module, args: Any, table: torch.Tensor) -> torch.Tensor:
+    def _gather(self, module: torch.nn.Module, args: Any, table: Any) -> Any:
+        if isinstance(table, tuple):  # YaRN's comes with the scale of its sines and cosines
+            return table[0][self._positions], table[1]
         return table[self._positions]
 
 

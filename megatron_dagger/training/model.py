@@ -9,6 +9,7 @@ name, and then cut: the same seed gives the same model under every parallel layo
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from typing import Any
@@ -71,7 +72,7 @@ def transformer_config(model: ModelConfig, training: TrainingConfig) -> Transfor
         "calculate_per_token_loss": True,  # gradients are summed; the loss is normalised by itself
         "batch_p2p_comm": cuda,  # gloo delivers batched interleaved transfers to the wrong receive
         "use_cpu_initialization": not cuda,
-        "apply_rope_fusion": engine,
+        "apply_rope_fusion": engine and model.yarn is None,  # fused on packed rows it leaves out YaRN's mscale
         "bias_activation_fusion": engine,
         "bias_dropout_fusion": engine,
         "gradient_accumulation_fusion": False,  # wants APEX for the output layer
@@ -83,7 +84,13 @@ def transformer_config(model: ModelConfig, training: TrainingConfig) -> Transfor
         **_recompute(training),
         **_fp8(training),
     }
-    return compat.transformer_config(**settings)
+    config = compat.transformer_config(**settings)
+    if model.yarn:  # which Megatron reads off attributes that are no fields
+        for name, value in dataclasses.asdict(model.yarn).items():
+            setattr(config, f"yarn_{'rotary_scaling_factor' if name == 'factor' else name}", value)
+        for name, value in {"mscale": None, "mscale_all_dim": None, "correction_range_round_to_int": True}.items():
+            setattr(config, f"yarn_{name}", value)
+    return config
 
 
 def _experts(model: ModelConfig, training: TrainingConfig, engine: bool) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def build(model: ModelConfig, training: TrainingConfig, config: TransformerConfi
             pre_process=parallel_state.is_pipeline_first_stage(**where),
             post_process=parallel_state.is_pipeline_last_stage(**where),
             share_embeddings_and_output_weights=model.tie_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="yarn" if model.yarn else "rope",
             rotary_base=model.rotary_base,
             vp_stage=stage if virtual else None,
         )

@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="Transformers is not installed")
 import torch
 import transformers
 
-from megatron_dagger.config import ModelConfig
+from megatron_dagger.config import ModelConfig, YarnConfig
 from megatron_dagger.config.base import ConfigError
 from tests.integration.converted import convert, converted, run_megatron, transformers_logprobs
 from tests.unit.weights.sample_models import sample_model
@@ -27,7 +27,11 @@ MODELS = {
     "llama-kv3-untied": ("llama", {"num_attention_heads": 3, "num_query_groups": 3, "tie_embeddings": False}),
     "qwen2-kv3-tied": ("qwen2", {"num_attention_heads": 6, "num_query_groups": 3}),
     "qwen2-kv2-untied": ("qwen2", {"num_attention_heads": 4, "num_query_groups": 2, "tie_embeddings": False}),
-    "qwen3-kv1-untied": ("qwen3", {"num_attention_heads": 3, "num_query_groups": 1, "tie_embeddings": False}),
+    "qwen3-kv1-untied-yarn": (
+        "qwen3",
+        {"num_attention_heads": 3, "num_query_groups": 1, "tie_embeddings": False, "max_position_embeddings": 512}
+        | {"yarn": YarnConfig(factor=4.0, original_max_position_embeddings=128)},  # less than the tokens
+    ),
     "qwen3-kv2-tied": ("qwen3", {"num_attention_heads": 4, "num_query_groups": 2}),
     "qwen3-moe": ("qwen3_moe", {"num_attention_heads": 4, "num_query_groups": 2, "tie_embeddings": False}),
 }
@@ -60,7 +64,7 @@ def models(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen3-moe"])
+@pytest.mark.parametrize("name", MODELS)
 def test_megatron_computes_what_transformers_does(models, name):
     ours, theirs = np.load(models / name / "logprobs.npy"), transformers_logprobs(models / name)
     assert np.ptp(theirs) > 1, "the reference must be far from uniform to mean something"
@@ -124,7 +128,8 @@ def test_what_cannot_be_done_is_said(models, tmp_path, arguments, message):
     ("entry", "message"),
     [
         ({"model_type": "gpt2"}, "model_type='gpt2' is not known"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope_type='llama3' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, "'mscale': 0.7} is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
     ],
 )

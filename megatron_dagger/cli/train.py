@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_dagger.config import RunConfig
 from megatron_dagger.dagger.world import round_dir
+from megatron_dagger.observability.metrics import read_lines
+from megatron_dagger.observability.status_file import failure_recorded
 from megatron_dagger.store.fence import VARIABLE, claim, inherit
 from megatron_dagger.types import LabelledEpisode
 
@@ -38,6 +40,32 @@ def train_job(config: RunConfig, run_dir: Path, round_index: int) -> TrainJob:
     )
 
 
+def train_and_tell(
+    config: RunConfig, run_dir: Path, tracked: Callable[..., Any], env: Mapping[str, str], round_index: int
+) -> None:
+    """A round's training by the run's holder, who tells of its progress and failure."""
+
+    def steps() -> int:
+        return len(read_lines(round_dir(run_dir, round_index) / "train" / "metrics.jsonl"))
+
+    with tracked(
+        f"round {round_index} train",
+        None,
+        unit="steps",
+        done=steps(),
+        count=steps,
+        round_index=round_index,
+        stage="train",
+        log_file=train_logs(run_dir, round_index),
+    ):
+        launch_training(config, run_dir, round_index, env=env)
+
+
+def train_logs(run_dir: Path, round_index: int) -> Path:
+    """Where the ranks' logs are."""
+    return run_dir / "logs" / f"train-{round_index:04d}"
+
+
 def launch_training(
     config: RunConfig, run_dir: Path, round_index: int, *, env: Mapping[str, str] | None = None
 ) -> None:
@@ -48,7 +76,7 @@ def launch_training(
     launch(
         ["megatron_dagger.cli.main", "train", str(run_dir), "--round", str(round_index), "--rank"],
         config.training.parallel,
-        run_dir / "logs" / f"train-{round_index:04d}",
+        train_logs(run_dir, round_index),
         config.training.deadline_s,
         threads=config.training.threads_per_process,
         env=env,
@@ -62,15 +90,16 @@ def train_resident(config: RunConfig, run_dir: Path, *, take_over: bool = False)
     """
     from megatron_dagger.training.launch import launch, node_rank
 
+    name, logs = "trainer", run_dir / "logs" / "train"
     with ExitStack() as stack:
         env = None
         if node_rank(config.training.parallel) == 0:
-            holds = claim(run_dir, worker="trainer", take_over=take_over)
-            env = {VARIABLE: stack.enter_context(holds)}
+            env = {VARIABLE: stack.enter_context(claim(run_dir, worker=name, take_over=take_over))}
+            stack.enter_context(failure_recorded(run_dir, worker=name, log_file=logs))
         launch(
             ["megatron_dagger.cli.main", "train", str(run_dir), "--resident", "--rank"],
             config.training.parallel,
-            run_dir / "logs" / "train",
+            logs,
             (config.training.deadline_s + config.rollout.stage_deadline_s) * (config.dagger.rounds + 2),
             threads=config.training.threads_per_process,
             env=env,

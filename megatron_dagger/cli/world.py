@@ -14,12 +14,13 @@ from pathlib import Path
 from megatron_dagger.agents.chat import ChatRenderer
 from megatron_dagger.agents.tokenizer import take_tokenizer
 from megatron_dagger.cli.environments import Environment, open_environment
-from megatron_dagger.cli.train import launch_training
+from megatron_dagger.cli.train import train_and_tell
 from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, load_yaml
 from megatron_dagger.dagger.worker import Worker
 from megatron_dagger.dagger.world import Student, World, round_dir
 from megatron_dagger.observability.metrics import Metrics
 from megatron_dagger.observability.progress import track
+from megatron_dagger.observability.status_file import failure_recorded
 from megatron_dagger.policies.base import Policy
 from megatron_dagger.store.atomic import write_json, write_text
 from megatron_dagger.store.fence import VARIABLE, claim
@@ -86,7 +87,9 @@ def world(
         token = stack.enter_context(claim(run_dir, worker=name, take_over=take_over))
         if not all((round_dir(run_dir, index) / "train" / "manifest.json").exists() for index in trains):
             warm_up()  # while the first of them collects
-        tracked = functools.partial(track, run_dir=run_dir)
+        log = run_dir / "logs" / f"{name or 'driver'}.log"
+        stack.enter_context(failure_recorded(run_dir, worker=name, log_file=log))
+        tracked = functools.partial(track, run_dir=run_dir, worker=name, log_file=log)
         with exclusive(run_dir / ".prepare.lock", deadline_s=PREPARE_TIMEOUT_S):  # workers come at the same time
             environment = open_environment(config, run_dir, cache_dir(), tracked, stack)
             student_dir = prepare_student(config, run_dir, environment)
@@ -114,8 +117,8 @@ def world(
             data=DataStore.create_or_open(run_dir / "data.zarr", writer=name or "driver"),
             evaluations=DataStore.create_or_open(run_dir / "evaluations.zarr", writer=name or "driver"),
             metrics=Metrics(run_dir, wandb_project=config.wandb_project),
-            train=functools.partial(launch_training, config, run_dir, env={VARIABLE: token}),
-            track=track,
+            train=functools.partial(train_and_tell, config, run_dir, tracked, {VARIABLE: token}),
+            track=tracked,
             threads=threads,
         )
 

@@ -1,25 +1,23 @@
-"""Live progress of long work: a bar on a terminal, a log line now and then elsewhere, and ``status.json``.
-
-``status.json`` of the run directory says what the run is doing, for ``megatron-dagger status``: it is
-replaced every few seconds, and holds the process that wrote it, so that a reader can tell a running stage
-from one whose process was killed.
-"""
+"""Live progress of long work: a bar on a terminal, a log line now and then elsewhere, and a status file."""
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_dagger.store.atomic import write_json
+from megatron_dagger.observability.status_file import StatusFile, describe_error
+from megatron_dagger.store.errors import StoreError
 
 logger = logging.getLogger(__name__)
+
+_LOOK_S = 2.0
+_END_S = 10.0
 
 
 class Tracker:
@@ -64,6 +62,10 @@ class Tracker:
         note = f", {self.note}" if self.note else ""
         return f"{self.description}: {self.done}{total} {self.unit} ({self.rate:.2f}/s{rest}){note}"
 
+    def values(self) -> dict[str, Any]:
+        """What a status file says of it."""
+        return {name: getattr(self, name) for name in ("done", "total", "unit", "rate", "note")}
+
     def _tell(self, *, periodic: bool) -> None:
         for listener in self._listeners:
             listener(periodic)
@@ -79,35 +81,74 @@ def track(
     run_dir: Path | None = None,
     round_index: int | None = None,
     stage: str | None = None,
+    worker: str | None = None,
     log_file: Path | None = None,
+    count: Callable[[], int] | None = None,
     interval_s: float = 10.0,
     stream: TextIO | None = None,
 ) -> Iterator[Tracker]:
     """Show the progress of the work in the ``with`` block; ``done`` units were done before.
 
-    With ``run_dir`` the state goes to ``status.json`` too, and an exception that leaves the block is
-    recorded there as the failure, with ``log_file`` as the place to look.
+    Where another process does the work, ``count`` says how many units are done, and is asked every few seconds.
+    With ``run_dir`` a status file (see ``status_file``) tells it too, and how the block ended: an exception that
+    leaves it is recorded as the failure, with ``log_file`` as the place to look.
     """
     stream = stream or sys.stderr
     tracker = Tracker(description, total, unit, done, interval_s)
-    status = _StatusFile(run_dir, tracker, round_index, stage, log_file) if run_dir is not None else None
-    if status is not None:
-        tracker._listeners.append(lambda periodic: status.write("running", periodic))
-        status.write("running", True)
+    status = None
+    if run_dir is not None:
+        name = "prepare" if round_index is None else f"{round_index:04d}-{stage}"
+        where: dict[str, Any] = {"round_index": round_index, "stage": stage, "worker": worker, "log_file": log_file}
+        status = StatusFile(run_dir, name, description=description, progress=tracker.values, **where)
+        status.write()
+        tracker._listeners.append(lambda periodic: status.changed())
+
+    def look() -> None:
+        try:
+            if count is not None and (found := count()) != tracker.done:
+                tracker.advance(found - tracker.done)
+            if status is not None:
+                status.pulse()
+        except StoreError as problem:  # the run was taken over: the work itself ends at its next write
+            logger.warning("%s", problem)
+
     try:
-        if stream.isatty():
-            with _bar(tracker, stream):
+        with _every(_LOOK_S, look):
+            if stream.isatty():
+                with _bar(tracker, stream):
+                    yield tracker
+            else:
+                tracker._listeners.append(lambda periodic: logger.info("%s", tracker.text()) if periodic else None)
                 yield tracker
-        else:
-            tracker._listeners.append(lambda periodic: logger.info("%s", tracker.text()) if periodic else None)
-            yield tracker
+        look()
+        if not stream.isatty():
             logger.info("%s", tracker.text())
     except BaseException as error:
+        look()
         if status is not None:
-            status.write("failed", True, f"{type(error).__name__}: {error}")
+            stopped = not isinstance(error, Exception)  # SystemExit, or what asyncio makes of it
+            status.write("stopped" if stopped else "failed", None if stopped else describe_error(error))
         raise
     if status is not None:
-        status.write("done", True)
+        status.write("done")
+
+
+@contextmanager
+def _every(period_s: float, call: Callable[[], None]) -> Iterator[None]:
+    """Within the block a thread calls ``call`` again and again."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(period_s):
+            call()
+
+    thread = threading.Thread(target=repeat, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(_END_S)
 
 
 @contextmanager
@@ -131,44 +172,6 @@ def _bar(tracker: Tracker, stream: TextIO) -> Iterator[None]:
 
         tracker._listeners.append(show)
         yield
-
-
-class _StatusFile:
-    """Writes ``status.json``, at most every ``PERIOD_S`` while the stage runs."""
-
-    PERIOD_S = 2.0
-
-    def __init__(
-        self,
-        run_dir: Path,
-        tracker: Tracker,
-        round_index: int | None,
-        stage: str | None,
-        log_file: Path | None,
-    ):
-        self._path, self._tracker, self._written = run_dir / "status.json", tracker, 0.0
-        self._fixed = {
-            "round": round_index,
-            "stage": stage,
-            "description": tracker.description,
-            "unit": tracker.unit,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "started": time.time(),
-            "log": None if log_file is None else str(log_file),
-        }
-
-    def write(self, state: str, force: bool, error: str | None = None) -> None:
-        now = time.monotonic()
-        if not force and now - self._written < self.PERIOD_S:
-            return
-        self._written = now
-        t = self._tracker
-        values = {"state": state, "done": t.done, "total": t.total, "rate": t.rate, "note": t.note}
-        try:
-            write_json(self._path, {**self._fixed, **values, "updated": time.time(), "error": error})
-        except OSError as problem:  # progress must not end the work it reports
-            logger.warning("cannot write %s: %s", self._path, problem)
 
 
 def format_duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dagger.observability.metrics import read_lines
+from megatron_dagger.observability.status_file import read_all
 from megatron_dagger.store.atomic import UnreadableFileError, read_json
 
 logger = logging.getLogger(__name__)
@@ -39,12 +40,15 @@ class RoundFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFiles:
-    """A run directory's small files. ``config`` is plain dicts, empty where there is none."""
+    """A run directory's small files. ``config`` is plain dicts, empty where there is none.
+
+    ``work`` is what processes said of themselves (see ``status_file``), the last that was written last.
+    """
 
     path: Path
     config: dict[str, Any]
     rounds: list[RoundFiles]
-    status: dict[str, Any] | None
+    work: list[dict[str, Any]]
     heldout_tasks: frozenset[str]
 
     @property
@@ -65,7 +69,7 @@ def read_run(path: Path) -> RunFiles:
         path=path,
         config=_config(path / "config.yaml"),
         rounds=[_round(folder) for folder in sorted((path / "rounds").glob("[0-9]*")) if folder.name.isdigit()],
-        status=_optional(path / "status.json"),
+        work=read_all(path),
         heldout_tasks=frozenset(
             str(row["instance_id"]) for row in read_lines(path / "tasks" / "heldout.jsonl") if "instance_id" in row
         ),

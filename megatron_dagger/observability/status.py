@@ -1,4 +1,7 @@
-"""What a run is doing and how far it is, from its files alone; the run may be going on, done or dead."""
+"""What a run is doing and how far it is, from its files alone; the run may be going on, done or dead.
+
+Any host will do that sees the files: where the process is on another, its status file's age says whether it lives.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ from typing import Any
 from megatron_dagger.observability.progress import format_duration
 from megatron_dagger.observability.rundir import MANIFESTS, RoundFiles, RunFiles, read_run
 from megatron_dagger.observability.source import EpisodeSource
+from megatron_dagger.observability.status_file import PULSE_S
 
-STALE_S = 120.0  # on another host a run that wrote nothing for so long is taken for dead
+STALE_S = 4 * PULSE_S  # on another host a process that wrote nothing for so long is taken for dead
+_ERROR_LINES = 12
 
 
 def status(run_dir: Path, *, data: EpisodeSource | None = None) -> str:
-    """A text for people: rounds, their stages, what is under way, what failed and where its log is.
+    """A text for people: rounds, their stages, who is at work, what failed and where its log is.
 
     ``data`` (the run's store) gives the number of committed episodes of rounds under way.
     """
@@ -25,32 +30,52 @@ def status(run_dir: Path, *, data: EpisodeSource | None = None) -> str:
     finished = sum(r.evaluate is not None for r in run.rounds)
     lines = [f"{run.path}: {finished}{planned} rounds finished", ""]
     committed = {index: len(data.committed(index)) for index in data.rounds()} if data else {}
-    for files in run.rounds:
-        lines += _round_lines(files, run.status, committed.get(files.index))
+    begun = {state["round"] for state in run.work if isinstance(state.get("round"), int)}
+    rounds = {files.index: files for files in run.rounds}
+    for index in sorted(begun | set(rounds)):
+        lines += _round_lines(rounds.get(index, RoundFiles(index=index)), run.work, committed.get(index))
     lines += ["", *_now(run)]
     return "\n".join(lines) + "\n"
 
 
-def _round_lines(files: RoundFiles, state: dict[str, Any] | None, committed: int | None) -> list[str]:
+def _round_lines(files: RoundFiles, work: list[dict[str, Any]], committed: int | None) -> list[str]:
     lines = [f"round {files.index}"]
     describe = {"collect": _collect, "train": _train, "evaluate": _evaluate}
     for name in MANIFESTS:
+        states = [state for state in work if (state.get("round"), state.get("stage")) == (files.index, name)]
+        drivers = [state for state in states if not state.get("worker")]
+        workers = sorted((state for state in states if state.get("worker")), key=lambda state: str(state["worker"]))
         values = files.stage(name)
         if values is not None:
-            lines.append(f"  {name:<9} done     {describe[name](values)}")
+            jobs = dict.fromkeys(f", job {state['job']} on {state['node']}" for state in states if "job" in state)
+            lines.append(f"  {name:<9} done     {describe[name](values)}{''.join(jobs)}")
             continue
-        current = state if state and (state.get("round"), state.get("stage")) == (files.index, name) else None
-        parts = []
-        if current is not None:
-            parts.append(_counts(current))
+        current = drivers or workers  # the driver comes after the workers, and counts what they have done
+        parts = [_counts(_sum(current))] if current else []
         if name == "collect" and committed:
             parts.append(f"{committed} episodes committed")
         if name == "train" and files.steps:
             last = files.steps[-1]
             parts.append(f"step {last.get('step')}, loss {_number(last.get('loss'))}")
-        word = _liveness(current) if current else ("begun" if parts else "-")
+        word = _word(current) if current else ("begun" if parts else "-")
         lines.append(f"  {name:<9} {word:<8} {', '.join(parts)}".rstrip())
+        lines += [f"    {w['worker']:<9} {_liveness(w):<8} {_counts(w)}, {_where(w)}" for w in workers]
     return lines
+
+
+def _sum(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The progress of all of them together; rates are of those that run."""
+    if len(states) == 1:
+        return states[0]
+    numbers = {name: sum(state.get(name) or 0 for state in states) for name in ("done", "total")}
+    rate = sum(state.get("rate") or 0.0 for state in states if _liveness(state) == "running")
+    return {**numbers, "rate": rate, "unit": states[0].get("unit")}
+
+
+def _word(states: list[dict[str, Any]]) -> str:
+    """One word for all: running as long as one runs, and else what is worst."""
+    words = [_liveness(state) for state in states]
+    return next(word for word in ("running", "failed", "killed", "stopped", *words) if word in words)
 
 
 def _collect(v: dict[str, Any]) -> str:
@@ -81,27 +106,42 @@ def _evaluate(v: dict[str, Any]) -> str:
 
 
 def _now(run: RunFiles) -> list[str]:
-    state = run.status
-    if state is None:
+    if not run.work:
         finished = sum(r.evaluate is not None for r in run.rounds)
         return ["The run is complete." if finished == run.planned_rounds else "No stage has reported yet."]
+    newest = run.work[-1]
+    place = (newest.get("round"), newest.get("stage"))
+    together = [state for state in run.work if (state.get("round"), state.get("stage")) == place]
+    lines = []
+    for state in together:
+        if state is newest or _liveness(state) != "done":
+            lines += _is_doing(state, run.path)
+    return lines
+
+
+def _is_doing(state: dict[str, Any], path: Path) -> list[str]:
+    """What one process does, or how its work ended."""
     age = format_duration(time.time() - float(state.get("updated") or 0))
-    where = f"round {state['round']}, " if state.get("round") is not None else ""
-    what = f"{where}{state.get('description')}: {_counts(state)}"
-    word = _liveness(state)
-    log = f"\nIts log: {state['log']}" if state.get("log") else f"\nLogs: {run.path / 'logs'}"
-    if word == "running":
-        return [f"Now: {what} (process {state.get('pid')} on {state.get('host')}, {age} ago)"]
-    if word == "killed":
-        return [f"Not running: process {state.get('pid')} on {state.get('host')} ended during {what}, "
-                f"{age} ago. The same command again goes on from there.{log}"]  # fmt: skip
-    if word == "failed":
-        return [f"Failed {age} ago in {what}\n  {state.get('error')}{log}"]
-    return [f"Last: {what}, done {age} ago."]
+    progress = f": {_counts(state)}" if state.get("unit") else ""
+    what = f"{state.get('worker') or ''} {state.get('description')}{progress}".lstrip()
+    again = "The same command again goes on from there."
+    log = f"Its log: {state['log']}" if state.get("log") else f"Logs: {path / 'logs'}"
+    match _liveness(state):
+        case "running":
+            return [f"Now: {what} ({_where(state)}, {age} ago)"]
+        case "killed":
+            return [f"Not running: {_where(state)} ended during {what}, {age} ago. {again}", log]
+        case "stopped":
+            return [f"Stopped as asked {age} ago in {what} ({_where(state)}). {again}", log]
+        case "failed":
+            error = str(state.get("error")).splitlines()
+            shown = error if len(error) <= _ERROR_LINES else [error[0], "...", *error[2 - _ERROR_LINES :]]
+            return [f"Failed {age} ago in {what} ({_where(state)})", *(f"  {line}" for line in shown), log]
+    return [f"Last: {what}, done {age} ago ({_where(state)})."]
 
 
 def _liveness(state: dict[str, Any]) -> str:
-    """running, killed, failed or done."""
+    """running, killed, stopped, failed or done."""
     if state.get("state") != "running":
         return str(state.get("state"))
     if state.get("host") != socket.gethostname():
@@ -113,6 +153,12 @@ def _liveness(state: dict[str, Any]) -> str:
     except PermissionError:
         pass
     return "running"
+
+
+def _where(state: dict[str, Any]) -> str:
+    restart = f" (restart {state['restart']})" if state.get("restart") else ""
+    job = f"job {state['job']}{restart} on {state.get('node')}, " if "job" in state else ""
+    return f"{job}process {state.get('pid')} on {state.get('host')}"
 
 
 def _counts(state: dict[str, Any]) -> str:

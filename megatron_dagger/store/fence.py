@@ -76,6 +76,17 @@ def inherit(run_dir: Path, environment: Mapping[str, str]) -> None:
         _claims.extend(_Claim(run_dir.absolute(), run_dir / name, token) for name, token in tokens.items())
 
 
+def this_job() -> dict[str, Any]:
+    """Which incarnation of which SLURM job this is, and on which of its nodes; nothing outside of one."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return {}
+    return {
+        "job": os.environ["SLURM_JOB_ID"],
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "node": os.environ.get("SLURMD_NODENAME"),
+    }
+
+
 @contextmanager
 def permitted(path: str | os.PathLike[str]) -> Iterator[None]:
     """Put ``path`` in place in this block; FencedError if it lies in a run that another incarnation took over."""
@@ -115,7 +126,7 @@ def _enter(stack: ExitStack, run_dir: Path, suffix: str, *, shared: bool, take_o
                 joins = shared and not takes and "token" in record
                 token = record["token"] if joins else uuid.uuid4().hex
                 if not joins:  # jobs that share a run are not each other's predecessors
-                    job = _job() if takes or not shared else {}
+                    job = this_job() if takes or not shared else {}
                     _write(descriptor, {"token": token, "holder": this_process(), **job})
                 break
         time.sleep(_POLL_S)
@@ -125,15 +136,8 @@ def _enter(stack: ExitStack, run_dir: Path, suffix: str, *, shared: bool, take_o
     return made
 
 
-def _job() -> dict[str, Any]:
-    """Which incarnation of which SLURM job this is; nothing outside of one."""
-    if "SLURM_JOB_ID" not in os.environ:
-        return {}
-    return {"job": os.environ["SLURM_JOB_ID"], "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
-
-
 def _is_my_predecessor(record: dict[str, Any]) -> bool:
-    mine = _job()
+    mine = this_job()
     return bool(mine) and record.get("job") == mine["job"] and record["restart"] < mine["restart"]
 
 

@@ -51,7 +51,8 @@ def name_holder(descriptor: int) -> None:
 
 def this_process() -> str:
     """This process, for a person who looks for it."""
-    return f"process {os.getpid()} on {socket.gethostname()}"
+    job = f" (SLURM job {os.environ['SLURM_JOB_ID']})" if "SLURM_JOB_ID" in os.environ else ""
+    return f"process {os.getpid()} on {socket.gethostname()}{job}"
 
 
 def _acquire(descriptor: int, path: Path, mode: int, deadline_s: float) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_dagger.observability import progress, status_file
 from megatron_dagger.observability.progress import format_duration, track
 from megatron_dagger.store.atomic import read_json
 
@@ -56,7 +59,7 @@ def test_what_was_done_before_does_not_count_for_the_rate() -> None:
 
 
 def test_status_file_of_running_done_and_failed_work(tmp_path: Path) -> None:
-    path = tmp_path / "status.json"
+    path = tmp_path / "status" / "0002-collect.json"
     where = {"run_dir": tmp_path, "round_index": 2, "stage": "collect", "stream": io.StringIO()}
     with track("collect", 3, **where) as tracker:
         assert read_json(path)["state"] == "running"
@@ -96,3 +99,27 @@ def test_trouble_with_the_status_file_does_not_end_the_work(tmp_path: Path, capl
 )
 def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_what_another_process_does_is_counted_and_a_silent_one_says_that_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LOOK_S", 0.02)
+    monkeypatch.setattr(status_file, "PULSE_S", 0.05)
+    path, steps = tmp_path / "status" / "0000-train.json", [1]
+    where = {"run_dir": tmp_path, "round_index": 0, "stage": "train", "stream": io.StringIO()}
+    with track("train", None, unit="steps", count=lambda: len(steps), **where) as tracker:
+        steps += [2, 3]
+        wait_until(lambda: tracker.done == 3)
+        before = read_json(path)["updated"]
+        wait_until(lambda: read_json(path)["updated"] > before)
+        steps.append(4)
+    assert read_json(path)["done"] == 4
+    assert read_json(path)["state"] == "done"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,7 @@ from megatron_dagger.observability.metrics import append_line
 from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.rundir import NoRunError, read_run
 from megatron_dagger.observability.status import status
+from megatron_dagger.observability.status_file import failure_recorded
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import write_json
 from tests.synthetic import random_trajectory
@@ -57,7 +61,7 @@ def test_a_round_under_way_and_killed_and_failed(finished: Path, tmp_path: Path)
     text = status(run, data=store)
     assert "0 rounds finished" in text
     assert "collect   running  0/64 episodes, 0.00/s, 3 episodes committed" in text
-    assert f"Now: round 0, collecting: 0/64 episodes, 0.00/s (process {child.pid}" in text
+    assert f"Now: collecting: 0/64 episodes, 0.00/s (process {child.pid}" in text
     os.kill(child.pid, signal.SIGKILL)
     child.communicate(timeout=30)
     text = status(run, data=store)
@@ -74,6 +78,7 @@ def test_a_round_under_way_and_killed_and_failed(finished: Path, tmp_path: Path)
         raise RuntimeError("rank 1 on node-3 is gone")
     text = status(run)
     assert "train     failed   0/60 steps, 0.00/s, step 7, loss 1.500" in text
+    assert "collect   killed" in text
     assert "RuntimeError: rank 1 on node-3 is gone" in text
     assert f"Its log: {log}" in text
 
@@ -82,7 +87,8 @@ def test_files_that_are_half_there(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "rounds" / "0000").mkdir(parents=True)
     (run / "rounds" / "0000" / "collect.json").write_text('{"episodes": ')
-    (run / "status.json").write_text("")
+    (run / "status").mkdir()
+    (run / "status" / "0000-collect.json").write_text("")
     (run / "config.yaml").write_text("a: [")
     text = status(run)
     assert "collect   -" in text
@@ -96,3 +102,67 @@ def test_no_run(tmp_path: Path) -> None:
         status(tmp_path / "none")
     with pytest.raises(NoRunError, match="no run directory"):
         status(tmp_path)
+
+
+def test_workers_one_by_one_and_summed_from_another_node(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a login node sees it: their host is not this one, so the age of what they wrote decides."""
+    now = time.time()
+
+    def worker(number: int, age_s: float, **values: Any) -> None:
+        state = {
+            "state": "running", "round": 2, "stage": "collect", "worker": f"worker-{number}", "pid": 7, "host": "gpu-7",
+            "job": "41", "restart": number, "node": f"n{number}", "description": "round 2 collect", "unit": "episodes",
+            "done": 10 + number, "total": 32, "rate": 0.5, "updated": now - age_s, "log": f"logs/worker-{number}.log",
+        }  # fmt: skip
+        write_json(finished / "status" / f"0002-collect-worker-{number}.json", state | values)
+
+    worker(0, 3)
+    worker(1, 2)
+    text = status(finished)
+    assert "round 2\n  collect   running  21/64 episodes, 1.00/s\n" in text
+    assert "    worker-0  running  10/32 episodes, 0.50/s, job 41 on n0, process 7 on gpu-7\n" in text
+    assert "Now: worker-1 round 2 collect: 11/32 episodes, 0.50/s (job 41 (restart 1) on n1, process 7 on gpu-7" in text
+
+    worker(0, 3 * 3600)
+    worker(1, 2, state="failed", error="PolicyError: the engine is gone", rate=0.1)
+    text = status(finished)
+    assert "  collect   failed   21/64 episodes, 0.00/s\n    worker-0  killed " in text
+    assert "Not running: job 41 on n0, process 7 on gpu-7 ended during worker-0 round 2 collect" in text
+    assert "PolicyError: the engine is gone\nIts log: logs/worker-1.log" in text
+
+    values = {"round": 2, "episodes": 64, "broken_episodes": 3}
+    write_json(finished / "rounds" / "0002" / "collect.json", values)
+    text = status(finished)
+    assert "collect   done     64 episodes" in text
+    assert "broken episodes left out: 3, job 41 on n0, job 41 on n1" in text
+    for file in (finished / "status").iterdir():
+        file.unlink()
+    shutil.rmtree(finished / "rounds" / "0002")
+
+
+def test_a_failure_outside_of_a_stage_and_who_was_asked_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data.zarr").mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURMD_NODENAME", "n3")
+    where = {"run_dir": tmp_path, "round_index": 0, "stage": "collect", "stream": io.StringIO()}
+    with pytest.raises(SystemExit), track("round 0 collect", 4, **where):
+        sys.exit(75)
+    assert "collect   stopped  0/4 episodes" in status(tmp_path)
+    assert "Stopped as asked 0 s ago in round 0 collect: 0/4 episodes, 0.00/s (job 12 on n3" in status(tmp_path)
+    for error in (RuntimeError("before"), RuntimeError("the engine did not start")):
+        with pytest.raises(RuntimeError), failure_recorded(tmp_path, worker=None, log_file=tmp_path / "x.log"):
+            raise error
+    with (
+        pytest.raises(RuntimeError),
+        failure_recorded(tmp_path, worker=None, log_file=tmp_path / "x.log"),
+        track("round 1 collect", 4, **where | {"round_index": 1}),
+    ):
+        raise RuntimeError("in a stage")
+    text = status(tmp_path)
+    assert "Failed 0 s ago in round 1 collect: 0/4 episodes" in text
+    assert "RuntimeError: in a stage" in text
+    (tmp_path / "status" / "0001-collect.json").unlink()
+    assert "starting a stage (job 12 on n3" in status(tmp_path)
+    assert "RuntimeError: the engine did not start\nIts log:" in status(tmp_path)

@@ -15,7 +15,7 @@ from megatron_dagger.dagger.aggregation import summarise
 from megatron_dagger.dagger.beta import beta
 from megatron_dagger.dagger.collect import round_tasks, run_episodes
 from megatron_dagger.dagger.mixing import MixtureActor, SoloActor, mixture
-from megatron_dagger.dagger.worker import Worker, are_committed, ends_stage
+from megatron_dagger.dagger.worker import Worker, are_committed, ends_stage, recorded_by_workers
 from megatron_dagger.dagger.world import World
 from megatron_dagger.evaluation.success import success
 from megatron_dagger.observability.metrics import read_lines
@@ -57,15 +57,20 @@ async def collect(world: World, round_index: int, worker: Worker | None = None) 
     if world.data.manifest(round_index) is None:
         sampling = config.rollout.sampling
         broken = await run_episodes(world, world.data, round_index, tasks, actor, sampling, beta=share, stage="collect")
+    duration_s = time.monotonic() - started
+    if worker:
+        worker.record(report.parent, broken_episodes=broken, duration_s=duration_s)
+        broken, duration_s = 0, 0.0
     if not await ends_stage(worker, world.data, round_index, everybodys, config.rollout.stage_deadline_s):
         return
     manifest = world.data.seal(round_index)
+    workers_broken, workers_s = recorded_by_workers(report.parent)
     values = summarise(world.data.episodes(round_index)) | {
         "beta": share,
-        "broken_episodes": broken,
+        "broken_episodes": broken + workers_broken,
         "weight_version": round_index - 1,
         "digest": manifest.digest,
-        "duration_s": time.monotonic() - started,
+        "duration_s": workers_s + duration_s,
     }
     write_json(report, {"round": round_index, **values})
     world.metrics.record(round_index, "collect", values)

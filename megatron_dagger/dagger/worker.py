@@ -1,4 +1,4 @@
-"""Which of a round's tasks are whose, when several workers act at the same time; and waiting for the others."""
+"""Which of a round's tasks are whose, when several workers act at the same time; what they did; waiting for them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_dagger.config import ConfigError
 from megatron_dagger.config.base import require
 from megatron_dagger.dagger.world import EpisodeStore
+from megatron_dagger.store.atomic import read_json, write_json
 
 _POLL_S = 0.5
 
@@ -47,6 +49,19 @@ class Worker:
     def share(self, tasks: Sequence[str]) -> list[str]:
         """This worker's of the round's tasks."""
         return list(tasks[self.index :: self.count])
+
+    def record(self, folder: Path, *, broken_episodes: int, duration_s: float) -> None:
+        """Add to what this worker has done of the round whose directory is ``folder``."""
+        path = folder / f"collect-{self.name}.json"
+        before = read_json(path) if path.exists() else {}
+        values = {"broken_episodes": broken_episodes, "duration_s": duration_s}
+        write_json(path, {name: before.get(name, 0) + value for name, value in values.items()})
+
+
+def recorded_by_workers(folder: Path) -> tuple[int, float]:
+    """The broken episodes of all workers of a round, and the seconds that the slowest of them took."""
+    records = [read_json(path) for path in folder.glob("collect-worker-*.json")]
+    return sum(r["broken_episodes"] for r in records), max((r["duration_s"] for r in records), default=0.0)
 
 
 async def ends_stage(

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from megatron_dagger.config import ConfigError
-from megatron_dagger.dagger.worker import Worker
+from megatron_dagger.dagger.worker import Worker, recorded_by_workers
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
@@ -25,3 +25,12 @@ def test_it_is_read_from_a_rank_and_a_number():
 def test_what_makes_no_sense_is_refused(text):
     with pytest.raises(ConfigError, match="worker"):
         Worker.parse(text)
+
+
+def test_what_workers_did_is_summed_over_workers_and_restarts(tmp_path):
+    assert recorded_by_workers(tmp_path) == (0, 0.0)
+    first, second = (Worker(index=index, count=2) for index in (0, 1))
+    first.record(tmp_path, broken_episodes=2, duration_s=10.0)
+    second.record(tmp_path, broken_episodes=1, duration_s=4.0)
+    second.record(tmp_path, broken_episodes=0, duration_s=8.0)
+    assert recorded_by_workers(tmp_path) == (3, 12.0)

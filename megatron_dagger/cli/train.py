@@ -14,6 +14,7 @@ from megatron_dagger.config import RunConfig
 from megatron_dagger.dagger.world import round_dir
 from megatron_dagger.observability.metrics import read_lines
 from megatron_dagger.observability.status_file import failure_recorded
+from megatron_dagger.store.atomic import check_room
 from megatron_dagger.store.fence import VARIABLE, claim, inherit
 from megatron_dagger.types import LabelledEpisode
 
@@ -58,7 +59,11 @@ def train_and_tell(
         stage="train",
         log_file=train_logs(run_dir, round_index),
     ):
-        launch_training(config, run_dir, round_index, env=env)
+        try:
+            launch_training(config, run_dir, round_index, env=env)
+        except RuntimeError:
+            check_room(run_dir)  # torch's writer does not say that the disk is full, and the ranks' logs may be cut
+            raise
 
 
 def train_logs(run_dir: Path, round_index: int) -> Path:

@@ -35,7 +35,7 @@ def setup_logging(run_dir: Path | None = None, *, name: str = "driver", level: i
     if run_dir is not None:
         path = run_dir / "logs" / f"{name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter(FORMAT))
         handlers.append(file)
     for handler in handlers:
@@ -44,3 +44,14 @@ def setup_logging(run_dir: Path | None = None, *, name: str = "driver", level: i
     root.setLevel(min(logging.INFO, console.level))
     logging.getLogger("megatron_dagger").setLevel(logging.DEBUG)
     return path
+
+
+class _LogFile(logging.FileHandler):
+    """Says once that it cannot write: a full disk must not bury the console in tracebacks."""
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not self._said:
+            self._said = True
+            sys.stderr.write(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}\n")

@@ -143,6 +143,23 @@ def explain_full_disk(error: OSError, path: str | os.PathLike[str], size: int | 
     )
 
 
+def check_room(folder: str | os.PathLike[str], size: int = 1 << 20) -> None:
+    """Try to write ``size`` bytes in ``folder``: DiskFullError where there is no room for them.
+
+    For the failures of writers that do not say why they failed.
+    """
+    probe = Path(folder) / temporary_name("probe")
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(size))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise explain_full_disk(error, folder, size) from error
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def _sync(path: str | os.PathLike[str], flags: int) -> None:
     descriptor = os.open(path, flags)
     try:

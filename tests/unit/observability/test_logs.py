@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ def restore_logging() -> Iterator[None]:
     for handler in root.handlers[:]:
         if handler not in before[0]:
             root.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # /dev/full
+                handler.close()
     root.setLevel(before[1])
     ours.setLevel(before[2])
 
@@ -50,3 +52,15 @@ def test_again_replaces_and_does_not_double(tmp_path: Path, capsys: pytest.Captu
     assert path is not None
     assert path.read_text().count("once") == 1
     assert capsys.readouterr().err.count("once") == 1
+
+
+def test_a_log_file_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "driver.log").symlink_to("/dev/full")
+    setup_logging(tmp_path)
+    for number in range(3):
+        logging.getLogger("megatron_dagger").warning("line %d", number)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "No space left" in line] == [lines[1]]
+    assert "logs/driver.log" in lines[1]
+    assert len(lines) == 4

@@ -52,7 +52,7 @@ FULL_DISK = """
 import sys
 from pathlib import Path
 from megatron_dagger.store.aggregated import DataStore
-from megatron_dagger.store.atomic import DiskFullError, write_bytes
+from megatron_dagger.store.atomic import DiskFullError, check_room, write_bytes
 from tests.synthetic import random_trajectory, same_trajectory
 
 root = Path(sys.argv[1])
@@ -63,6 +63,7 @@ try:
 except DiskFullError as error:
     assert str(root / "small") in str(error), error
 assert (root / "small").read_bytes() == b"old"
+check_room(root, 1000)
 assert sorted(p.name for p in root.iterdir()) == ["small"]
 store = DataStore.create_or_open(root / "data.zarr")
 kept = []
@@ -82,6 +83,11 @@ try:
 except DiskFullError:
     pass
 assert len(DataStore.open(root / "data.zarr").committed(0)) == len(kept)
+try:
+    check_room(root)
+    sys.exit("there was room on a full disk")
+except DiskFullError as error:
+    assert str(root) in str(error), error
 assert not list(root.rglob(".tmp-*"))
 print("full after", len(kept))
 """

@@ -57,6 +57,13 @@ class RunFiles:
         rounds = (self.config.get("dagger") or {}).get("rounds")
         return rounds + 1 if isinstance(rounds, int) else None
 
+    @property
+    def finished_rounds(self) -> int:
+        """Rounds of which nothing is left to do; where only the last is evaluated, the others end with training."""
+        last_only = (self.config.get("dagger") or {}).get("evaluate_rounds") == "last"
+        last = (self.planned_rounds or 0) - 1
+        return sum((r.train if last_only and r.index != last else r.evaluate) is not None for r in self.rounds)
+
 
 def read_run(path: Path) -> RunFiles:
     """Read what is there; NoRunError if it is no run directory."""

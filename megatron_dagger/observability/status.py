@@ -27,8 +27,7 @@ def status(run_dir: Path, *, data: EpisodeSource | None = None) -> str:
     """
     run = read_run(run_dir)
     planned = f" of {run.planned_rounds}" if run.planned_rounds else ""
-    finished = sum(r.evaluate is not None for r in run.rounds)
-    lines = [f"{run.path}: {finished}{planned} rounds finished", ""]
+    lines = [f"{run.path}: {run.finished_rounds}{planned} rounds finished", ""]
     committed = {index: len(data.committed(index)) for index in data.rounds()} if data else {}
     begun = {state["round"] for state in run.work if isinstance(state.get("round"), int)}
     rounds = {files.index: files for files in run.rounds}
@@ -106,9 +105,10 @@ def _evaluate(v: dict[str, Any]) -> str:
 
 
 def _now(run: RunFiles) -> list[str]:
+    if run.finished_rounds == run.planned_rounds:
+        return ["The run is complete."]
     if not run.work:
-        finished = sum(r.evaluate is not None for r in run.rounds)
-        return ["The run is complete." if finished == run.planned_rounds else "No stage has reported yet."]
+        return ["No stage has reported yet."]
     newest = run.work[-1]
     place = (newest.get("round"), newest.get("stage"))
     together = [state for state in run.work if (state.get("round"), state.get("stage")) == place]

@@ -38,6 +38,17 @@ def test_a_finished_run(finished: Path) -> None:
     assert "The run is complete." in text
 
 
+def test_where_only_the_last_round_is_evaluated_the_others_end_with_training(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "rounds" / "0000" / "evaluate.json").unlink()
+    assert "1 of 2 rounds finished" in status(run)
+    config = (run / "config.yaml").read_text()
+    assert "evaluate_rounds: all" in config
+    (run / "config.yaml").write_text(config.replace("evaluate_rounds: all", "evaluate_rounds: last"))
+    assert "2 of 2 rounds finished" in status(run)
+
+
 def test_a_round_under_way_and_killed_and_failed(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     store = DataStore.create_or_open(run / "data.zarr")
@@ -104,9 +115,11 @@ def test_no_run(tmp_path: Path) -> None:
         status(tmp_path)
 
 
-def test_workers_one_by_one_and_summed_from_another_node(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_one_by_one_and_summed_from_another_node(finished: Path, tmp_path: Path) -> None:
     """As a login node sees it: their host is not this one, so the age of what they wrote decides."""
-    now = time.time()
+    now, run = time.time(), tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "rounds" / "0001" / "evaluate.json").unlink()
 
     def worker(number: int, age_s: float, **values: Any) -> None:
         state = {
@@ -114,30 +127,27 @@ def test_workers_one_by_one_and_summed_from_another_node(finished: Path, monkeyp
             "job": "41", "restart": number, "node": f"n{number}", "description": "round 2 collect", "unit": "episodes",
             "done": 10 + number, "total": 32, "rate": 0.5, "updated": now - age_s, "log": f"logs/worker-{number}.log",
         }  # fmt: skip
-        write_json(finished / "status" / f"0002-collect-worker-{number}.json", state | values)
+        write_json(run / "status" / f"0002-collect-worker-{number}.json", state | values)
 
     worker(0, 3)
     worker(1, 2)
-    text = status(finished)
+    text = status(run)
     assert "round 2\n  collect   running  21/64 episodes, 1.00/s\n" in text
     assert "    worker-0  running  10/32 episodes, 0.50/s, job 41 on n0, process 7 on gpu-7\n" in text
     assert "Now: worker-1 round 2 collect: 11/32 episodes, 0.50/s (job 41 (restart 1) on n1, process 7 on gpu-7" in text
 
     worker(0, 3 * 3600)
     worker(1, 2, state="failed", error="PolicyError: the engine is gone", rate=0.1)
-    text = status(finished)
+    text = status(run)
     assert "  collect   failed   21/64 episodes, 0.00/s\n    worker-0  killed " in text
     assert "Not running: job 41 on n0, process 7 on gpu-7 ended during worker-0 round 2 collect" in text
     assert "PolicyError: the engine is gone\nIts log: logs/worker-1.log" in text
 
     values = {"round": 2, "episodes": 64, "broken_episodes": 3}
-    write_json(finished / "rounds" / "0002" / "collect.json", values)
-    text = status(finished)
+    write_json(run / "rounds" / "0002" / "collect.json", values)
+    text = status(run)
     assert "collect   done     64 episodes" in text
     assert "broken episodes left out: 3, job 41 on n0, job 41 on n1" in text
-    for file in (finished / "status").iterdir():
-        file.unlink()
-    shutil.rmtree(finished / "rounds" / "0002")
 
 
 def test_a_failure_outside_of_a_stage_and_who_was_asked_to_stop(

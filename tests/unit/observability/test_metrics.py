@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -109,8 +110,11 @@ def test_one_offline_run_of_weights_and_biases_for_all_stages(tmp_path: Path, mo
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2
     assert len({file.name for file in files}) == 1, "one run, under one name"
+    deadline = time.monotonic() + 30  # W&B's own process writes on after a run is finished
     for file in files:
-        assert b"train/loss" in file.read_bytes() and b"steps/loss" in file.read_bytes()
+        while not (b"train/loss" in file.read_bytes() and b"steps/loss" in file.read_bytes()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def test_a_board_that_fails_does_not_stop_the_run(

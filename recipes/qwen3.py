@@ -25,6 +25,7 @@ from megatron_dagger.config import (
     TeacherConfig,
     TrainingConfig,
 )
+from megatron_dagger.envs.swe.swegym import HELD_OUT
 
 TOKENS = 65_536
 REPLY_TOKENS = 4_096  # of a turn
@@ -95,7 +96,7 @@ def qwen3_8b_swegym_4x8h100() -> RunConfig:
 def _recipe(name: str, model: ModelConfig, init_checkpoint: str, *, nodes: int) -> RunConfig:
     return RunConfig(
         name=name,
-        swe=SweConfig(train="SWE-Gym/SWE-Gym", train_dataset="swe-gym", train_split="train", heldout_of_train=100),
+        swe=SweConfig(train="SWE-Gym/SWE-Gym", train_dataset="swe-gym", train_split="train", heldout_of_train=HELD_OUT),
         model=model,
         init_checkpoint=init_checkpoint,
         training=TrainingConfig(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -120,7 +119,7 @@ def _swe(config: RunConfig, run_dir: Path, stack: ExitStack) -> Environment:
     from megatron_dagger.envs.swe.env import SweEnv
 
     swe = config.swe
-    train, heldout = _swe_tasks(swe)
+    train, heldout = swe_tasks(swe)
     by_id = {task.instance_id: task for task in (*train, *heldout)}
     host = stack.enter_context(DockerHost(str(run_dir.resolve()), swe.docker_url))
     host.reap()
@@ -154,17 +153,16 @@ def _swe(config: RunConfig, run_dir: Path, stack: ExitStack) -> Environment:
     )
 
 
-def _swe_tasks(swe: SweConfig) -> tuple[list[SweTask], list[SweTask]]:
+def swe_tasks(swe: SweConfig) -> tuple[list[SweTask], list[SweTask]]:
     """Training and held-out tasks; what the wall between them keeps out of training is left out, and counted."""
     from megatron_dagger.envs.swe.datasets import read_tasks
-    from megatron_dagger.envs.swe.task import EvaluationSet, TrainingTasks
+    from megatron_dagger.envs.swe.task import EvaluationSet, TrainingTasks, held_out
 
     train, _ = read_tasks(swe.train_dataset, swe.train, split=swe.train_split)
     if swe.heldout:
         heldout, _ = read_tasks(swe.heldout_dataset, swe.heldout, split=swe.heldout_split)
     else:
-        drawn = sorted(train, key=lambda task: hashlib.sha256(task.instance_id.encode()).digest())
-        heldout = drawn[: swe.heldout_of_train]
+        heldout = held_out(train, swe.heldout_of_train, swe.heldout_seed)
     never = EvaluationSet(heldout, whole_repositories=swe.whole_repositories)
     allowed, refused = TrainingTasks.allowed(train, never=never)
     if refused:

@@ -24,7 +24,8 @@ class SweConfig:
     heldout: str = ""  # empty: ``heldout_of_train`` tasks of the training dataset
     heldout_dataset: Dataset = "swe-bench"
     heldout_split: str = "test"
-    heldout_of_train: int = 0  # drawn by the hash of their ids, the same ones for every seed
+    heldout_of_train: int = 0  # published for SWE-Gym: 100 of 2,438
+    heldout_seed: int = 0  # which ones; not the run's seed, so that runs of several seeds compare
     whole_repositories: bool = False  # keep all of an evaluated repository out of training
     docker_url: str | None = None  # None: DOCKER_HOST, or the usual socket
     image_budget_mib: int = 200_000  # of the daemon's disk

@@ -65,6 +65,16 @@ class SweTask:
         }
 
 
+def held_out(tasks: Iterable[SweTask], count: int, seed: int = 0) -> list[SweTask]:
+    """``count`` tasks to evaluate on and never to train on, for datasets that name no such split.
+
+    Drawn by a hash of seed and id: the same ones whatever the order of the rows and however many of them are
+    refused. All tasks where there are no more than ``count``. Of SWE-Gym's 2,438 tasks the published split
+    holds out 100 and trains on 2,338 (``swegym.HELD_OUT``).
+    """
+    return sorted(tasks, key=lambda task: hashlib.sha256(f"{seed}:{task.instance_id}".encode()).digest())[:count]
+
+
 class _Tasks(Sequence[SweTask]):
     """Tasks in a fixed order."""
 

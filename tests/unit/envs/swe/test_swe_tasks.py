@@ -13,9 +13,9 @@ from megatron_dagger.envs.swe.judge import grade
 from megatron_dagger.envs.swe.pytest_script import END, START
 from megatron_dagger.envs.swe.r2e_gym import r2e_gym_task
 from megatron_dagger.envs.swe.swebench import swebench_task
-from megatron_dagger.envs.swe.swegym import swegym_task
+from megatron_dagger.envs.swe.swegym import HELD_OUT, swegym_task
 from megatron_dagger.envs.swe.swesmith import swesmith_image, swesmith_task
-from megatron_dagger.envs.swe.task import EvaluationSet, TrainingTasks
+from megatron_dagger.envs.swe.task import EvaluationSet, TrainingTasks, held_out
 
 VERIFIED = Path(__file__).resolve().parents[4].parent / "shared" / "data" / "swebench_verified_50.jsonl.gz"
 PATCH = "diff --git a/pkg/a.py b/pkg/a.py\n--- a/pkg/a.py\n+++ b/pkg/a.py\n@@ -1 +1 @@\n-x = 1\n+x = 2\n"
@@ -211,6 +211,18 @@ def test_no_task_of_the_evaluation_set_can_be_trained_on():
     assert list(TrainingTasks([other], never=never)) == [other]
     with pytest.raises(ConfigError, match="has tasks of Org/pkg"):
         TrainingTasks([other], never=EvaluationSet([evaluated], whole_repositories=True))
+
+
+def test_the_published_count_of_swegym_is_held_out():
+    one = swegym_task({**GYM, "patch": ""})
+    tasks = [dataclasses.replace(one, instance_id=f"getmoto__moto-{n}", base_commit=f"{n:08x}") for n in range(2438)]
+    heldout = held_out(tasks, HELD_OUT)
+    assert held_out(reversed(tasks), HELD_OUT) == heldout, "whatever the order of the rows"
+    assert held_out(tasks, HELD_OUT, seed=1) != heldout
+    without_one = [task for task in tasks if task != heldout[0]]
+    assert held_out(without_one, HELD_OUT)[:-1] == heldout[1:], "a row that is refused changes nothing else"
+    train, refused = TrainingTasks.allowed(tasks, never=EvaluationSet(heldout))
+    assert (len(heldout), len(train), set(refused)) == (100, 2338, {task.instance_id for task in heldout})
 
 
 def line_of(parser, test, passed):

@@ -80,6 +80,15 @@ def export(episodes: Iterable[Trajectory], path: Path, form: Format, *, system: 
     return count
 
 
+def prediction(episode: Trajectory) -> dict[str, Any]:
+    """The episode's patch as SWE-bench's harness takes it."""
+    return {
+        "instance_id": episode.task_id,
+        "model_name_or_path": f"{MODEL}-round{episode.round_index}",
+        "model_patch": _clean(str(episode.details.get("patch", ""))),
+    }
+
+
 def system_message(opening: str) -> str:
     """The system message in the text of an episode's first prompt (Qwen's chat format); empty if there is none."""
     found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", opening, re.DOTALL)
@@ -123,17 +132,7 @@ def _traj(episodes: Iterator[tuple[Trajectory, str]], directory: Path) -> None:
 
 
 def _predictions(episodes: Iterator[tuple[Trajectory, str]], path: Path) -> None:
-    _write_lines(
-        path,
-        (
-            {
-                "instance_id": episode.task_id,
-                "model_name_or_path": f"{MODEL}-round{episode.round_index}",
-                "model_patch": str(episode.details.get("patch", "")),
-            }
-            for episode, _ in episodes
-        ),
-    )
+    _write_lines(path, (prediction(episode) for episode, _ in episodes))
 
 
 def _parquet(episodes: Iterator[tuple[Trajectory, str]], path: Path) -> None:

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import IO
 
 from megatron_dagger.config import ConfigError, ParallelConfig
-from megatron_dagger.signals import STOPPED
+from megatron_dagger.signals import STOPPED, dies_with_this_process
 from megatron_dagger.training.rank_server import (
     STORE_FD,
     ForkedRank,
     RankServer,
     RankServerError,
-    dies_with_this_process,
 )
 
 PRELOAD = ("megatron_dagger.training.trainer", "zarr")  # what the ranks' server imports in advance

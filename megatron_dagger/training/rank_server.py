@@ -26,11 +26,11 @@ import sys
 import tempfile
 import traceback
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import IO
 
-from megatron_dagger.signals import STOP_SIGNALS
+from megatron_dagger.signals import STOP_SIGNALS, dies_with_this_process
 
 STORE_FD = "MEGATRON_DAGGER_STORE_FD"  # a listening socket that ``launch`` hands to rank 0
 
@@ -39,7 +39,6 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 _POLL_S = 0.05
 _IDLE_S = 1.0
 _END_S = 10.0  # a killed rank is gone long before
-_PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 
@@ -135,18 +134,6 @@ class ForkedRank:
             if self.returncode is None:
                 self._connection.poll(_END_S)
         self._connection.close()
-
-
-def dies_with_this_process() -> Callable[[], None]:
-    """What a child is to call first, so that it is killed with the thread that forked it; Linux only."""
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def die_with_the_parent() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)  # it was gone before the call
-
-    return die_with_the_parent
 
 
 def main() -> None:

@@ -81,6 +81,14 @@ class DockerHost:
             logger.warning("removed %d containers that killed processes had left", len(doomed))
         return doomed
 
+    def remove_named(self, part: str) -> list[str]:
+        """Remove the containers with ``part`` in their name, which programs that set no labels made; their ids."""
+        with broken_as("containers cannot be listed"):
+            found = self.client.api.containers(all=True, filters={"name": part})
+        for container in found:
+            self.remove(container["Id"])
+        return [container["Id"] for container in found]
+
     def remove(self, container: str) -> None:
         """Kill a container and remove it with its volumes; one that is gone already is well."""
         with broken_as(f"container {container[:12]} cannot be removed"):

@@ -47,7 +47,7 @@ class ImageStore:
             self._held[image] = self._held.get(image, 0) + 1
         try:
             self._pull(image).result()
-            if not self._is_here(image):  # evicted since it was pulled
+            if not is_here(self._host, image):  # evicted since it was pulled
                 self._pull(image, again=True).result()
             yield image
         finally:
@@ -75,7 +75,7 @@ class ImageStore:
             return known
 
     def _bring(self, image: str) -> None:
-        if self._is_here(image):
+        if is_here(self._host, image):
             return
         pause_s = FIRST_PAUSE_S
         for attempt in range(1, PULL_ATTEMPTS + 1):
@@ -116,20 +116,22 @@ class ImageStore:
             return False
         return True
 
-    def _is_here(self, image: str) -> bool:
-        try:
-            with broken_as(f"image {image} cannot be looked up"):
-                self._host.client.api.inspect_image(image)
-        except EnvironmentBroken as error:
-            if is_missing(error):
-                return False
-            raise
-        return True
-
     def _layers_bytes(self) -> int:
         with broken_as("the daemon's disk use cannot be read"):
             usage: Mapping[str, Any] = self._host.client.api.df()
         return int(usage["LayersSize"] or 0)
+
+
+def is_here(host: DockerHost, image: str) -> bool:
+    """Whether the daemon has the image."""
+    try:
+        with broken_as(f"image {image} cannot be looked up"):
+            host.client.api.inspect_image(image)
+    except EnvironmentBroken as error:
+        if is_missing(error):
+            return False
+        raise
+    return True
 
 
 def _name_and_tag(image: str) -> tuple[str, str | None]:

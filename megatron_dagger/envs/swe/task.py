@@ -47,6 +47,14 @@ class SweTask:
     startup: str = CONDA_IF_THERE
     workdir: str = "/testbed"
 
+    def not_for_the_harness(self) -> str:
+        """Why SWE-bench's harness, which knows an image, a patch and a script, cannot grade it; empty where it can."""
+        if self.expected_outcomes:
+            return "its tests' outcomes are compared with a list, which the harness does not do"
+        if self.setup_patch or self.hidden:
+            return "its image must be changed before the patch is applied, which the harness does not do"
+        return "" if self.workdir == "/testbed" else f"its repository is in {self.workdir}, not in /testbed"
+
     def harness_row(self) -> dict[str, Any]:
         """The row that swebench 5.x reads."""
         return {

@@ -1,0 +1,106 @@
+"""Patches graded by SWE-bench's own harness in real containers: by the command line, resumed, and itself checked."""
+
+import json
+
+import pytest
+
+from megatron_dagger.cli.main import main
+from megatron_dagger.evaluation.harness import Harness
+from tests import swe_image
+
+pytest.importorskip("swebench")
+
+WRONG = swe_image.PATCH.replace("+    return sum(values) / len(values)", "+    return 7")
+STRANGE = swe_image.PATCH.replace("sum(values)", "total(values)")
+PATCHES = {
+    "example__calc-1": swe_image.PATCH,
+    "example__calc-2": WRONG,
+    "example__calc-3": "",
+    "another__calc-4": STRANGE,
+}
+
+
+@pytest.fixture(scope="module")
+def row(docker_host):
+    return swe_image.row(swe_image.build(docker_host))
+
+
+@pytest.fixture
+def files(row, daemon, tmp_path):
+    """Five tasks of two repositories, predictions for four of them, and the options that name them."""
+    rows = [{**row, "instance_id": name, "repo": name.partition("-")[0]} for name in (*PATCHES, "another__calc-5")]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    predictions = [
+        {"instance_id": name, "model_name_or_path": "org/model", "model_patch": patch}
+        for name, patch in PATCHES.items()
+    ]
+    write_lines(tmp_path / "predictions.jsonl", predictions)
+    common = ["--tasks", str(tmp_path / "rows.jsonl"), "--docker-url", daemon.url, "--out", str(tmp_path / "graded")]
+    return [*common, "--predictions", str(tmp_path / "predictions.jsonl")]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_predictions_are_graded_and_what_has_a_report_is_not_run_again(files, tmp_path, docker_host, capsys):
+    before = docker_host.client.containers.list(all=True)
+    assert main(["grade", *files]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "graded" / "report.json").read_text())
+    assert report["outcomes"] == {
+        "example__calc-1": "resolved",
+        "example__calc-2": "unresolved",
+        "example__calc-3": "empty_patch",
+        "another__calc-4": "patch_does_not_apply",
+        "another__calc-5": "no_prediction",
+    }
+    assert (report["tasks"], report["predictions"], report["resolved"], report["rate"]) == (5, 4, 1, 0.2)
+    assert report["repositories"]["example__calc"]["rate"] == pytest.approx(1 / 3)
+    assert "example__calc         1       3   33.3%" in printed
+    assert report["harness"].startswith("swebench 5.")
+    assert docker_host.client.containers.list(all=True) == before
+
+    folder = Harness(directory=tmp_path / "graded", rows=[], predictions=[])
+    logs = tmp_path / "graded" / "logs" / "run_evaluation" / folder.run_id / "org__model"
+    times = {path: path.stat().st_mtime_ns for path in logs.glob("*/report.json")}
+    assert len(times) == 2
+    (logs / "example__calc-2" / "report.json").unlink()  # as if it had been killed before
+    assert main(["grade", *files]) == 0
+    assert json.loads((tmp_path / "graded" / "report.json").read_text()) == report
+    again = {path: path.stat().st_mtime_ns for path in logs.glob("*/report.json")}
+    assert [path.parent.name for path in times if again[path] != times[path]] == ["example__calc-2"]
+
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    (tmp_path / "predictions.jsonl").write_text(lines[0] + "\n")
+    assert main(["grade", *files]) == 2, "another grading has another directory"
+    assert "is of another grading" in capsys.readouterr().err
+
+
+def test_the_grader_is_checked_by_gold_patches_and_by_none(row, daemon, tmp_path, capsys):
+    passing = {**row, "instance_id": "a__already-1", "FAIL_TO_PASS": row["PASS_TO_PASS"]}
+    write_lines(tmp_path / "rows.jsonl", [row, passing, {**row, "instance_id": "a__wrong-2", "patch": WRONG}])
+    options = ["--tasks", str(tmp_path / "rows.jsonl"), "--docker-url", daemon.url, "--out", str(tmp_path / "check")]
+    assert main(["grade", "--check", *options]) == 1
+    report = json.loads((tmp_path / "check" / "report.json").read_text())
+    assert report["holds"] is False
+    assert report["outcomes"][row["instance_id"]] == {"gold": "resolved", "none": "unresolved"}
+    assert report["gold_does_not_resolve"] == ["a__wrong-2"]
+    assert report["none_resolves"] == ["a__already-1"]
+    assert "gold_does_not_resolve: a__wrong-2" in capsys.readouterr().out
+
+
+def test_what_cannot_be_graded_is_said(row, daemon, files, tmp_path, capsys):
+    def told(*options):
+        code = main(["grade", *options])
+        return code, capsys.readouterr().err
+
+    write_lines(tmp_path / "rows.jsonl", [{**row, "image": "nowhere/image:1"}])
+    assert told("--check", *files) == (
+        2,
+        "error: 1 images are not here, such as ['nowhere/image:1']: pull them, or give --pull\n",
+    )
+    assert "calc-2 is no task of" in told(*files)[1]
+    write_lines(tmp_path / "predictions.jsonl", [{"instance_id": "example__calc-1", "model_patch": ""}])
+    assert "a prediction has no model_name_or_path" in told(*files)[1]
+    assert "give RUN, or --predictions with --tasks and --out" in told("--tasks", str(tmp_path / "rows.jsonl"))[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +39,15 @@ REPAIR_THREADS = 8
 class Environment:
     """``expert``: its own teacher, if it has one; ``read``: the action in a teacher's reply, in the student's format.
 
-    ``threads``: how many of its calls may block at once. ``prepare`` writes what a run keeps of the tasks, and a
-    tokenizer made for them into a folder, if one is given.
+    ``prefetch``: make ready, in the background, what the episodes of these tasks will need. ``threads``: how many
+    of its calls may block at once. ``prepare`` writes what a run keeps of the tasks, and a tokenizer made for them
+    into a folder, if one is given.
     """
 
     train_tasks: tuple[str, ...]
     heldout_tasks: tuple[str, ...]
     make_env: Callable[[str], Env]  # by task id
+    prefetch: Callable[[Sequence[str]], None]  # by task ids
     expert: Callable[[Callable[[str], np.ndarray]], Policy] | None
     read: Callable[[Reply], str]
     threads: int
@@ -105,6 +107,7 @@ def _repair(config: RunConfig, cache_dir: Path, track: Callable[..., Any], stack
         train_tasks=tuple(task.instance_id for task in tasks.train),
         heldout_tasks=tuple(task.instance_id for task in tasks.heldout),
         make_env=lambda task_id: RepairEnv(by_id[task_id], repository(task_id), pool, memory),
+        prefetch=lambda task_ids: None,
         expert=RepairExpert,
         read=last_line,
         threads=REPAIR_THREADS,
@@ -146,6 +149,7 @@ def _swe(config: RunConfig, run_dir: Path, stack: ExitStack) -> Environment:
         train_tasks=tuple(task.instance_id for task in train),
         heldout_tasks=tuple(task.instance_id for task in heldout),
         make_env=make_env,
+        prefetch=lambda task_ids: images.prefetch(by_id[task_id].image for task_id in task_ids),
         expert=None,
         read=one_tool_call,
         threads=config.rollout.concurrent_episodes,

@@ -112,6 +112,7 @@ def world(
             train_tasks=environment.train_tasks,
             heldout_tasks=environment.heldout_tasks,
             make_env=environment.make_env,
+            prefetch=environment.prefetch,
             teacher=make_teacher(config, run_dir, environment, renderer, stack),
             student=student,
             data=DataStore.create_or_open(run_dir / "data.zarr", writer=name or "driver"),

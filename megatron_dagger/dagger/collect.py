@@ -99,11 +99,13 @@ async def _ending(
     beta: float,
 ) -> AsyncIterator[tuple[Trajectory, int]]:
     """Clean episodes in the order in which they end, with the number of tries each took."""
-    places = asyncio.Semaphore(world.config.rollout.concurrent_episodes)
+    at_once = world.config.rollout.concurrent_episodes
+    places = asyncio.Semaphore(at_once)  # given in the order of the tasks
 
-    async def one(task: str) -> tuple[Trajectory, int]:
+    async def one(number: int, task: str) -> tuple[Trajectory, int]:
         key = EpisodeKey(run_seed=world.config.seed, round_index=round_index, task_id=task)
         async with places:
+            world.prefetch(tasks[number + 1 : number + 1 + at_once])
             for attempt in range(1, TRIES + 1):
                 trajectory = await runner.run(functools.partial(world.make_env, task), actor(key), key, beta)
                 if trajectory.stop_reason.is_clean:
@@ -113,7 +115,7 @@ async def _ending(
             f"{task} broke {TRIES} times, last with {trajectory.stop_reason}: {trajectory.details.get('error')}"
         )
 
-    running = [asyncio.create_task(one(task)) for task in tasks]
+    running = [asyncio.create_task(one(number, task)) for number, task in enumerate(tasks)]
     try:
         for next_ended in asyncio.as_completed(running):
             yield await next_ended

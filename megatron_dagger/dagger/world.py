@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor as ThreadPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ class World:
     train_tasks: tuple[str, ...]
     heldout_tasks: tuple[str, ...]
     make_env: Callable[[str], Env]  # by task id
+    prefetch: Callable[[Sequence[str]], None]  # of task ids: what their episodes will need, in the background
     teacher: Policy
     student: Callable[[], Student]  # started when it is first needed
     data: EpisodeStore

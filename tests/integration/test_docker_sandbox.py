@@ -1,6 +1,8 @@
 """What only a container can be asked: state between commands, hostile commands, lost containers and daemons."""
 
 import io
+import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -287,6 +289,69 @@ def test_an_image_that_cannot_be_had_is_told_to_who_asks(docker_host, monkeypatc
         assert store._held[IMAGE] == 0
         with pytest.raises(EnvironmentBroken, match="localhost:1/nowhere:1 is not here and cannot be pulled"):
             DockerSandbox(docker_host, "localhost:1/nowhere:1", LIMITS, images=store)
+
+
+REGISTRY = """
+version: 0.1
+log: {{level: error, accesslog: {{disabled: true}}}}
+storage: {{filesystem: {{rootdirectory: {folder}/images}}}}
+http: {{addr: "127.0.0.1:{port}"}}
+"""
+
+
+@pytest.fixture
+def registry(tmp_path):
+    """A real registry on the loopback, which Docker takes images from without TLS; its address."""
+    if not shutil.which("docker-registry"):
+        pytest.skip("docker-registry missing: apt-get install docker-registry")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "registry.yml").write_text(REGISTRY.format(folder=tmp_path, port=port))
+    with subprocess.Popen(["docker-registry", "serve", tmp_path / "registry.yml"]) as server:
+        try:
+            wait_for(lambda: listens(port))
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.kill()
+
+
+def listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(condition, deadline_s=60):
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_images_are_pulled_ahead_out_of_a_registry_and_none_when_the_budget_is_spent(docker_host, registry):
+    client, names = docker_host.client, []
+    for number in (11, 12, 13):
+        local, name = small_image(docker_host, number), f"{registry}/ahead:{number}"
+        client.api.tag(local, name)
+        assert "error" not in client.api.push(name)
+        for tag in (local, name):
+            client.api.remove_image(tag)
+        names.append(name)
+    first, second, third = names
+    used_mib = client.api.df()["LayersSize"] >> 20
+    with ImageStore(docker_host, disk_budget_mib=used_mib + 100, concurrent_pulls=2) as store:
+        store.prefetch([first, second])
+        wait_for(lambda: images.is_here(docker_host, first) and images.is_here(docker_host, second))
+        with store.hold(first):
+            store._budget_bytes = 0
+        assert store.evict() == [first, second], "what is still waited for goes last"
+        store.prefetch([third])
+        assert store._pulls[third].result(60) is None
+        assert not images.is_here(docker_host, third), "there is no room to pull it ahead"
+        store._budget_bytes = (used_mib + 100) << 20
+        with store.hold(third):
+            assert images.is_here(docker_host, third)
+        client.api.remove_image(third)
 
 
 @pytest.mark.parametrize(

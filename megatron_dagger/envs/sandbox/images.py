@@ -1,7 +1,8 @@
 """The images that a run's containers are made of: pulled ahead, a few at a time, and evicted under a disk budget.
 
 An image that is there is not pulled. Evicted are only images that were asked of this store, the least
-recently used first, and none that a container is made of or that somebody holds.
+recently used first, those that were pulled ahead and not used yet last, and none that a container is made of
+or that somebody holds. Nothing is pulled ahead while the budget is spent.
 """
 
 from __future__ import annotations
@@ -34,20 +35,22 @@ class ImageStore:
         self._pulls: dict[str, Future[None]] = {}
         self._used: dict[str, float] = {}
         self._held: dict[str, int] = {}
+        self._awaited: set[str] = set()  # pulled ahead, and held by nobody since
 
     def prefetch(self, images: Iterable[str]) -> None:
         """Begin to bring images here, and return at once; what fails is told to those who ask for the image."""
         for image in dict.fromkeys(images):
-            self._pull(image)
+            self._pull(image, ahead=True)
 
     @contextlib.contextmanager
     def hold(self, image: str) -> Iterator[str]:
         """Have an image here for the length of a with block. EnvironmentBroken says why it cannot be had."""
         with self._lock:
             self._held[image] = self._held.get(image, 0) + 1
+            self._awaited.discard(image)
         try:
             self._pull(image).result()
-            if not is_here(self._host, image):  # evicted since it was pulled
+            if not is_here(self._host, image):  # evicted since it was pulled, or not pulled for want of room
                 self._pull(image, again=True).result()
             yield image
         finally:
@@ -65,17 +68,19 @@ class ImageStore:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _pull(self, image: str, *, again: bool = False) -> Future[None]:
+    def _pull(self, image: str, *, again: bool = False, ahead: bool = False) -> Future[None]:
         with self._lock:
             known = self._pulls.get(image)
             failed = known is not None and known.done() and known.exception() is not None
-            if known is None or again or failed:
+            if known is None or again or (failed and not ahead):
                 self._used[image] = time.monotonic()
-                known = self._pulls[image] = self._threads.submit(self._bring, image)
+                if ahead:
+                    self._awaited.add(image)
+                known = self._pulls[image] = self._threads.submit(self._bring, image, ahead)
             return known
 
-    def _bring(self, image: str) -> None:
-        if is_here(self._host, image):
+    def _bring(self, image: str, ahead: bool) -> None:
+        if is_here(self._host, image) or (ahead and self._layers_bytes() > self._budget_bytes):
             return
         pause_s = FIRST_PAUSE_S
         for attempt in range(1, PULL_ATTEMPTS + 1):
@@ -100,8 +105,9 @@ class ImageStore:
                 if not idle:
                     logger.warning("images take more than %d MiB, and all are in use", self._budget_bytes >> 20)
                     break
-                image = min(idle, key=self._used.__getitem__)
+                image = min(idle, key=lambda image: (image in self._awaited, self._used[image]))
                 del self._used[image]
+                self._awaited.discard(image)
                 self._pulls.pop(image, None)
             if self._remove(image):
                 evicted.append(image)

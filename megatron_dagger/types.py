@@ -89,7 +89,8 @@ class Turn:
 
     ``prompt_tokens`` are the tokens that the conversation gained since the last action (for turn
     0 the system and task messages): concatenating prompt and action tokens of all turns gives the
-    episode's token stream. ``label`` is the teacher's action in this state, whoever acted.
+    episode's token stream. ``label`` is the teacher's action in this state, whoever acted. ``teacher_logprobs``
+    is (n,) float32, of the action's tokens under the teacher, where it was asked for them.
     """
 
     observation: str
@@ -97,6 +98,7 @@ class Turn:
     executor: Executor
     action: Action
     label: Action | None
+    teacher_logprobs: np.ndarray | None = None
 
     @property
     def agrees(self) -> bool:

@@ -135,6 +135,8 @@ def same_trajectory(a: Trajectory, b: Trajectory) -> bool:
         and x.executor is y.executor
         and same_action(x.action, y.action)
         and same_action(x.label, y.label)
+        and (x.teacher_logprobs is None) == (y.teacher_logprobs is None)
+        and (x.teacher_logprobs is None or np.array_equal(x.teacher_logprobs, y.teacher_logprobs))
         for x, y in zip(a.turns, b.turns, strict=True)
     )
 
@@ -156,14 +158,18 @@ def actions(draw: st.DrawFn) -> Action:
     )
 
 
-def turns() -> st.SearchStrategy[Turn]:
-    return st.builds(
-        Turn,
-        observation=_text,
-        prompt_tokens=_ids,
-        executor=st.sampled_from(Executor),
-        action=actions(),
-        label=st.none() | actions(),
+@st.composite
+def turns(draw: st.DrawFn) -> Turn:
+    action = draw(actions())
+    size = len(action.tokens)
+    scores = draw(st.none() | st.lists(st.floats(-50, 0, width=32), min_size=size, max_size=size)) if size else None
+    return Turn(
+        observation=draw(_text),
+        prompt_tokens=draw(_ids),
+        executor=draw(st.sampled_from(Executor)),
+        action=action,
+        label=draw(st.none() | actions()),
+        teacher_logprobs=None if scores is None else np.array(scores, np.float32),
     )
 
 

@@ -17,7 +17,7 @@ from megatron_dagger.cli.environments import Environment, open_environment
 from megatron_dagger.cli.train import train_and_tell
 from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, load_yaml
 from megatron_dagger.dagger.worker import Worker
-from megatron_dagger.dagger.world import Student, World, round_dir
+from megatron_dagger.dagger.world import Score, Student, World, round_dir
 from megatron_dagger.observability.metrics import Metrics
 from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.status_file import failure_recorded
@@ -105,6 +105,7 @@ def world(
             stack.enter_context(served)
             return ResidentStudent(served, run_dir) if resident else served
 
+        teacher, score = make_teacher(config, run_dir, environment, renderer, stack)
         yield World(
             config=config,
             run_dir=run_dir,
@@ -113,7 +114,8 @@ def world(
             heldout_tasks=environment.heldout_tasks,
             make_env=environment.make_env,
             prefetch=environment.prefetch,
-            teacher=make_teacher(config, run_dir, environment, renderer, stack),
+            teacher=teacher,
+            score=score,
             student=student,
             data=DataStore.create_or_open(run_dir / "data.zarr", writer=name or "driver"),
             evaluations=DataStore.create_or_open(run_dir / "evaluations.zarr", writer=name or "driver"),
@@ -126,22 +128,25 @@ def world(
 
 def make_teacher(
     config: RunConfig, run_dir: Path, environment: Environment, renderer: ChatRenderer, stack: ExitStack
-) -> Policy:
-    """The environment's own expert, or a language model behind an endpoint.
+) -> tuple[Policy, Score | None]:
+    """The environment's own expert, or a language model behind an endpoint, which can score the student's tokens.
 
     Where its servers are may change from job to job: TEACHER_URLS in the environment wins over the settings.
     """
     if not config.teacher.urls:
         assert environment.expert is not None, "RunConfig checks it"
-        return environment.expert(renderer.action)
+        return environment.expert(renderer.action), None
     from megatron_dagger.policies.endpoint import EndpointPolicy
     from megatron_dagger.policies.replies import ReplyStore
+    from megatron_dagger.policies.scoring import TeacherScores
 
     replies = ReplyStore(run_dir / "teacher")
     stack.callback(replies.close)
     found = tuple(os.environ.get(TEACHER_URLS, "").split())
     teacher = replace(config.teacher, urls=found) if found else config.teacher
-    return EndpointPolicy(teacher, replies, read=environment.read, encode=renderer.action)
+    policy = EndpointPolicy(teacher, replies, read=environment.read, encode=renderer.action)
+    scores = TeacherScores(teacher, policy.replicas, replies, decode=renderer.text)
+    return policy, scores.score if config.teacher.score_student_turns else None
 
 
 def prepare_student(config: RunConfig, run_dir: Path, environment: Environment) -> Path:

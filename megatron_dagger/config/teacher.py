@@ -23,6 +23,7 @@ class TeacherConfig:
     concurrent_requests: int = 64  # over all replicas
     request_timeout_s: float = 300.0  # for one answer
     patience_s: float = 1800.0  # how long an answer is asked for, again and again, while no replica gives one
+    score_student_turns: bool = False  # also ask for log-probs of the student's tokens: vLLM, the same vocabulary
     malformed_retries: int = 3  # answers without an action, until the state has no label
     token_budget: int | None = None  # of the whole run: tokens read and written
     price_per_million_prompt_tokens: float = 0.0
@@ -34,6 +35,7 @@ class TeacherConfig:
             require(url.startswith(("http://", "https://")), f"teacher.urls: {url!r} is no http address")
             require("@" not in url, "teacher.urls: an address must hold no key; name a variable in teacher.api_key_env")
         require(not self.urls or bool(self.model), "teacher.model is missing: the name the endpoint serves")
+        require(bool(self.urls) or not self.score_student_turns, "teacher.score_student_turns needs teacher.urls")
         require(
             self.concurrent_requests > 0, f"teacher.concurrent_requests must be positive: {self.concurrent_requests}"
         )

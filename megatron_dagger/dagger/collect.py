@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from megatron_dagger.agents.episode import Actor, EpisodeKey, EpisodeRunner
 from megatron_dagger.config import RunConfig, SamplingConfig
-from megatron_dagger.dagger.world import EpisodeStore, World
+from megatron_dagger.dagger.world import EpisodeStore, Score, World
 from megatron_dagger.types import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,9 @@ async def run_episodes(
     *,
     beta: float,
     stage: str,
+    score: Score | None = None,
 ) -> int:
-    """Run one episode for each task that has none committed yet; the number that broke on the way."""
+    """Run one episode for each task that has none committed yet, and ``score`` it; the number that broke."""
     done = {task for task, _ in store.committed(round_index)}
     waiting = [task for task in tasks if task not in done]
     runner = EpisodeRunner(
@@ -76,7 +77,7 @@ async def run_episodes(
         stage=stage,
     ) as progress:
         try:
-            async for trajectory, tries in _ending(world, runner, round_index, waiting, actor, beta):
+            async for trajectory, tries in _ending(world, runner, round_index, waiting, actor, beta, score):
                 broken += tries - 1
                 solved += trajectory.solved
                 ended.append(trajectory)
@@ -97,6 +98,7 @@ async def _ending(
     tasks: Sequence[str],
     actor: Callable[[EpisodeKey], Actor],
     beta: float,
+    score: Score | None,
 ) -> AsyncIterator[tuple[Trajectory, int]]:
     """Clean episodes in the order in which they end, with the number of tries each took."""
     at_once = world.config.rollout.concurrent_episodes
@@ -109,7 +111,7 @@ async def _ending(
             for attempt in range(1, TRIES + 1):
                 trajectory = await runner.run(functools.partial(world.make_env, task), actor(key), key, beta)
                 if trajectory.stop_reason.is_clean:
-                    return trajectory, attempt
+                    return trajectory if score is None else await score(trajectory), attempt
                 logger.warning("%s broke (%s): %s", task, trajectory.stop_reason, trajectory.details.get("error"))
         raise TooManyBroken(
             f"{task} broke {TRIES} times, last with {trajectory.stop_reason}: {trajectory.details.get('error')}"

@@ -55,8 +55,17 @@ async def collect(world: World, round_index: int, worker: Worker | None = None) 
 
     broken = 0
     if world.data.manifest(round_index) is None:
-        sampling = config.rollout.sampling
-        broken = await run_episodes(world, world.data, round_index, tasks, actor, sampling, beta=share, stage="collect")
+        broken = await run_episodes(
+            world,
+            world.data,
+            round_index,
+            tasks,
+            actor,
+            config.rollout.sampling,
+            beta=share,
+            stage="collect",
+            score=world.score,
+        )
     duration_s = time.monotonic() - started
     if worker:
         worker.record(report.parent, broken_episodes=broken, duration_s=duration_s)

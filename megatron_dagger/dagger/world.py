@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor as ThreadPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from megatron_dagger.agents.chat import ChatRenderer
 from megatron_dagger.config import RunConfig, SamplingConfig
 from megatron_dagger.envs.base import Env
 from megatron_dagger.policies.base import Policy
+from megatron_dagger.types import Trajectory
 from megatron_dagger.weights.canary import Canary
 
 
@@ -44,6 +45,9 @@ class MetricsSink(Protocol):
     def record(self, round_index: int, stage: str, values: dict[str, Any], *, steps: Any = ()) -> bool: ...
 
 
+Score = Callable[[Trajectory], Awaitable[Trajectory]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class World:
     """The parts that a run is put together from; the command line makes it (cli/world.py)."""
@@ -56,6 +60,7 @@ class World:
     make_env: Callable[[str], Env]  # by task id
     prefetch: Callable[[Sequence[str]], None]  # of task ids: what their episodes will need, in the background
     teacher: Policy
+    score: Score | None  # adds what the teacher thinks of the student's tokens to a collected episode
     student: Callable[[], Student]  # started when it is first needed
     data: EpisodeStore
     evaluations: EpisodeStore

@@ -11,7 +11,7 @@ at any moment loses nothing that was committed and leaves nothing half there. An
 (round, task_id, attempt) is kept once; whoever commits it second is ignored. A sealed round never
 changes, and its content and digest do not depend on the order in which episodes arrived.
 
-A seal holds its round in memory (about twice 9 bytes a token, and the texts).
+A seal holds its round in memory (about twice 13 bytes a token, and the texts).
 """
 
 from __future__ import annotations

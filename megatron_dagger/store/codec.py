@@ -37,7 +37,8 @@ def encode(trajectory: Trajectory) -> Columns:
         details = json.dumps(trajectory.details).encode()
     except (TypeError, ValueError) as error:
         raise StoreError(f"{where}: details cannot be written as JSON: {error}") from error
-    flat = {name: _Flat(name) for name in ("tokens", "logprobs", "label_tokens", "label_logprobs", "text")}
+    names = ("tokens", "logprobs", "teacher_logprobs", "label_tokens", "label_logprobs", "text")
+    flat = {name: _Flat(name) for name in names}
     task_id = utf8(trajectory.task_id)
     flat["text"].add(task_id)
     flat["text"].add(np.frombuffer(details, np.uint8))
@@ -91,9 +92,11 @@ def _encode_turn(turn: Turn, flat: dict[str, _Flat], where: str) -> dict[str, in
     row: dict[str, int] = {"executor": EXECUTORS.index(turn.executor), "prompt_start": tokens.size}
     tokens.add(_ids(turn.prompt_tokens, where))
     logprobs.add(_logprobs(None, len(turn.prompt_tokens), where))
+    flat["teacher_logprobs"].add(_logprobs(None, len(turn.prompt_tokens), where))
     row["action_start"] = tokens.size
     tokens.add(_ids(turn.action.tokens, where))
     logprobs.add(_logprobs(turn.action.logprobs, len(turn.action.tokens), where))
+    flat["teacher_logprobs"].add(_logprobs(turn.teacher_logprobs, len(turn.action.tokens), where))
     row["action_end"] = tokens.size
     row["weight_version"] = turn.action.weight_version
     row["has_logprobs"] = turn.action.logprobs is not None
@@ -127,6 +130,7 @@ def _decode_turn(one: Columns, raw: bytes, values: list[int]) -> Turn:
             logprobs=one.label_logprobs[labels].copy() if row["label_has_logprobs"] else None,
             weight_version=row["label_weight_version"],
         )
+    asked = not np.isnan(one.teacher_logprobs[action]).all()
     return Turn(
         observation=string(raw[row["observation_start"] : row["action_text_start"]]),
         prompt_tokens=one.tokens[row["prompt_start"] : row["action_start"]].copy(),
@@ -138,6 +142,7 @@ def _decode_turn(one: Columns, raw: bytes, values: list[int]) -> Turn:
             weight_version=row["weight_version"],
         ),
         label=label,
+        teacher_logprobs=one.teacher_logprobs[action].copy() if asked else None,
     )
 
 

@@ -12,7 +12,11 @@ text                    uint8    UTF-8: per episode task id and details (JSON), 
 turns                   int64    (turns, len(TURN_COLUMNS)); offsets count from the episode's own start
 episodes                int64    (episodes, len(EPISODE_COLUMNS)); offsets count from the array's start
 episode_floats          float64  (episodes, 2): beta, duration_s
+teacher_logprobs        float32  of tokens, under the teacher; NaN where it was not asked for them
 ======================  =======  ======================================================================
+
+An array of ``LATER`` came after the first stores: where all of it is NaN it is not written, and where it is not
+there it is read as that. So older programs and newer ones read each other's stores, unless it is used.
 
 Turn offsets are relative, so an episode's rows do not change when it moves: cutting and joining copy
 slices and adjust only the four ``*_start`` columns of the episode table. Nothing here touches a disk.
@@ -61,6 +65,7 @@ class Columns:
     turns: np.ndarray
     episodes: np.ndarray
     episode_floats: np.ndarray
+    teacher_logprobs: np.ndarray
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -75,7 +80,9 @@ LAYOUT: dict[str, tuple[np.dtype, int]] = {  # dtype and width; width 0 is a 1-D
     "turns": (np.dtype("<i8"), len(TURN_COLUMNS)),
     "episodes": (np.dtype("<i8"), len(EPISODE_COLUMNS)),
     "episode_floats": (np.dtype("<f8"), 2),
+    "teacher_logprobs": (np.dtype("<f4"), 0),
 }
+LATER = {"teacher_logprobs": "tokens"}  # and the array of the same length
 assert list(LAYOUT) == [f.name for f in fields(Columns)]
 
 
@@ -106,6 +113,7 @@ def cut(columns: Columns, index: int) -> Columns:
         turns=columns.turns[turns].copy(),
         episodes=row[None],
         episode_floats=columns.episode_floats[index : index + 1].copy(),
+        teacher_logprobs=columns.teacher_logprobs[tokens].copy(),
     )
 
 
@@ -122,6 +130,19 @@ def join(parts: Sequence[Columns]) -> Columns:
         pieces = shifted if name == "episodes" else [getattr(part, name) for part in parts]
         empty = np.zeros((0, width) if width else 0, dtype)
         arrays[name] = np.concatenate([empty, *pieces])
+    return Columns(**arrays)
+
+
+def written(columns: Columns) -> list[str]:
+    """The arrays that go to the disk."""
+    return [name for name in LAYOUT if name not in LATER or not np.isnan(getattr(columns, name)).all()]
+
+
+def complete(arrays: dict[str, np.ndarray]) -> Columns:
+    """Columns of what was on the disk."""
+    for name, like in LATER.items():
+        if name not in arrays:
+            arrays[name] = np.full(len(arrays[like]), np.nan, LAYOUT[name][0])
     return Columns(**arrays)
 
 

@@ -2,7 +2,7 @@
 
 The digest is the SHA-256 of what a run must reproduce exactly: per episode in (task_id, attempt) order
 the task, the attempt, the outcome, and per turn who acted, the prompt and action tokens and the label's
-tokens. Left out on purpose: log-probs (their last bits depend on what else was in the engine's batch),
+tokens. Left out on purpose: all log-probs (their last bits depend on what else was in the engine's batch),
 durations and ``details`` (they depend on the clock), texts (the tokens decide them), weight versions
 (how many times weights were brought over differs after a resume) and beta (the executors show it).
 The checksums of the chunks cover those.

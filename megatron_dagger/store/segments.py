@@ -28,8 +28,8 @@ CHUNKS_PER_SHARD = 64  # tokens: 16 MiB a file before compression
 def write_segment(path: Path, columns: Columns) -> None:
     """Write ``columns`` as a segment at ``path``; neither synced nor put in place."""
     layout, parts, offset = {}, [], 0
-    for name, (dtype, _) in LAYOUT.items():
-        raw = np.ascontiguousarray(getattr(columns, name), dtype).tobytes()
+    for name in c.written(columns):
+        raw = np.ascontiguousarray(getattr(columns, name), LAYOUT[name][0]).tobytes()
         layout[name] = [offset, len(raw)]
         parts.append(raw)
         offset += len(raw)
@@ -41,15 +41,16 @@ def read_segment(path: Path) -> Columns:
     """The columns of a segment. FileNotFoundError when it is gone (its round was sealed)."""
     array = open_array(path)
     layout = dict(array.attrs).get("layout", {})
-    if set(layout) != set(LAYOUT) or max(sum(place) for place in layout.values()) != array.shape[0]:
+    known = set(LAYOUT) - set(c.LATER) <= set(layout) <= set(LAYOUT)
+    if not known or max(sum(place) for place in layout.values()) != array.shape[0]:
         raise CorruptDataError(f"{path / 'zarr.json'}: the segment's attributes do not describe its data")
     raw = read_rows(path, array)
     arrays = {}
-    for name, (dtype, width) in LAYOUT.items():
-        start, size = layout[name]
+    for name, (start, size) in layout.items():
+        dtype, width = LAYOUT[name]
         values = raw[start : start + size].view(dtype)
         arrays[name] = values.reshape(-1, width) if width else values
-    return Columns(**arrays)
+    return c.complete(arrays)
 
 
 def segment_keys(path: Path) -> list[tuple[str, int]]:
@@ -67,8 +68,10 @@ def segment_keys(path: Path) -> list[tuple[str, int]]:
 
 def write_group(path: Path, columns: Columns) -> None:
     """Write ``columns`` as a group of sharded, compressed arrays at ``path``; not synced."""
-    write_json(path / "zarr.json", group_metadata({"keys": c.keys(columns), **_schema()}))
-    for name in LAYOUT:
+    names = c.written(columns)
+    later = [name for name in names if name in c.LATER]
+    write_json(path / "zarr.json", group_metadata({"keys": c.keys(columns), "later": later, **_schema()}))
+    for name in names:
         rows = CHUNK_ROWS.get(name, DEFAULT_CHUNK_ROWS)
         write_array(path / name, getattr(columns, name), chunk_rows=rows, chunks_per_shard=CHUNKS_PER_SHARD)
 
@@ -85,9 +88,11 @@ class SealedEpisodes:
         self.path = path
         self.keys = segment_keys(path)
         self.position = {key: index for index, key in enumerate(self.keys)}
-        self._arrays = {name: open_array(path / name) for name in LAYOUT}
-        for name, (dtype, width) in LAYOUT.items():
-            array = self._arrays[name]
+        later = read_json(path / "zarr.json")["attributes"].get("later", [])
+        names = [name for name in LAYOUT if name not in c.LATER or name in later]
+        self._arrays = {name: open_array(path / name) for name in names}
+        for name, array in self._arrays.items():
+            dtype, width = LAYOUT[name]
             if array.dtype != dtype or array.shape[1:] != ((width,) if width else ()):
                 raise CorruptDataError(
                     f"{path / name}: expected {dtype} of width {width}, found {array.dtype} of {array.shape}"
@@ -99,7 +104,7 @@ class SealedEpisodes:
         """Episodes ``first`` to ``last`` (not included), read with one access per array."""
         rows = self._episodes[first:last].copy()
         parts: dict[str, np.ndarray] = {"episode_floats": self._floats[first:last]}
-        names = {"turn": ["turns"], "token": ["tokens", "logprobs"],
+        names = {"turn": ["turns"], "token": ["tokens", "logprobs", "teacher_logprobs"],
                  "label": ["label_tokens", "label_logprobs"], "text": ["text"]}  # fmt: skip
         for unit, arrays in names.items():
             start_column, count_column = c.E[f"{unit}_start"], c.E[f"{unit}_count"]
@@ -107,12 +112,13 @@ class SealedEpisodes:
             stop = int(rows[-1, start_column] + rows[-1, count_column])
             rows[:, start_column] -= start
             for name in arrays:
-                parts[name] = self._read(name, start, stop)
-        return Columns(episodes=rows, **parts)
+                if name in self._arrays:
+                    parts[name] = self._read(name, start, stop)
+        return c.complete({"episodes": rows, **parts})
 
     def blocks(self, first: int, bytes_per_block: int = 32 << 20) -> list[tuple[int, int]]:
         """Ranges of episodes from ``first`` on, of about ``bytes_per_block`` each."""
-        sizes = self._episodes[:, [c.E["token_count"], c.E["label_count"], c.E["text_count"]]] @ [8, 8, 1]
+        sizes = self._episodes[:, [c.E["token_count"], c.E["label_count"], c.E["text_count"]]] @ [12, 8, 1]
         ranges, start, size = [], first, 0
         for index in range(first, len(sizes)):
             if size and size + sizes[index] > bytes_per_block:

@@ -16,13 +16,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from megatron_dagger.envs.repo_repair.expert import next_command
 from megatron_dagger.types import Message
 
+PATHS = ("/v1/chat/completions", "/v1/completions")
+
 
 class ChatServer(ThreadingHTTPServer):
-    """``answer(request)`` gives the reply's text, or an HTTP status; ``requests`` and ``headers`` are what came."""
+    """``answer(request)`` gives a reply's text, a status or a whole body; ``requests`` and ``headers``: what came."""
 
     daemon_threads = True
 
-    def __init__(self, answer: Callable[[dict], str | int], port: int = 0):
+    def __init__(self, answer: Callable[[dict], str | int | dict], port: int = 0):
         super().__init__(("127.0.0.1", port), _Handler)
         self.answer, self.requests, self.headers, self.delay_s = answer, [], [], 0.0
         self.most_at_once = self.at_once = 0
@@ -43,12 +45,13 @@ class _Handler(BaseHTTPRequestHandler):
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
         time.sleep(server.delay_s)
-        answer = server.answer(request) if self.path == "/v1/chat/completions" else 404
+        answer = server.answer(request) if self.path in PATHS else 404
         with server.lock:
             server.at_once -= 1
         status = answer if isinstance(answer, int) else 200
         usage = {"prompt_tokens": 100, "completion_tokens": 10}
         body = {"choices": [{"message": {"role": "assistant", "content": answer}}], "usage": usage}
+        body = answer if isinstance(answer, dict) else body
         data = json.dumps(body if status == 200 else {"error": f"status {status}"}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))

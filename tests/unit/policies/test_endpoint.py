@@ -16,7 +16,8 @@ from megatron_dagger.cli.environments import last_line
 from megatron_dagger.config import ConfigError, SamplingConfig, TeacherConfig
 from megatron_dagger.envs.repo_repair.expert import next_command
 from megatron_dagger.policies.base import Policy, PolicyError
-from megatron_dagger.policies.endpoint import BudgetSpent, EndpointPolicy
+from megatron_dagger.policies.endpoint import EndpointPolicy
+from megatron_dagger.policies.replicas import BudgetSpent
 from megatron_dagger.policies.replies import Reply, ReplyStore
 from megatron_dagger.types import Message, State
 from tests.unit.policies.endpoint_server import ChatServer, chat_server, expert

@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dagger.store import arrays, segments
+from megatron_dagger.store import arrays, columns, segments
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import read_json, write_json
 from megatron_dagger.store.errors import BrokenEpisodeError, CorruptDataError, SealedRoundError, StoreError
@@ -264,7 +266,7 @@ def test_a_damaged_chunk_is_found_and_named(store: DataStore, damage: str) -> No
     shutil.rmtree(segment)
     kept.rename(segment)
     store.seal(0)
-    for name in segments.LAYOUT:
+    for name in segments.LAYOUT.keys() - columns.LATER:
         [chunk] = [p for p in (store.path / "rounds/0000/episodes" / name / "c").rglob("*") if p.is_file()]
         content = chunk.read_bytes()
         DAMAGES[damage](chunk)
@@ -299,3 +301,24 @@ def test_verify_finds_valid_chunks_with_other_content(store: DataStore) -> None:
     arrays.write_array(path, tokens, chunk_rows=64)
     with pytest.raises(CorruptDataError, match=r"rounds/0000/episodes.*not what was sealed"):
         store.verify()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_teachers_log_probs_are_kept_and_a_store_without_them_is_as_it_always_was(tmp_path, asked):
+    turn = replace(make_turn([1, 2], [3]), teacher_logprobs=np.float32([-0.5, -1.5]) if asked else None)
+    episodes = [make_trajectory("a", turns=(turn,)), make_trajectory("b")]
+    store = DataStore.create_or_open(tmp_path / "data.zarr")
+    for episode in episodes:
+        store.append([episode])
+    for stage in ("open", "sealed"):
+        assert all(map(same_trajectory, store.episodes(0), episodes)), stage
+        digest = store.seal(0).digest
+    assert (tmp_path / "data.zarr/rounds/0000/episodes/teacher_logprobs").is_dir() is asked
+    assert store.verify() == {0: 2}
+    assert digest == sealed_digest_of(tmp_path / "other", episodes), "which does not cover them"
+
+
+def sealed_digest_of(path, episodes):
+    store = DataStore.create_or_open(path)
+    store.append([replace(e, turns=tuple(replace(t, teacher_logprobs=None) for t in e.turns)) for e in episodes])
+    return store.seal(0).digest

@@ -2,8 +2,9 @@
 
 - load: many episodes at once, each in a container of its own, by replayed tool calls; turns per second, and
   the time of a turn beyond that of its command, which is known, for it sleeps;
-- faults: in the middle of a round the driver is killed (kill -9), then dockerd, which is started again; the
-  same command goes on with the round. Counted is what is left in the end, and what the store lacks or has twice;
+- faults: in the middle of a round the driver is killed (kill -9), then dockerd, then the teacher's server, both
+  of which are started again; the same command goes on with the round. Counted is what is left in the end, what
+  the store lacks or has twice, and how many replies the teacher had to give;
 - hostile: commands that want to break out, to use everything up, or to stay. Each must be contained.
 
     tools/bench_sandbox.py                  a dockerd of its own (as root), an image of this host's programs
@@ -17,6 +18,7 @@ import asyncio
 import functools
 import json
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -33,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_dagger.agents.chat import ChatRenderer
 from megatron_dagger.agents.episode import EpisodeKey, EpisodeRunner
 from megatron_dagger.agents.tokenizer import train_tokenizer
-from megatron_dagger.config import LimitsConfig
+from megatron_dagger.cli.environments import one_tool_call
+from megatron_dagger.config import LimitsConfig, SamplingConfig, TeacherConfig
 from megatron_dagger.dagger.mixing import SoloActor
 from megatron_dagger.envs.base import CommandResult, EnvironmentBroken
 from megatron_dagger.envs.sandbox.docker import DockerLimits, DockerSandbox
@@ -42,11 +45,13 @@ from megatron_dagger.envs.swe.env import SYSTEM_MESSAGE, SweEnv
 from megatron_dagger.envs.swe.swebench import swebench_task
 from megatron_dagger.envs.swe.task import SweTask
 from megatron_dagger.envs.swe.tool_calls import ToolCall
-from megatron_dagger.policies.scripted import ReplayPolicy
+from megatron_dagger.policies.endpoint import EndpointPolicy
+from megatron_dagger.policies.replies import ReplyStore
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.types import StopReason
 from tests import swe_image
 from tests.docker_engine import IMAGE, Daemon, docker_daemon, missing, mounts_below, processes_below
+from tests.unit.policies.endpoint_server import ChatServer
 
 RUN = "bench-sandbox"
 COMMAND_S = 0.25
@@ -54,6 +59,11 @@ SLEEPER = "sleep 0.2500031"  # COMMAND_S, and known again among the host's proce
 LIMITS = DockerLimits(timeout_s=20, memory_mib=256, disk_mib=64, processes=64, cpus=1.0, output_bytes=4000)
 WAIT_S = 900.0
 TRIES = 3
+TEACHER_AWAY_S = 3.0
+REPLIES = (
+    *(ToolCall(name="bash", arguments={"command": f"{SLEEPER}; echo {n}"}).text() for n in range(4)),
+    ToolCall(name="submit", arguments={}).text(),
+)
 Check = Callable[[CommandResult], bool]
 
 # A command, and what must be so of its result; a stop reason: it must end the episode with that.
@@ -84,12 +94,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=64, help="at once")
     parser.add_argument("--turns", type=int, default=10, help="of an episode under load")
-    parser.add_argument("--worker", nargs=3, metavar=("FOLDER", "URL", "COMMIT"), help=argparse.SUPPRESS)
+    names = ("FOLDER", "URL", "COMMIT", "TEACHER")
+    parser.add_argument("--worker", nargs=4, metavar=names, help=argparse.SUPPRESS)
+    parser.add_argument("--teacher", type=int, metavar="PORT", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        folder, url, commit = arguments.worker
-        asyncio.run(collect(Path(folder), url, commit, arguments.episodes, at_once=8))
+        folder, url, commit, teacher = arguments.worker
+        asyncio.run(collect(Path(folder), url, commit, teacher, arguments.episodes, at_once=8))
         return 0
+    if arguments.teacher:
+        with ChatServer(next_reply, arguments.teacher) as server:
+            server.serve_forever()
     if missing():
         sys.exit(f"no Docker daemon can be started: {missing()}")
     with tempfile.TemporaryDirectory(prefix="bench-sandbox-") as folder, docker_daemon() as daemon:
@@ -161,21 +176,32 @@ def hostile(host: DockerHost) -> dict[str, Any]:
 
 
 def faults(daemon: Daemon, folder: Path, commit: str, episodes: int) -> dict[str, Any]:
-    """A round whose driver is killed after a quarter of it, and its daemon after half of it."""
-    command = [sys.executable, str(Path(__file__)), "--episodes", str(episodes)]
-    command += ["--worker", str(folder), daemon.url, commit]
+    """A round whose driver is killed after a quarter of it, its daemon after half of it, its teacher after more."""
+    program, port = [sys.executable, str(Path(__file__))], free_port()
+    url = f"http://127.0.0.1:{port}/v1"
+    command = [*program, "--episodes", str(episodes), "--worker", str(folder), daemon.url, commit, url]
     mounts = len(mounts_below(daemon.home))
-    for share, victim in ((0.25, "driver"), (0.5, "dockerd")):
-        with subprocess.Popen(command) as worker:
-            wait_for(lambda share=share: len(committed(folder)) >= share * episodes or worker.poll() is not None)
-            if victim == "driver":
-                worker.kill()
-            else:
-                daemon.kill()
-                daemon.start()
-            worker.wait(timeout=WAIT_S)  # after a daemon's restart it goes on by itself
-        print(f"faults   {victim} killed; then {len(committed(folder))} episodes are there", flush=True)
-    subprocess.run(command, check=True, timeout=WAIT_S)
+    teacher = subprocess.Popen([*program, "--teacher", str(port)])
+    try:
+        for share, victim in ((0.25, "driver"), (0.5, "dockerd"), (0.7, "teacher")):
+            with subprocess.Popen(command) as worker:
+                wait_for(lambda share=share: len(committed(folder)) >= share * episodes or worker.poll() is not None)
+                if victim == "driver":
+                    worker.kill()
+                elif victim == "dockerd":
+                    daemon.kill()
+                    daemon.start()
+                else:
+                    teacher.kill()
+                    teacher.wait(timeout=WAIT_S)
+                    time.sleep(TEACHER_AWAY_S)
+                    teacher = subprocess.Popen([*program, "--teacher", str(port)])
+                worker.wait(timeout=WAIT_S)  # after a restart of the others it goes on by itself
+            print(f"faults   {victim} killed; then {len(committed(folder))} episodes are there", flush=True)
+        subprocess.run(command, check=True, timeout=WAIT_S)
+    finally:
+        teacher.kill()
+        teacher.wait(timeout=WAIT_S)
     with DockerHost(RUN, daemon.url) as host:
         host.reap()
         leaked = len(host.containers())
@@ -191,19 +217,22 @@ def faults(daemon: Daemon, folder: Path, commit: str, episodes: int) -> dict[str
         "leaked_mounts": len(mounts_below(daemon.home)) - mounts,
         "lost_episodes": len(wanted - set(kept)),
         "duplicate_episodes": len(kept) - len(set(kept)),
+        "teacher_replies": len(ReplyStore(folder / "teacher")),
+        "teacher_replies_needed": episodes * len(REPLIES),
     }
     print(f"faults   {found}", flush=True)
     return found
 
 
-async def collect(folder: Path, url: str, commit: str, episodes: int, at_once: int) -> None:
+async def collect(folder: Path, url: str, commit: str, teacher: str, episodes: int, at_once: int) -> None:
     """The worker: run those episodes of round 0 that are not committed yet."""
     store = DataStore.create_or_open(folder / "data.zarr")
     renderer = ChatRenderer.load(folder)
     task = swebench_task(swe_image.row(commit))
-    replies = [ToolCall(name="bash", arguments={"command": f"{SLEEPER}; echo {n}"}).text() for n in range(4)]
-    replies.append(ToolCall(name="submit", arguments={}).text())
-    actor = SoloActor(policy=ReplayPolicy(replies, renderer.action))
+    endpoint = TeacherConfig(urls=(teacher,), model="replay", sampling=SamplingConfig(max_tokens=200))
+    replies = ReplyStore(folder / "teacher")
+    policy = EndpointPolicy(endpoint, replies, read=one_tool_call, encode=renderer.action)
+    actor = SoloActor(policy=policy)
     limits = LimitsConfig(max_turns=10, max_tokens=20_000)
     places = asyncio.Semaphore(at_once)
     done = {name for name, _ in store.committed(0)}
@@ -225,6 +254,18 @@ async def collect(folder: Path, url: str, commit: str, episodes: int, at_once: i
 
         names = [f"episode-{number}" for number in range(episodes)]
         await asyncio.gather(*[one(name) for name in names if name not in done])
+    replies.close()
+
+
+def next_reply(request: dict[str, Any]) -> str:
+    """What the teacher's server answers."""
+    return REPLIES[sum(message["role"] == "assistant" for message in request["messages"])]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def open_sandbox(host: DockerHost, task: SweTask) -> DockerSandbox:

@@ -8,12 +8,13 @@
     tools/slurm_cluster.py up         start one, print how to talk to it, stop it at Ctrl-C
 
 Everything lies in one temporary directory and listens on free ports. Whatever belongs to the cluster, its
-jobs and their children included, was started with SLURM_CONF naming that directory: by this mark it is
-found and ended, by a second process if this one is killed.
+jobs and their children included, is found and ended (slurm_processes.py), by a second process if this one is
+killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -27,12 +28,17 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import slurm_accounting, slurm_processes
+from tools.slurm_processes import END_DEADLINE_S
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge")
+DAEMONS = ("slurmd", "slurmctld", "munged", "slurmstepd", "slurmdbd", "mariadbd")
 NODES = ("n1", "n2")
 START_DEADLINE_S = 60.0
 COMMAND_DEADLINE_S = 60.0
-END_DEADLINE_S = 10.0
 POLL_S = 0.2
 FAILED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
@@ -49,7 +55,7 @@ MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+{accounting}\
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
 DependencyParameters=kill_invalid_depend
@@ -81,20 +87,22 @@ class SlurmError(RuntimeError):
 
 
 class SlurmCluster:
-    """Nodes n1 and n2 with 4 CPUs and 4 made-up GPUs each; partitions main, and high, which preempts main's jobs."""
+    """Nodes n1 and n2 with 4 CPUs and 4 made-up GPUs each; partitions main, and high, which preempts main's jobs.
 
-    def __init__(self) -> None:
+    With ``accounting`` there is a slurmdbd too, which ``sacct`` needs.
+    """
+
+    def __init__(self, *, accounting: bool = False) -> None:
+        self._accounting = accounting
+        self._user = pwd.getpwuid(os.getuid()).pw_name
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a short path: munge's socket lies in it
         self.conf = self.folder / "slurm.conf"
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._reaper: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> SlurmCluster:
-        missing = [program for program in PROGRAMS if not shutil.which(program)]
-        if missing:
-            raise SlurmError(f"SLURM lacks {', '.join(missing)} (Debian: {' '.join(PACKAGES)})")
-        if os.geteuid() != 0:
-            raise SlurmError("SLURM's node daemons, and the device files of the nodes' GPUs, need root")
+        if missing := lacking(accounting=self._accounting):
+            raise SlurmError(missing)
         try:
             self._start()
         except BaseException:
@@ -161,31 +169,35 @@ class SlurmCluster:
         By itself the controller takes half a minute to notice. The node's jobs are requeued elsewhere; their
         processes stay and go on.
         """
+        self.kill_daemon(node)
+        self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def kill_daemon(self, node: str) -> None:
+        """kill -9 of a node's daemon, of which the controller hears nothing."""
         child = self._children.pop(node)
         child.kill()
         child.wait()
-        self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon again, and wait until the node takes jobs; it ends what it finds of old ones."""
         self._spawn(node, ["slurmd", "-D", "-N", node])
-        self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        self.wait(lambda: self.nodes().get(node) in ("idle", "mix"), START_DEADLINE_S, f"{node} to be idle")
+        with contextlib.suppress(SlurmError):  # it may never have been down, or be up by itself
+            self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self.wait(lambda: self.nodes().get(node) in ("idle", "mix", "alloc"), START_DEADLINE_S, f"{node} to be up")
 
     def processes(self) -> list[int]:
         """All processes of the cluster: daemons, and what jobs started."""
-        mark = f"SLURM_CONF={self.conf}"
-        return [pid for pid in _all_processes() if mark in _environment(pid)]
+        return slurm_processes.marked(self.folder)
 
     def job_processes(self, job_id: str | None = None) -> list[int]:
         """The processes that jobs (or one job) started, on whichever node."""
-        found = [pid for pid in self.processes() if _name(pid) not in ("slurmd", "slurmctld", "munged", "slurmstepd")]
-        jobs = {pid: _variable(pid, "SLURM_JOB_ID") for pid in found}
+        found = [pid for pid in self.processes() if slurm_processes.program(pid) not in DAEMONS]
+        jobs = {pid: slurm_processes.variable(pid, "SLURM_JOB_ID") for pid in found}
         return [pid for pid, job in jobs.items() if job and job_id in (None, job)]
 
     def close(self) -> None:
         """End every process of the cluster, and remove its directory."""
-        _end(self.processes)
+        slurm_processes.end(self.processes)
         for child in self._children.values():
             child.wait(END_DEADLINE_S)
         if self._reaper is not None and self._reaper.stdin is not None:
@@ -205,7 +217,9 @@ class SlurmCluster:
 
     def _start(self) -> None:
         self._reaper = subprocess.Popen(
-            [sys.executable, __file__, "reap", str(self.folder)], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, slurm_processes.__file__, "reap", str(self.folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
         )
         for name in ("munge", "log", "state", "spool/n1", "spool/n2", "dev"):
             (self.folder / name).mkdir(parents=True, mode=0o755)
@@ -216,6 +230,8 @@ class SlurmCluster:
         options = [f"--{name}={self.folder}/munge/{file}" for name, file in munge.items()]
         self._spawn("munged", ["munged", "--foreground", "--force", *options])
         self.wait((self.folder / "munge/socket").exists, START_DEADLINE_S, "munged", lambda: self._tail("munged"))
+        if self._accounting:
+            self._start_accounting()
         self._spawn("slurmctld", ["slurmctld", "-D", "-i"])
         for node in NODES:
             self._spawn(node, ["slurmd", "-D", "-N", node])
@@ -227,19 +243,36 @@ class SlurmCluster:
                 raise SlurmError(f"SLURM did not start: {what}\n{self._tail(dead[0] if dead else 'slurmctld')}")
             time.sleep(0.1)
 
+    def _start_accounting(self) -> None:
+        self._spawn("mariadbd", slurm_accounting.database(self.folder, self._user))
+        ready = slurm_accounting.socket_path(self.folder).exists
+        self.wait(ready, START_DEADLINE_S, "mariadbd", lambda: self._tail("mariadbd"))
+        self._spawn("slurmdbd", ["slurmdbd", "-D"], slurm_accounting.variables(self.folder))
+        self.wait(self._has_accounts, START_DEADLINE_S, "slurmdbd", lambda: self._tail("slurmdbd"))
+
+    def _has_accounts(self) -> bool:
+        try:
+            return "cluster" in self.call("sacctmgr", "-i", "add", "cluster", "virtual").lower()
+        except SlurmError:
+            return False  # slurmdbd does not answer yet
+
     def _write_conf(self) -> None:
         host = socket.gethostname().partition(".")[0]
-        values = {"host": host, "ports": _free_ports(3), "user": pwd.getpwuid(os.getuid()).pw_name}
+        *ports, accounting_port = _free_ports(4)
+        accounting = "AccountingStorageType=accounting_storage/none\n"
+        if self._accounting:
+            accounting = slurm_accounting.write_conf(self.folder, accounting_port, self._user)
+        values = {"host": host, "ports": ports, "user": self._user, "accounting": accounting}
         self.conf.write_text(_CONF.format(folder=self.folder, **values))
         for number in range(4):  # GPUs without device files drain the nodes
             os.mknod(self.folder / "dev" / f"gpu{number}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
         (self.folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={self.folder}/dev/gpu[0-3]\n")
 
-    def _spawn(self, name: str, command: list[str]) -> None:
+    def _spawn(self, name: str, command: list[str], variables: Mapping[str, str] | None = None) -> None:
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             self._children[name] = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
+                command, env={**self.environment, **(variables or {})}, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
     def _all_idle(self) -> bool:
@@ -252,65 +285,35 @@ class SlurmCluster:
         return (self.folder / "log" / f"{name}.out").read_text(errors="replace")[-2000:]
 
 
+def lacking(*, accounting: bool = False) -> str | None:
+    """What is missing here for a cluster, and in which packages it is; None if all is there."""
+    packages, missing = _missing(accounting=accounting)
+    if missing:
+        return f"SLURM lacks {', '.join(missing)} (Debian: {' '.join(packages)})"
+    if os.geteuid() != 0:
+        return "SLURM's node daemons, and the device files of the nodes' GPUs, need root"
+    return None
+
+
+def _missing(*, accounting: bool) -> tuple[list[str], list[str]]:
+    """The packages that a cluster needs, and the programs of them that are not there."""
+    packages = [*PACKAGES, *(slurm_accounting.PACKAGES if accounting else ())]
+    programs = [*PROGRAMS, *(slurm_accounting.PROGRAMS if accounting else ())]
+    return packages, [program for program in programs if not shutil.which(program)]
+
+
 def install() -> None:
-    """Install SLURM where we may and it is missing. SlurmError if that fails."""
-    if all(map(shutil.which, PROGRAMS)):
+    """Install SLURM and its accounting where we may and something is missing. SlurmError if that fails."""
+    packages, missing = _missing(accounting=True)
+    if not missing:
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise SlurmError(f"SLURM is missing and cannot be installed from here (Debian: {' '.join(PACKAGES)})")
+        raise SlurmError(f"SLURM is missing and cannot be installed from here (Debian: {' '.join(packages)})")
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update", "-q"], ["install", "-qy", "--no-install-recommends", *PACKAGES]):
+    for command in (["update", "-q"], ["install", "-qy", "--no-install-recommends", *packages]):
         done = subprocess.run(["apt-get", *command], env=env, capture_output=True, text=True, timeout=600, check=False)
         if done.returncode:
             raise SlurmError(f"apt-get {command[0]} failed:\n{done.stderr[-2000:]}")
-
-
-def reap(folder: Path) -> None:
-    """Wait until the process that made the cluster is gone, then end what it has left."""
-    sys.stdin.buffer.read()
-    if folder.exists():
-        mark = f"SLURM_CONF={folder / 'slurm.conf'}"
-        _end(lambda: [pid for pid in _all_processes() if mark in _environment(pid)])
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _end(find: Callable[[], list[int]]) -> None:
-    """SIGTERM, so that daemons end in order, then SIGKILL, to all that ``find`` finds, until there is none."""
-    end = time.monotonic() + END_DEADLINE_S
-    number = signal.SIGTERM
-    while found := find():
-        for pid in found:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
-        if time.monotonic() > end:
-            raise SlurmError(f"these processes do not end: {found}")
-        time.sleep(0.5 if number == signal.SIGTERM else 0.1)
-        number = signal.SIGKILL
-
-
-def _all_processes() -> list[int]:
-    return [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
-
-
-def _environment(pid: int) -> list[str]:
-    """The environment that a process was started with; of one that has ended, nothing."""
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return []
-
-
-def _variable(pid: int, name: str) -> str | None:
-    return next((text.partition("=")[2] for text in _environment(pid) if text.startswith(f"{name}=")), None)
-
-
-def _name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _free_ports(count: int) -> list[int]:
@@ -327,8 +330,6 @@ def main() -> int:
     match sys.argv[1:]:
         case ["install"]:
             install()
-        case ["reap", folder]:
-            reap(Path(folder))
         case ["up"]:
             install()
             with SlurmCluster() as cluster:

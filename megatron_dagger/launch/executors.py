@@ -44,7 +44,7 @@ def for_stage(executor: run.Executor, nodes: int) -> run.Executor:
             own.setup_lines = "\n".join(filter(None, [own.setup_lines, _RENDEZVOUS]))
     elif nodes > 1:
         raise ValueError(
-            f"training.parallel.nodes={nodes}: {type(executor).__name__} has one node; use run.executor=slurm, or set "
-            "it to 1"
+            f"a stage on {nodes} nodes: {type(executor).__name__} has one; use run.executor=slurm, or set "
+            "training.parallel.nodes and workers to 1"
         )
     return own

@@ -64,16 +64,17 @@ def add_rounds(
     directory: Path,
     *,
     program: str = "megatron-dagger",
+    workers: int = 1,
     work_dir: Path | None = None,
 ) -> list[str]:
     """Add the stages of ``config``'s rounds to ``experiment``, each after the one before; returns their ids.
 
     Paths are as the nodes see them; ``work_dir`` (by default the current directory) is what relative ones
-    start from.
+    start from. With several ``workers`` so many nodes collect a round.
     """
     work_dir = work_dir or Path.cwd()
     ids: list[str] = []
-    for stage in round_stages(config, work_dir / directory, work_dir, program):
+    for stage in round_stages(config, work_dir / directory, work_dir, program, workers=workers):
         executor = for_stage(experiment.executor, stage.nodes)
         task = run.Script(inline=stage.script)
         ids.append(experiment.add(task, executor=executor, name=stage.name, dependencies=ids[-1:]))
@@ -81,19 +82,22 @@ def add_rounds(
 
 
 @run.cli.entrypoint(type="experiment", namespace="megatron_dagger", run_ctx_cls=Context)
-def rounds(ctx: run.cli.RunContext, config: RunConfig, directory: str, program: str = "megatron-dagger") -> None:
-    """Run all rounds of DAgger as jobs: rollout, train, evaluate.
+def rounds(
+    ctx: run.cli.RunContext, config: RunConfig, directory: str, program: str = "megatron-dagger", workers: int = 1
+) -> None:
+    """Run all rounds of DAgger as jobs: rollout, train, evaluate. All are queued at once, each after the one before.
 
     Args:
         ctx: NeMo-Run's context.
         config: A recipe; any of its settings can be overridden, as in config.training.optimizer.lr=1e-6.
         directory: The run directory, on a file system that the nodes share.
         program: Our command line in the jobs' environment, for example /shared/repo/.venv/bin/megatron-dagger.
+        workers: How many nodes collect a round together.
     """
     if ctx.executor is None:
         ctx.executor = run.LocalExecutor()
     with RoundsExperiment(config.name, executor=ctx.executor) as experiment:
-        add_rounds(experiment, config, Path(directory), program=program)
+        add_rounds(experiment, config, Path(directory), program=program, workers=workers)
         ctx.launch(experiment)
 
 

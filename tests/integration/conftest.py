@@ -48,6 +48,17 @@ def undisturbed(cache, tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="session")
+def cluster():
+    """A SLURM of two virtual nodes, with accounting where that is installed."""
+    from tools.slurm_cluster import SlurmCluster, lacking
+
+    if why := lacking():
+        pytest.skip(why)
+    with SlurmCluster(accounting=lacking(accounting=True) is None) as started:
+        yield started
+
+
 @pytest.fixture(scope="module")
 def tied_student(written):
     from tests.integration.served import start

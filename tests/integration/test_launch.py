@@ -1,6 +1,5 @@
-"""Rounds as NeMo-Run jobs on this machine: its command line in the launch environment, ours in this one."""
+"""Rounds as NeMo-Run jobs on SLURM: its command line in the launch environment, ours in this one."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_dagger.config import RunConfig, load_yaml
+from megatron_dagger.observability.status import status
 from megatron_dagger.store.atomic import read_json
+from tools.slurm_cluster import lacking
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-launch" / "bin" / "python"
@@ -29,21 +30,43 @@ SETTINGS = [
     "dagger.evaluation_tasks=1",
     "rollout.limits.max_turns=4",
 ]
+SLURM = ["run.executor=slurm", "run.executor.mem=8000", "run.executor.time=00:20:00"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.exists(), reason="there is no .venv-launch with NeMo-Run: tools/setup makes it"),
+]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not PYTHON.exists(), reason="there is no .venv-launch with NeMo-Run: tools/setup makes it")
-def test_a_round_of_real_jobs(tmp_path):
-    command = [PYTHON, "-m", "megatron_dagger.launch", "--yes", "config=quickstart", "directory=run"]
-    command += [f"program='{sys.executable} -m megatron_dagger.cli.main'", "run.executor=local"]
-    command += [f"config.{setting}" for setting in SETTINGS]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(tmp_path / "nemo")}
+def launch(folder, environment, *words):
+    """The launcher's exit code, and what it printed."""
+    command = [PYTHON, "-m", "megatron_dagger.launch", "--yes", "config=quickstart", "directory=run", *words]
+    variables = {**environment, "PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(folder / "nemo"), "COLUMNS": "200"}
     settings = [f"config.{setting}" for setting in SETTINGS]
-    done = subprocess.run(
-        [*command, *settings], env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert load_yaml(RunConfig, tmp_path / "run" / "config.yaml").training.max_steps == 2
-    folder = tmp_path / "run" / "rounds" / "0000"
-    assert read_json(folder / "train" / "manifest.json")["steps"] == 2
-    assert read_json(folder / "evaluate.json")["weight_version"] == 0
+    done = subprocess.run([*command, *settings], env=variables, cwd=folder, capture_output=True, text=True, timeout=500)
+    return done.returncode, done.stdout + done.stderr
+
+
+def program(*words):
+    return f"program='{' '.join(words)}'"
+
+
+@pytest.mark.skipif(lacking(accounting=True) is not None, reason=str(lacking(accounting=True)))
+def test_a_round_of_jobs_on_slurm_and_one_that_fails(cluster, cache, tmp_path):
+    """The whole chain is queued at once; two workers collect, each on its node."""
+    ours = program(sys.executable, "-m", "megatron_dagger.cli.main")
+    environment = {**cluster.environment, "MEGATRON_DAGGER_CACHE": str(cache)}
+    code, output = launch(tmp_path, environment, *SLURM, ours, "workers=2")
+    assert code == 0, output[-5000:]
+    run = tmp_path / "run"
+    assert load_yaml(RunConfig, run / "config.yaml").training.max_steps == 2
+    assert read_json(run / "rounds/0000/train/manifest.json")["steps"] == 2
+    assert read_json(run / "rounds/0000/evaluate.json")["weight_version"] == 0
+    for number in (0, 1):
+        assert "1/1 episodes" in (run / f"logs/worker-{number}.log").read_text()
+    assert " on n1" in status(run)
+
+    code, output = launch(tmp_path, environment, *SLURM, program("false"), "run.executor.retries=0")
+    assert code == 1, output[-5000:]
+    assert "round0-rollout (FAILED)" in output
+    assert "round0-train (CANCELLED)" in output

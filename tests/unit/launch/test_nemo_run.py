@@ -119,4 +119,4 @@ def test_a_wrong_setting_is_an_error_of_the_command(tmp_path, setting, message):
 def test_a_run_for_several_nodes_is_refused_on_one_machine(tmp_path):
     recipe = "config=qwen3_4b_swegym_4x8h100"
     output = nemo(tmp_path, *LAUNCH, "--yes", "--dryrun", recipe, "directory=it", expected=1)
-    assert "training.parallel.nodes=4: LocalExecutor has one node" in output
+    assert "a stage on 4 nodes: LocalExecutor has one" in output

@@ -11,9 +11,9 @@ from recipes import find_recipe
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def stages(*settings, directory=Path("/runs/it"), work_dir=Path("/work dir"), program="megatron-dagger"):
+def stages(*settings, directory=Path("/runs/it"), work_dir=Path("/work dir"), program="megatron-dagger", workers=1):
     config = override(find_recipe("quickstart")(), list(settings))
-    return round_stages(config, directory, work_dir, program)
+    return round_stages(config, directory, work_dir, program, workers=workers)
 
 
 def test_each_round_is_rollout_train_evaluate():
@@ -29,6 +29,17 @@ def test_evaluation_of_the_last_round_only():
 def test_only_training_spans_nodes():
     nodes = {stage.name: stage.nodes for stage in stages("training.parallel.nodes=2", "dagger.rounds=0")}
     assert nodes == {"round0-rollout": 1, "round0-train": 2, "round0-evaluate": 1}
+
+
+def test_several_workers_collect_before_the_round_is_sealed():
+    found = stages("dagger.rounds=1", "dagger.evaluate_rounds=last", workers=3)
+    assert [(stage.name, stage.nodes) for stage in found] == [
+        ("round0-collect", 3), ("round0-rollout", 1), ("round0-train", 1),
+        ("round1-collect", 3), ("round1-rollout", 1), ("round1-train", 1), ("round1-evaluate", 1),
+    ]  # fmt: skip
+    assert found[3].script.endswith("rollout /runs/it --round 1 --worker $SLURM_PROCID/$SLURM_NTASKS\n")
+    assert " create " in found[0].script
+    assert not any(" create " in stage.script for stage in found[1:])
 
 
 def test_the_first_script_really_makes_the_run(tmp_path):

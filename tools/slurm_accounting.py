@@ -1,0 +1,66 @@
+"""The accounting of a virtual SLURM: slurmdbd over a MariaDB of its own, so that ``sacct`` answers.
+
+NeMo-Run asks it how its jobs are. The database has no tables of users and listens on a socket in the cluster's
+directory alone: it is ready after a quarter of a second, and gone with the directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+PROGRAMS = ("mariadbd", "slurmdbd", "sacct")
+PACKAGES = ("mariadb-server-core", "slurmdbd")
+
+_CONF = """\
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+DbdHost=localhost
+DbdPort={port}
+SlurmUser={user}
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser={user}
+StorageLoc=accounting
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/log/slurmdbd.log
+"""
+
+
+def write_conf(folder: Path, port: int, user: str) -> str:
+    """Write slurmdbd's file beside slurm.conf; returns the lines that slurm.conf needs."""
+    path = folder / "slurmdbd.conf"
+    path.write_text(_CONF.format(folder=folder, port=port, user=user))
+    path.chmod(0o600)  # slurmdbd wants it so
+    return (
+        "AccountingStorageType=accounting_storage/slurmdbd\n"
+        f"AccountingStorageHost=localhost\nAccountingStoragePort={port}\n"
+        f"AccountingStoragePass={folder}/munge/socket\n"
+    )
+
+
+def database(folder: Path, user: str) -> list[str]:
+    """The database's command line; it is ready when ``socket_path`` is there."""
+    (folder / "database").mkdir()
+    return [
+        "mariadbd",
+        "--no-defaults",
+        f"--datadir={folder}/database",
+        f"--socket={socket_path(folder)}",
+        f"--pid-file={folder}/mariadbd.pid",
+        f"--user={user}",
+        "--skip-networking",
+        "--skip-grant-tables",
+        "--innodb-buffer-pool-size=16M",
+        "--innodb-log-file-size=4M",
+        "--innodb-flush-log-at-trx-commit=0",
+    ]
+
+
+def variables(folder: Path) -> Mapping[str, str]:
+    """How slurmdbd finds the database."""
+    return {"MYSQL_UNIX_PORT": str(socket_path(folder))}
+
+
+def socket_path(folder: Path) -> Path:
+    return folder / "mariadbd.socket"

@@ -8,8 +8,10 @@ come out whole and in the model's order.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import mmap
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,7 @@ class MegatronCheckpoint:
         self.tensors = read_metadata(self.directory)
         self._maps: dict[Path, mmap.mmap] = {}
         self._views: dict[tuple[str, Chunk], torch.Tensor] = {}  # a chunk is asked for with every block of it
+        self._chunks_of: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}  # by stored name, then ``Source.lead``
 
     def sources(self, model: ModelConfig) -> list[Source]:
         """The model's Megatron tensors in the model's order, each with its place.
@@ -102,29 +105,42 @@ class MegatronCheckpoint:
         import torch
 
         box = box or Box((0,) * len(source.shape), source.shape)
+        parts = list(self.parts(source, box))
+        if len(parts) == 1:
+            return parts[0][1]
+        result = torch.empty(box.shape, dtype=parts[0][1].dtype)
+        for place, values in parts:
+            result[place.slices] = values
+        return result
+
+    def parts(self, source: Source, box: Box) -> Iterator[tuple[Box, torch.Tensor]]:
+        """A box of a tensor as its chunks have it: each one's part, and where in the box it belongs.
+
+        The values are views of the file.
+        """
         wanted, depth = Block(source.name, box, (0,) * len(box.start)), len(source.lead)
-        result: torch.Tensor | None = None
-        for chunk in source.stored.chunks:
-            inner = tuple(index - offset for index, offset in zip(source.lead, chunk.offsets, strict=False))
-            if not all(0 <= index < size for index, size in zip(inner, chunk.sizes, strict=False)):
-                continue
+        for chunk in self._chunks(source):
             here = Block(source.name, Box(chunk.offsets[depth:], chunk.sizes[depth:]), wanted.start)
             common = overlap(here, wanted)
-            if common is None:
-                continue
-            values = self._view(chunk, source.stored)[inner][common[0].slices]
-            if common[1].shape == box.shape:
-                return values
-            if result is None:
-                result = torch.empty(box.shape, dtype=values.dtype)
-            result[common[1].slices] = values
-        assert result is not None, "the chunks were checked to cover the tensor"
-        return result
+            if common is not None:
+                inner = tuple(index - offset for index, offset in zip(source.lead, chunk.offsets, strict=False))
+                yield common[1], self._view(chunk, source.stored)[inner][common[0].slices]
 
     def bytes_stored(self, model: ModelConfig) -> int:
         """The bytes of the model's weights in the files."""
         stored = {source.stored.name: source.stored for source in self.sources(model)}
         return sum(chunk.length for tensor in stored.values() for chunk in tensor.chunks)
+
+    def _chunks(self, source: Source) -> list[Chunk]:
+        """Those that have a part of the tensor; an entry of many layers and experts has very many others."""
+        table = self._chunks_of.get(source.stored.name)
+        if table is None:
+            table = self._chunks_of[source.stored.name] = defaultdict(list)
+            for chunk in source.stored.chunks:
+                ranges = [range(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True)]
+                for lead in itertools.product(*ranges[: len(source.lead)]):
+                    table[lead].append(chunk)
+        return table[source.lead]
 
     def _unstacked(self) -> Iterator[Source]:
         for stored in self.tensors.values():

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_dagger.config.model import ModelConfig
@@ -52,6 +52,10 @@ class Copy:
     target_rank: int
     target_parameter: str
     target: Box
+
+    def part(self, inside: Box) -> Copy:
+        """What it copies of ``inside``, a box of its block."""
+        return replace(self, source=_within(self.source, inside), target=_within(self.target, inside))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,6 +202,10 @@ def _copies(
         )
         for here, there in pairs
     ]
+
+
+def _within(box: Box, inside: Box) -> Box:
+    return Box(tuple(map(sum, zip(box.start, inside.start, strict=True))), inside.shape)
 
 
 def _grouped(pairs: Iterable[tuple[int, Copy]]) -> dict[int, list[Copy]]:

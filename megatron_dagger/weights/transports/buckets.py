@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
 from megatron_dagger.weights.blocks import ITEMSIZE, Box
@@ -186,14 +186,6 @@ def _cut(copy: Copy, most_elements: int, axis: int = 0) -> Iterator[Copy]:
         return
     step = max(1, most_elements // math.prod(shape[axis + 1 :]))
     for first in range(0, shape[axis], step):
-        yield from _cut(_part(copy, axis, first, min(step, shape[axis] - first)), most_elements, axis + 1)
-
-
-def _part(copy: Copy, axis: int, first: int, extent: int) -> Copy:
-    def part(box: Box) -> Box:
-        start, shape = list(box.start), list(box.shape)
-        start[axis] += first
-        shape[axis] = extent
-        return Box(tuple(start), tuple(shape))
-
-    return replace(copy, source=part(copy.source), target=part(copy.target))
+        start = tuple(first if i == axis else 0 for i in range(len(shape)))
+        extent = (*shape[:axis], min(step, shape[axis] - first), *shape[axis + 1 :])
+        yield from _cut(copy.part(Box(start, extent)), most_elements, axis + 1)

@@ -7,7 +7,7 @@ engine holds in FP8 it quantises itself: it has whole blocks.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
 from megatron_dagger.weights.blocks import Box
@@ -47,9 +47,9 @@ class CheckpointTransport:
             elif wire.dtypes[name] == VALUES:
                 parts = list(of_parameter)
                 scales = {scales_name(name): self._scales(name, parts)}
-                yield from ((copy, self._quantised(copy, scales[scales_name(name)])) for copy in parts)
+                yield from self._quantised(parts, scales[scales_name(name)])
             else:
-                yield from ((copy, self._read(copy)) for copy in of_parameter)
+                yield from self._read(of_parameter)
 
     def _scales(self, name: str, copies: Sequence[Copy]) -> torch.Tensor:
         """The scales of this rank's parameter. Its values are read twice, from the same memory."""
@@ -59,24 +59,29 @@ class CheckpointTransport:
 
         shape = self._table[scales_name(name)].shape(self._agreement.target.shard(self._rank, experts=False))
         maxima = torch.zeros(shape, dtype=torch.float32)  # the default dtype is the engine's
-        for copy in copies:
-            fold_maxima(maxima, self._read(copy), copy.target)
+        for copy, values in self._read(copies):
+            fold_maxima(maxima, values, copy.target)
         return scales_of(maxima)
 
-    def _quantised(self, copy: Copy, scales: torch.Tensor) -> torch.Tensor:
+    def _quantised(self, copies: Sequence[Copy], scales: torch.Tensor) -> Iterator[tuple[Copy, torch.Tensor]]:
         from megatron_dagger.weights.quantise import quantise
 
-        return quantise(self._read(copy), scales, copy.target)
+        for copy, values in self._read(copies):
+            yield copy, quantise(values, scales, copy.target)
 
-    def _read(self, copy: Copy) -> torch.Tensor:
-        name, box = copy.source_tensor, copy.source
-        if "{}" not in name:
-            return self._checkpoint.read(self._sources[name], box)
-        import torch
-
-        inner = Box(box.start[1:], box.shape[1:])
-        numbers = range(box.start[0], box.start[0] + box.shape[0])
-        return torch.stack([self._checkpoint.read(self._sources[name.format(i)], inner) for i in numbers])
+    def _read(self, copies: Iterable[Copy]) -> Iterator[tuple[Copy, torch.Tensor]]:
+        """The parts of the copies that the files have in one piece; putting them together is left to who copies."""
+        for copy in copies:
+            name, box = copy.source_tensor, copy.source
+            if "{}" not in name:
+                for place, values in self._checkpoint.parts(self._sources[name], box):
+                    yield copy.part(place), values
+                continue
+            inner = Box(box.start[1:], box.shape[1:])
+            for number in range(box.shape[0]):
+                expert = self._sources[name.format(box.start[0] + number)]
+                for place, values in self._checkpoint.parts(expert, inner):
+                    yield copy.part(Box((number, *place.start), (1, *place.shape))), values[None]
 
     def __enter__(self) -> Self:
         return self

@@ -50,6 +50,9 @@ def check_supported(model: ModelConfig, training: TrainingConfig, *, cuda: bool)
                 f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} micro-batches, got "
                 f"{training.micro_batches}; change training.global_batch_tokens"
             )
+    _check_optimizer(training, cuda=cuda)
+    _check_recompute(model, training)
+    _check_fp8(model, training)
     if training.precision.startswith("fp8"):
         if not cuda:
             raise ConfigError(f"training.precision={training.precision} needs a GPU; use fp32 or bf16 here")
@@ -58,6 +61,57 @@ def check_supported(model: ModelConfig, training: TrainingConfig, *, cuda: bool)
                 f"training.precision={training.precision} needs training.sequence_length to be a "
                 f"multiple of {training.row_multiple}, got {training.sequence_length}"
             )
+
+
+def _check_optimizer(training: TrainingConfig, *, cuda: bool) -> None:
+    """Megatron-Core's conditions on the precision-aware optimizer (OptimizerConfig.__post_init__)."""
+    config = training.optimizer
+    if not config.precision_aware:
+        return
+    moments, fraction = f"moments={config.moments}", f"cpu_offload_fraction={config.cpu_offload_fraction}"
+    asked = f"training.optimizer.{moments if config.moments != 'fp32' else fraction}"
+    if not uses_transformer_engine(training, cuda=cuda):
+        raise ConfigError(
+            f"{asked} needs Transformer Engine's AdamW, on a GPU in bf16 or fp8; set moments=fp32 and "
+            "cpu_offload_fraction=0 here"
+        )
+    if not config.distributed:
+        raise ConfigError(f"{asked} needs the distributed optimizer; set training.optimizer.distributed=true")
+
+
+def _check_recompute(model: ModelConfig, training: TrainingConfig) -> None:
+    if training.recompute != "selective":
+        return
+    modules = set(training.recompute_modules)
+    experts = sorted(modules & {"moe", "moe_act"})
+    if experts and model.num_moe_experts is None:
+        raise ConfigError(f"training.recompute_modules has {experts[0]}, and family {model.family} has no experts")
+    outputs = sorted(modules & {"layernorm", "moe_act"})
+    if outputs and training.precision == "fp8_delayed":
+        raise ConfigError(
+            f"training.recompute_modules: Megatron-Core cannot recompute {outputs[0]} with precision=fp8_delayed; "
+            "use fp8_tensorwise, or leave it out"
+        )
+
+
+def _check_fp8(model: ModelConfig, training: TrainingConfig) -> None:
+    """Megatron-Core's conditions on FP8's options (TransformerConfig.__post_init__; Megatron-LM's arguments.py)."""
+    fp8, ends = training.precision.startswith("fp8"), training.bf16_layers_at_ends
+    for name in ("fp8_param_gather", "bf16_layers_at_ends"):
+        if getattr(training, name) and not fp8:
+            raise ConfigError(f"training.{name} needs an FP8 precision, and training.precision={training.precision}")
+    if training.fp8_param_gather and not training.optimizer.distributed:
+        raise ConfigError("training.fp8_param_gather needs training.optimizer.distributed=true")
+    if training.fp8_param_gather and model.num_moe_experts is not None:
+        raise ConfigError("training.fp8_param_gather is for dense models here; set it to false")
+    if ends and training.precision == "fp8_delayed":
+        raise ConfigError(
+            f"training.bf16_layers_at_ends={ends}: delayed scaling cannot leave layers out; use fp8_tensorwise or "
+            "fp8_blockwise"
+        )
+    most = model.num_layers // training.parallel.pipeline_model_parallel_size
+    if not 0 <= ends <= most:
+        raise ConfigError(f"training.bf16_layers_at_ends={ends} must lie between 0 and a stage's {most} layers")
 
 
 def uses_transformer_engine(training: TrainingConfig, *, cuda: bool) -> bool:

@@ -9,6 +9,7 @@ from megatron_dagger.config.base import require
 from megatron_dagger.config.model import ModelConfig
 
 Packing = Literal["shared_prefix", "separate"]
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +96,21 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     distributed: bool = True  # Megatron's distributed optimizer
     reset_each_round: bool = False  # forget the moments when a new round begins
+    moments: Literal["fp32", "bf16", "fp8"] = "fp32"  # in which they are kept; below fp32 by Transformer Engine's AdamW
+    cpu_offload_fraction: float = 0.0  # of the optimizer's state that is kept and updated in the host's memory
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"training.optimizer.lr must be positive, got {self.lr}")
         require(0 <= self.min_lr <= self.lr, "training.optimizer.min_lr must lie between 0 and lr")
+        require(
+            0 <= self.cpu_offload_fraction <= 1,
+            f"training.optimizer.cpu_offload_fraction={self.cpu_offload_fraction} must lie between 0 and 1",
+        )
+
+    @property
+    def precision_aware(self) -> bool:
+        """Whether Megatron's precision-aware optimizer is needed (it is the one that can be offloaded, too)."""
+        return self.moments != "fp32" or self.cpu_offload_fraction > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +120,15 @@ class TrainingConfig:
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise"] = "fp32"
+    fp8_param_gather: bool = False  # weights are FP8 between steps too, and gathered so by the distributed optimizer
+    bf16_layers_at_ends: int = 0  # the first and the last so many layers stay in BF16 in an FP8 precision
     epochs: float = 3.0  # passes over the round's aggregated data, at most max_steps
     max_steps: int | None = None  # optimizer steps a round, at most
     sequence_length: int = 4096  # tokens of one packed micro-batch row, at most
     packing: Packing = "separate"  # shared_prefix: an episode's labels share their prefix (no Transformer Engine yet)
     global_batch_tokens: int = 16384  # tokens of one optimizer step at most, a multiple of sequence_length
     recompute: Literal["none", "selective", "full"] = "none"
+    recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # with selective
     checkpoint_interval: int = 50  # steps between two checkpoints within a round
     threads_per_process: int = 1  # OpenMP threads, on the CPU
     deadline_s: float = 7200.0  # a round over this is ended with an error

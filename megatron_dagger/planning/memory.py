@@ -15,6 +15,7 @@ from megatron_dagger.planning.gpus import Gpu
 from megatron_dagger.planning.parameters import rank_parameters, worker_parameters
 
 GIB = 1 << 30
+_MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
 _ROUND_LABELS = 8  # the trainer fills label positions up to a multiple (training.loss)
 
 
@@ -83,11 +84,14 @@ def state_bytes(training: TrainingConfig, parameters: int) -> tuple[float, float
     Weights in the training precision, gradients in fp32 (``grad_reduce_in_fp32``), AdamW's two moments in
     fp32 and, with BF16 weights, their main copy in fp32: 6 + 12 / d bytes a parameter, d the data-parallel
     size, with the distributed optimizer, else 18 (Megatron-LM, ``training/theoretical_memory_usage.py``).
-    In fp32 the weights are their own main copy: 8 + 8 / d, else 16.
+    In fp32 the weights are their own main copy: 8 + 8 / d, else 16. Moments of fewer bytes and offloading
+    count in the optimizer's part.
     """
-    low = training.precision != "fp32"
-    share = training.parallel.data_parallel_size if training.optimizer.distributed else 1
-    return (2.0 if low else 4.0) * parameters, 4.0 * parameters, (12.0 if low else 8.0) * parameters / share
+    low, config = training.precision != "fp32", training.optimizer
+    share = training.parallel.data_parallel_size if config.distributed else 1
+    state = (4.0 if low else 0.0) + 2 * _MOMENT_BYTES[config.moments]
+    here = state * (1 - config.cpu_offload_fraction) / share
+    return (2.0 if low else 4.0) * parameters, 4.0 * parameters, here * parameters
 
 
 def training_memory(
@@ -102,7 +106,7 @@ def training_memory(
     return TrainingMemory(
         stage=stage,
         parameters=parameters.total,
-        weights=weights,
+        weights=weights - (2.0 * parameters.matrices if training.fp8_param_gather else 0.0),
         # TELinear caches a weight in FP8 and its transpose between micro-batches: one byte each
         fp8_weights=2.0 * parameters.matrices if training.precision.startswith("fp8") else 0.0,
         gradients=gradients,

@@ -66,9 +66,10 @@ def save(directory: Path, chunks: list[Any], optimizer: Any, state: CheckpointSt
     torch.distributed.barrier()
 
 
-def load(directory: Path, chunks: list[Any], optimizer: Any | None, *, exact: bool = False) -> None:
+def load(directory: Path, chunks: list[Any], optimizer: Any | None, *, exact: bool = False) -> dict[str, Any]:
     """Fill the model from ``directory``, and the optimizer too if one is given, on all ranks together.
 
+    Returns the chunks' states as they were saved, by Megatron's names for them (``model0``, ...).
     ``exact`` also takes Transformer Engine's FP8 scales, which only a run of the same precision has.
     """
     if optimizer is not None:
@@ -79,13 +80,15 @@ def load(directory: Path, chunks: list[Any], optimizer: Any | None, *, exact: bo
     loaded = compat.load_sharded(sharded, directory)
     for index, chunk in enumerate(chunks):
         bare(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+    states = {f"model{index}": loaded[f"model{index}"] for index in range(len(chunks))}
     if optimizer is None:
-        return
+        return states
     optimizer.load_state_dict(loaded["optimizer"])
     for part in each_optimizer(optimizer):
         for values in part.optimizer.state.values():
             if torch.is_tensor(values.get("step")):
                 values["step"] = values["step"].clone()  # Megatron gives all parameters the same tensor
+    return states
 
 
 def read_state(directory: Path) -> CheckpointState:

@@ -56,4 +56,4 @@ def _own_tensors(chunks: list[Any], model: ModelConfig) -> Iterator[tuple[list[B
                 continue
             own = layout.own_shard(name)
             blocks = lookup(model).layout(name, model).blocks(own, padded_rows=padded_vocab_size(model, own.size))
-            yield blocks, parameter.detach()
+            yield blocks, layout.values(parameter)

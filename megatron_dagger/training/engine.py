@@ -38,6 +38,7 @@ class Engine:
         self.chunks = optimizer.data_parallel(chunks, training)
         self.optimizer = optimizer.build(self.chunks, training)
         self.holds: Path | None = None  # the checkpoint that says what weights and moments are, if one does
+        self._stepped = False
         self.select = not training.parallel.sequence_parallel  # there each rank has other positions
         heads = [model.bare(c) for c in self.chunks if getattr(model.bare(c), "post_process", False)]
         self._forward_step = loss.forward_step(
@@ -52,9 +53,11 @@ class Engine:
         ``exact``, to resume a round, needs a checkpoint of the same precision.
         """
         checkpoint.check_model(directory, self.model_config)
-        checkpoint.load(directory, self.chunks, self.optimizer if with_optimizer else None, exact=exact)
-        if not with_optimizer:
-            self.optimizer.reload_model_params()  # the main copy of BF16 weights
+        if self._stepped and not with_optimizer:  # the moments are to be forgotten
+            self.optimizer = optimizer.build(self.chunks, self.training)
+        saved = checkpoint.load(directory, self.chunks, self.optimizer if with_optimizer else None, exact=exact)
+        if not with_optimizer:  # the main copy of BF16 weights; of FP8 weights as they were before they were rounded
+            self.optimizer.reload_model_params(saved if self.training.fp8_param_gather else None)
         self.holds = directory if with_optimizer else None
 
     def save(self, directory: Path, state: checkpoint.CheckpointState) -> None:
@@ -62,18 +65,13 @@ class Engine:
         checkpoint.save(directory, self.chunks, self.optimizer, state)
         self.holds = directory
 
-    def forget_moments(self) -> None:
-        """Go on from the weights with a new optimizer."""
-        self.optimizer = optimizer.build(self.chunks, self.training)
-        self.holds = None
-
     def step(self, rows: Sequence[PackedRow], *, normaliser: float, learning_rate: float) -> StepResult:
         """Train on this data-parallel rank's ``rows``, one a micro-batch.
 
         ``normaliser`` is the sum of the label weights of all ranks' rows. The result is the same on
         every rank.
         """
-        self.holds = None
+        self.holds, self._stepped = None, True
         value = self.forward_backward(rows, normaliser=normaliser)
         optimizer.set_learning_rate(self.optimizer, learning_rate)
         succeeded, grad_norm, _ = self.optimizer.step()

@@ -18,7 +18,7 @@ from megatron_dagger.weights.transports.open import send_weights
 def own_tensors(engine: Engine) -> dict[str, torch.Tensor]:
     """This rank's parameters by the names that the plan has for them, a tied output layer's copy included."""
     return {
-        name: parameter.detach()
+        name: layout.values(parameter)
         for chunk in engine.chunks
         for name, parameter in layout.global_parameters(bare(chunk), number_experts=False)
     }

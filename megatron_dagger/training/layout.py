@@ -32,6 +32,12 @@ def cut(full: torch.Tensor, layout: Layout, own: Shard) -> torch.Tensor:
     return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)
 
 
+def values(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter's values; those of an FP8 one (``training.fp8_param_gather``) in BF16, as a copy."""
+    detached = parameter.detach()
+    return detached if type(detached) is torch.Tensor else detached.dequantize()
+
+
 def own_shard(name: str) -> Shard:
     """This rank's share of a parameter: experts are cut over ranks of their own."""
     if _EXPERT.search(name):

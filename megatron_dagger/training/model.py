@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dagger.config import ModelConfig, TrainingConfig, support
-from megatron_dagger.training import compat, layout
+from megatron_dagger.training import compat, layout, optimizer
 from megatron_dagger.training.local_modules import RMSNorm, TokenRope, TreeAttention
 from megatron_dagger.weights.families import lookup
 from megatron_dagger.weights.families.decoder import EMBEDDING, OUTPUT_LAYER
@@ -38,13 +38,23 @@ def uses_transformer_engine(training: TrainingConfig) -> bool:
 
 
 def transformer_config(model: ModelConfig, training: TrainingConfig) -> TransformerConfig:
-    """Megatron's config for this model, layout and precision."""
+    """Megatron's config for this model, layout and precision on this machine."""
+    config = compat.transformer_config(**settings(model, training, cuda=torch.cuda.is_available()))
+    if model.yarn:  # which Megatron reads off attributes that are no fields
+        for name, value in dataclasses.asdict(model.yarn).items():
+            setattr(config, f"yarn_{'rotary_scaling_factor' if name == 'factor' else name}", value)
+        for name, value in {"mscale": None, "mscale_all_dim": None, "correction_range_round_to_int": True}.items():
+            setattr(config, f"yarn_{name}", value)
+    return config
+
+
+def settings(model: ModelConfig, training: TrainingConfig, *, cuda: bool) -> dict[str, Any]:
+    """The fields of Megatron's TransformerConfig, with CUDA or on the CPU."""
     parallel = training.parallel
-    engine = uses_transformer_engine(training)
-    cuda = torch.cuda.is_available()
+    engine = support.uses_transformer_engine(training, cuda=cuda)
     dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
     virtual = parallel.virtual_pipeline_model_parallel_size
-    settings: dict[str, Any] = {
+    return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "ffn_hidden_size": model.ffn_hidden_size,
@@ -84,13 +94,6 @@ def transformer_config(model: ModelConfig, training: TrainingConfig) -> Transfor
         **_recompute(training),
         **_fp8(training),
     }
-    config = compat.transformer_config(**settings)
-    if model.yarn:  # which Megatron reads off attributes that are no fields
-        for name, value in dataclasses.asdict(model.yarn).items():
-            setattr(config, f"yarn_{'rotary_scaling_factor' if name == 'factor' else name}", value)
-        for name, value in {"mscale": None, "mscale_all_dim": None, "correction_range_round_to_int": True}.items():
-            setattr(config, f"yarn_{name}", value)
-    return config
 
 
 def _experts(model: ModelConfig, training: TrainingConfig, engine: bool) -> dict[str, Any]:
@@ -118,20 +121,26 @@ def _recompute(training: TrainingConfig) -> dict[str, Any]:
     if training.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if training.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        return {"recompute_granularity": "selective", "recompute_modules": list(training.recompute_modules)}
     return {}
 
 
 def _fp8(training: TrainingConfig) -> dict[str, Any]:
-    """Transformer Engine's recipes as Megatron names them; E4M3 forward, E5M2 gradients."""
-    if training.precision == "fp8_delayed":
-        history = {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
-        return {"fp8": "hybrid", "fp8_recipe": "delayed", **history}
-    if training.precision == "fp8_tensorwise":
-        return {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
-    if training.precision == "fp8_blockwise":
-        return {"fp8": "e4m3", "fp8_recipe": "blockwise"}
-    return {}
+    """Transformer Engine's recipes as Megatron names them; but for blocks E4M3 forward and E5M2 for gradients."""
+    recipe, ends = optimizer.fp8_recipe(training), training.bf16_layers_at_ends
+    if recipe is None:
+        return {}
+    settings: dict[str, Any] = {
+        "fp8": "e4m3" if recipe == "blockwise" else "hybrid",
+        "fp8_recipe": recipe,
+        "fp8_param": training.fp8_param_gather,
+        "first_last_layers_bf16": ends > 0,
+        "num_layers_at_start_in_bf16": ends,
+        "num_layers_at_end_in_bf16": ends,
+    }
+    if recipe == "delayed":
+        settings |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return settings
 
 
 def build(model: ModelConfig, training: TrainingConfig, config: TransformerConfig) -> list[Any]:
@@ -213,7 +222,10 @@ def initialize_weights(chunks: list[Any], model: ModelConfig, seed: int) -> None
             if name == OUTPUT_LAYER and model.tie_embeddings:
                 name = EMBEDDING
             entry, own = lookup(model).layout(name, model), layout.own_shard(name)
-            parameter.copy_(layout.cut(_random(name, entry, model, seed, own.size), entry, own))
+            values = layout.cut(_random(name, entry, model, seed, own.size), entry, own)
+            parameter.copy_(values)
+            if hasattr(parameter, "get_high_precision_init_val"):  # an FP8 weight's, which its main copy begins with
+                parameter.get_high_precision_init_val().copy_(values)
 
 
 def _random(name: str, entry: Layout, model: ModelConfig, seed: int, size: int) -> torch.Tensor:

@@ -40,6 +40,8 @@ from megatron_dagger.weights.canary import MOST_TOKENS, Canary
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+# Settings that change no loss.
+_NEUTRAL = ("parallel", "checkpoint_interval", "threads_per_process", "deadline_s", "recompute", "recompute_modules")
 
 
 class NoTrainingDataError(ValueError):
@@ -159,10 +161,8 @@ class _Round:
         if self.job.init_checkpoint is not None:  # round 0's is of weights alone
             keep_moments = self.job.round_index > 0 and not self.job.training.optimizer.reset_each_round
             before = Path(self.job.init_checkpoint)
-            if self.engine.holds != before:
+            if not (keep_moments and self.engine.holds == before):
                 self.engine.load(before, with_optimizer=keep_moments)
-            elif not keep_moments:
-                self.engine.forget_moments()
         return 0
 
     def _step(self, step: int) -> None:
@@ -253,7 +253,7 @@ def fingerprint(job: TrainJob, data: packing.PackedDataset) -> str:
     hasher = hashlib.sha256()
     neutral = replace(job, output_dir="", weight_version=0, quantization="none")
     settings = to_dict(neutral)
-    for name in ("parallel", "checkpoint_interval", "threads_per_process", "deadline_s", "recompute"):
+    for name in _NEUTRAL:
         del settings["training"][name]
     hasher.update(json.dumps(settings, sort_keys=True).encode())
     for sample in data.samples:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dagger.config import ConfigError, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_dagger.config import ConfigError, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron_dagger.config.support import check_supported
 
 EXPERTS = {"family": "qwen3_moe", "num_moe_experts": 4, "moe_ffn_hidden_size": 96}
@@ -48,3 +48,34 @@ def test_experts_are_spread_over_tensor_and_data_parallel_ranks():
 def test_a_layout_that_cannot_be_is_refused_with_the_reason(model, parallel, message):
     with pytest.raises(ConfigError, match=message):
         check(model, parallel)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"precision": "fp8_delayed", "bf16_layers_at_ends": 1}, "use fp8_tensorwise or fp8_blockwise"),
+        ({"precision": "fp8_blockwise", "bf16_layers_at_ends": 5}, "between 0 and a stage's 4 layers"),
+        ({"precision": "bf16", "bf16_layers_at_ends": 1}, "bf16_layers_at_ends needs an FP8 precision"),
+        ({"precision": "bf16", "fp8_param_gather": True}, "fp8_param_gather needs an FP8 precision"),
+        ({"precision": "fp8_tensorwise", "sequence_length": 4104, "global_batch_tokens": 4104}, "a multiple of 16"),
+        ({"precision": "fp32", "optimizer": OptimizerConfig(moments="bf16")}, "moments=bf16 needs Transformer Engine"),
+        (
+            {"precision": "bf16", "optimizer": OptimizerConfig(cpu_offload_fraction=0.5, distributed=False)},
+            "cpu_offload_fraction=0.5 needs the distributed optimizer",
+        ),
+        (
+            {"precision": "fp8_delayed", "recompute": "selective", "recompute_modules": ("layernorm",)},
+            "cannot recompute layernorm with precision=fp8_delayed",
+        ),
+        ({"recompute": "selective", "recompute_modules": ("moe",)}, "has moe, and family qwen3 has no experts"),
+    ],
+)
+def test_what_megatron_refuses_is_refused_with_the_way_out(training, message):
+    with pytest.raises(ConfigError, match=message):
+        check({}, {}, cuda=True, packing="separate", **training)
+
+
+def test_lower_precision_needs_a_gpu():
+    for settings in ({"precision": "fp8_blockwise"}, {"optimizer": OptimizerConfig(moments="bf16")}):
+        with pytest.raises(ConfigError, match="GPU"):
+            check({}, {}, **settings)

@@ -27,6 +27,14 @@ def test_state_is_megatrons_18_bytes_a_parameter_or_6_and_12_over_dp():
     assert sum(state_bytes(replace(BF16, parallel=layout(), optimizer=replicated), 1000)) == 18_000
 
 
+def test_moments_in_lower_precision_and_offloading_count():
+    def state(**optimizer):
+        return state_bytes(replace(BF16, parallel=layout(), optimizer=OptimizerConfig(**optimizer)), 1000)[2]
+
+    assert state(moments="bf16") == 1000 * (4 + 2 * 2) / 8
+    assert state(moments="fp8", cpu_offload_fraction=0.75) == 1000 * (4 + 2 * 1) / 8 / 4
+
+
 def test_a_layer_keeps_about_what_megatron_lm_says():
     """``theoretical_memory_usage.py``: s b h (18 + 4 ffn/h) with sequence parallelism and selective recomputation.
 
@@ -66,6 +74,9 @@ def test_fp8_keeps_two_more_bytes_a_weight_and_smaller_inputs():
     assert bf16.fp8_weights == 0
     assert fp8.fp8_weights == pytest.approx(2 * 6.95e9, rel=0.01)
     assert fp8.activations < bf16.activations
+    gathered = replace(BF16, precision="fp8_tensorwise", fp8_param_gather=True)
+    kept = training_memory(QWEN3_8B, gathered, GPUS["h100"], Assumptions(), 0)
+    assert fp8.weights - kept.weights == kept.fp8_weights == fp8.fp8_weights
 
 
 def test_the_canary_needs_logits_of_a_whole_row():

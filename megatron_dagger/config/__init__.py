@@ -7,7 +7,7 @@ from megatron_dagger.config.rollout import EngineConfig, LimitsConfig, RolloutCo
 from megatron_dagger.config.run import RunConfig, TasksConfig
 from megatron_dagger.config.swe import SweConfig
 from megatron_dagger.config.teacher import TeacherConfig
-from megatron_dagger.config.training import OptimizerConfig, Packing, ParallelConfig, TrainingConfig
+from megatron_dagger.config.training import OptimizerConfig, Packing, ParallelConfig, Precision, TrainingConfig
 
 __all__ = [
     "AggregationConfig",
@@ -20,6 +20,7 @@ __all__ = [
     "OptimizerConfig",
     "Packing",
     "ParallelConfig",
+    "Precision",
     "RolloutConfig",
     "RunConfig",
     "SamplingConfig",

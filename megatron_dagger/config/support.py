@@ -9,58 +9,66 @@ from megatron_dagger.config.training import TrainingConfig
 
 def check_supported(model: ModelConfig, training: TrainingConfig, *, cuda: bool) -> None:
     """Raise ConfigError for settings that the trainer cannot run, with CUDA or on the CPU."""
-    parallel = training.parallel
-    parallel.check_model(model)
-    tensor_parallel = parallel.tensor_model_parallel_size
-    if model.num_moe_experts is not None and tensor_parallel > 1 and not parallel.sequence_parallel:
+    training.parallel.check_model(model)
+    _check_parallel(training)
+    if model.num_moe_experts is not None:
+        _check_experts(model, training, cuda=cuda)
+    _check_optimizer(training, cuda=cuda)
+    _check_recompute(model, training)
+    _check_fp8(model, training, cuda=cuda)
+    masked = training.packing == "shared_prefix" and uses_transformer_engine(training, cuda=cuda)
+    if (masked or _is_fp8(training)) and training.sequence_length % training.row_multiple:
         raise ConfigError(
-            f"training.parallel.tensor_model_parallel_size={tensor_parallel} with experts needs sequence parallelism "
-            "(Megatron-Core's rule); set training.parallel.sequence_parallel=true"
+            f"training.precision={training.precision} with packing={training.packing} needs training.sequence_length "
+            f"to be a multiple of {training.row_multiple}, got {training.sequence_length}"
+        )
+
+
+def _check_parallel(training: TrainingConfig) -> None:
+    parallel = training.parallel
+    if parallel.context_parallel_size > 1:
+        raise ConfigError(
+            f"training.parallel.context_parallel_size={parallel.context_parallel_size}: a packed row is not cut over "
+            "ranks, since a label's tokens see a prefix that other ranks would hold; set it to 1 and use tensor "
+            "parallelism with sequence_parallel for long rows"
+        )
+    if training.sequence_length % parallel.tensor_model_parallel_size:
+        raise ConfigError(
+            f"training.sequence_length={training.sequence_length} is no multiple of "
+            f"training.parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}"
+        )
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    if virtual is None or virtual == 1:
+        return
+    if parallel.pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            f"training.parallel.virtual_pipeline_model_parallel_size={virtual} needs pipeline_model_parallel_size > 1"
+        )
+    if training.micro_batches % parallel.pipeline_model_parallel_size:
+        raise ConfigError(
+            f"the interleaved schedule needs a multiple of "
+            f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} micro-batches, got "
+            f"{training.micro_batches}; change training.global_batch_tokens"
+        )
+
+
+def _check_experts(model: ModelConfig, training: TrainingConfig, *, cuda: bool) -> None:
+    parallel = training.parallel
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"training.parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size} with experts needs "
+            "sequence parallelism (Megatron-Core's rule); set training.parallel.sequence_parallel=true"
+        )
+    if model.moe_router_topk == 1 and model.norm_topk_prob:
+        raise ConfigError(
+            "model.moe_router_topk=1 with model.norm_topk_prob weighs every expert with 1, so that the router learns "
+            "nothing; set model.norm_topk_prob=false"
         )
     if parallel.expert_tensor_parallel_size > 1 and not cuda:
         raise ConfigError(
             f"training.parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size} needs NCCL (gloo "
             "cannot gather ranks' unequal numbers of tokens); set it to 1 and use expert_model_parallel_size"
         )
-    if parallel.context_parallel_size > 1:
-        raise ConfigError(
-            f"training.parallel.context_parallel_size={parallel.context_parallel_size}: packed rows are "
-            "trained without context parallelism; set it to 1 and use tensor or pipeline parallelism"
-        )
-    if training.sequence_length % tensor_parallel:
-        raise ConfigError(
-            f"training.sequence_length={training.sequence_length} is no multiple of "
-            f"training.parallel.tensor_model_parallel_size={tensor_parallel}"
-        )
-    if training.packing == "shared_prefix" and uses_transformer_engine(training, cuda=cuda):
-        raise ConfigError(
-            "training.packing=shared_prefix needs attention over trees, which the Transformer Engine layers "
-            f"(training.precision={training.precision} on a GPU) lack; set training.packing=separate"
-        )
-    virtual = parallel.virtual_pipeline_model_parallel_size
-    if virtual is not None and virtual > 1:
-        if parallel.pipeline_model_parallel_size == 1:
-            raise ConfigError(
-                f"training.parallel.virtual_pipeline_model_parallel_size={virtual} needs "
-                "pipeline_model_parallel_size > 1"
-            )
-        if training.micro_batches % parallel.pipeline_model_parallel_size:
-            raise ConfigError(
-                f"the interleaved schedule needs a multiple of "
-                f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size} micro-batches, got "
-                f"{training.micro_batches}; change training.global_batch_tokens"
-            )
-    _check_optimizer(training, cuda=cuda)
-    _check_recompute(model, training)
-    _check_fp8(model, training)
-    if training.precision.startswith("fp8"):
-        if not cuda:
-            raise ConfigError(f"training.precision={training.precision} needs a GPU; use fp32 or bf16 here")
-        if training.sequence_length % training.row_multiple:
-            raise ConfigError(
-                f"training.precision={training.precision} needs training.sequence_length to be a "
-                f"multiple of {training.row_multiple}, got {training.sequence_length}"
-            )
 
 
 def _check_optimizer(training: TrainingConfig, *, cuda: bool) -> None:
@@ -94,9 +102,11 @@ def _check_recompute(model: ModelConfig, training: TrainingConfig) -> None:
         )
 
 
-def _check_fp8(model: ModelConfig, training: TrainingConfig) -> None:
-    """Megatron-Core's conditions on FP8's options (TransformerConfig.__post_init__; Megatron-LM's arguments.py)."""
-    fp8, ends = training.precision.startswith("fp8"), training.bf16_layers_at_ends
+def _check_fp8(model: ModelConfig, training: TrainingConfig, *, cuda: bool) -> None:
+    """Megatron-Core's conditions on FP8 (TransformerConfig.__post_init__; Megatron-LM's arguments.py)."""
+    fp8, ends = _is_fp8(training), training.bf16_layers_at_ends
+    if fp8 and not cuda:
+        raise ConfigError(f"training.precision={training.precision} needs a GPU; use fp32 or bf16 here")
     for name in ("fp8_param_gather", "bf16_layers_at_ends"):
         if getattr(training, name) and not fp8:
             raise ConfigError(f"training.{name} needs an FP8 precision, and training.precision={training.precision}")
@@ -112,6 +122,10 @@ def _check_fp8(model: ModelConfig, training: TrainingConfig) -> None:
     most = model.num_layers // training.parallel.pipeline_model_parallel_size
     if not 0 <= ends <= most:
         raise ConfigError(f"training.bf16_layers_at_ends={ends} must lie between 0 and a stage's {most} layers")
+
+
+def _is_fp8(training: TrainingConfig) -> bool:
+    return training.precision.startswith("fp8")
 
 
 def uses_transformer_engine(training: TrainingConfig, *, cuda: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ from megatron_dagger.config.base import require
 from megatron_dagger.config.model import ModelConfig
 
 Packing = Literal["shared_prefix", "separate"]
+Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]
 
 
@@ -119,13 +121,13 @@ class TrainingConfig:
 
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    precision: Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise"] = "fp32"
+    precision: Precision = "fp32"
     fp8_param_gather: bool = False  # weights are FP8 between steps too, and gathered so by the distributed optimizer
     bf16_layers_at_ends: int = 0  # the first and the last so many layers stay in BF16 in an FP8 precision
     epochs: float = 3.0  # passes over the round's aggregated data, at most max_steps
     max_steps: int | None = None  # optimizer steps a round, at most
     sequence_length: int = 4096  # tokens of one packed micro-batch row, at most
-    packing: Packing = "separate"  # shared_prefix: an episode's labels share their prefix (no Transformer Engine yet)
+    packing: Packing = "separate"  # shared_prefix: an episode's labels share their prefix
     global_batch_tokens: int = 16384  # tokens of one optimizer step at most, a multiple of sequence_length
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # with selective
@@ -145,8 +147,13 @@ class TrainingConfig:
 
     @property
     def row_multiple(self) -> int:
-        """Tokens that a row's length is a multiple of: each rank's share suits FP8 (16 a GEMM, 128 a block)."""
-        return (128 if self.precision == "fp8_blockwise" else 16) * self.parallel.tensor_model_parallel_size
+        """Tokens that a row's length is a multiple of.
+
+        Each rank's share suits FP8 (GEMMs of 16, blocks of 128), and below fp32 block masks of 128 the row.
+        """
+        masked = self.packing == "shared_prefix" and self.precision != "fp32"
+        share = (128 if self.precision == "fp8_blockwise" else 16) * self.parallel.tensor_model_parallel_size
+        return math.lcm(share, 128) if masked else share
 
     @property
     def micro_batches(self) -> int:

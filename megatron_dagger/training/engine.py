@@ -44,7 +44,7 @@ class Engine:
         self._forward_step = loss.forward_step(
             {id(head): loss.LabelLogits(head, model_config.vocab_size) for head in heads}
         )
-        self._te = model.uses_transformer_engine(training)
+        self._attention = model.attention(training)
         self._schedule = get_forward_backward_func()
 
     def load(self, directory: Path, *, with_optimizer: bool, exact: bool = False) -> None:
@@ -115,7 +115,9 @@ class Engine:
         select: bool,
         forward_step: Any = None,
     ) -> list[Any]:
-        batches = [loss.micro_batch(row, normaliser, self.device, select=select, engine=self._te) for row in rows]
+        batches = [
+            loss.micro_batch(row, normaliser, self.device, select=select, attention=self._attention) for row in rows
+        ]
         several = len(self.chunks) > 1
         result = self._schedule(
             forward_step_func=forward_step or self._forward_step,

@@ -85,6 +85,7 @@ class TreeParams(PackedSeqParams):
     trees: tuple[Tree, ...] = ()
     longest: int = 1  # branch
     ramp: torch.Tensor | None = None
+    block_mask: Any = None  # FlexAttention's, where that attends
 
     def mask(self, seen: int, own: int, dtype: torch.dtype) -> torch.Tensor:
         """(own, own + seen), for a branch of ``own`` tokens that sees ``seen`` of its trunk."""

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_dagger.training import local_modules
-from megatron_dagger.training.model import bare
+from megatron_dagger.training.model import Attention, bare
 from megatron_dagger.training.packing import PackedRow
 
 _ROUND_POSITIONS = 8  # label positions are filled up to a multiple, which GEMMs like
@@ -42,12 +42,11 @@ class MicroBatch:
 
 
 def micro_batch(
-    row: PackedRow, normaliser: float, device: torch.device, *, select: bool, engine: bool = False
+    row: PackedRow, normaliser: float, device: torch.device, *, select: bool, attention: Attention = "trees"
 ) -> MicroBatch:
     """Move a row to the device.
 
-    ``select`` keeps only the label positions for the output layer; ``engine``: the layers are
-    Transformer Engine's, whose attention takes segments, not trees.
+    ``select`` keeps only the label positions for the output layer; ``attention``: what the layers' takes.
     """
     where = _label_positions(row.weights) if select else np.arange(len(row.tokens))
 
@@ -57,12 +56,23 @@ def micro_batch(
     return MicroBatch(
         tokens=put(row.tokens),
         position_ids=put(row.position_ids),
-        packed=_segments(row, device) if engine else local_modules.tree_params(row, device),
+        packed=_packed(row, device, attention),
         positions=torch.from_numpy(where).to(device) if select else None,
         targets=put(row.targets[where]),
         weights=put(row.weights[where]),
         normaliser=normaliser,
     )
+
+
+def _packed(row: PackedRow, device: torch.device, attention: Attention) -> PackedSeqParams:
+    if attention == "segments":
+        return _segments(row, device)
+    params = local_modules.tree_params(row, device)
+    if attention == "blocks":
+        from megatron_dagger.training.flex_attention import block_mask
+
+        params.block_mask = block_mask(row, device)
+    return params
 
 
 def _segments(row: PackedRow, device: torch.device) -> PackedSeqParams:

@@ -1,7 +1,8 @@
 """Builds Megatron-Core's GPTModel for a decoder of a known family, and fills it with layout-independent weights.
 
-Layers are Transformer Engine's on a GPU in BF16 and FP8, else Megatron's local ones with the
-modules in ``local_modules``. Both have the same names in a checkpoint.
+Layers are Transformer Engine's on a GPU in BF16 and FP8 (where prefixes are shared, with the attention in
+``flex_attention``), else Megatron's local ones with the modules in ``local_modules``. Both have the same
+names in a checkpoint.
 
 Random weights are drawn per parameter from a seed made of the run's seed and the parameter's global
 name, and then cut: the same seed gives the same model under every parallel layout.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -20,11 +21,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dagger.config import ModelConfig, TrainingConfig, support
 from megatron_dagger.training import compat, layout, optimizer
+from megatron_dagger.training.flex_attention import TreeFlexAttention
 from megatron_dagger.training.local_modules import RMSNorm, TokenRope, TreeAttention
 from megatron_dagger.weights.families import lookup
 from megatron_dagger.weights.families.decoder import EMBEDDING, OUTPUT_LAYER
 from megatron_dagger.weights.families.layout import Layout
 from megatron_dagger.weights.layouts import padded_vocab_size
+
+# Of a row's trees, each trunk and branch (local layers); its block mask, or its segments (Transformer Engine's).
+Attention = Literal["trees", "blocks", "segments"]
 
 
 def check_supported(model: ModelConfig, training: TrainingConfig) -> None:
@@ -35,6 +40,13 @@ def check_supported(model: ModelConfig, training: TrainingConfig) -> None:
 def uses_transformer_engine(training: TrainingConfig) -> bool:
     """Whether the layers are Transformer Engine's."""
     return support.uses_transformer_engine(training, cuda=torch.cuda.is_available())
+
+
+def attention(training: TrainingConfig) -> Attention:
+    """What the core attention is told of a row."""
+    if not uses_transformer_engine(training):
+        return "trees"
+    return "blocks" if training.packing == "shared_prefix" else "segments"
 
 
 def transformer_config(model: ModelConfig, training: TrainingConfig) -> TransformerConfig:
@@ -154,7 +166,7 @@ def build(model: ModelConfig, training: TrainingConfig, config: TransformerConfi
         where = {"ignore_virtual": False, "vp_stage": stage} if virtual else {}
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=_layer_spec(config, uses_transformer_engine(training), stage, virtual),
+            transformer_layer_spec=_layer_spec(config, attention(training), stage, virtual),
             vocab_size=padded_vocab_size(model, training.parallel.tensor_model_parallel_size),
             max_sequence_length=model.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(**where),
@@ -167,7 +179,7 @@ def build(model: ModelConfig, training: TrainingConfig, config: TransformerConfi
         for name, parameter in chunk.named_parameters():
             if ".experts." in name:  # reduced and optimized apart also where EP is 1: a checkpoint is for any layout
                 setattr(parameter, "allreduce", False)  # noqa: B010
-        if not uses_transformer_engine(training):
+        if attention(training) != "segments":
             TokenRope(chunk)
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
@@ -175,19 +187,22 @@ def build(model: ModelConfig, training: TrainingConfig, config: TransformerConfi
     return chunks
 
 
-def _layer_spec(config: TransformerConfig, engine: bool, stage: int, virtual: int | None) -> Any:
+def _layer_spec(config: TransformerConfig, attention: Attention, stage: int, virtual: int | None) -> Any:
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.transformer_block import (
         TransformerBlockSubmodules,
         get_num_layers_to_build,
     )
 
-    if engine:
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+    if attention != "trees":
+        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+        if attention == "blocks":
+            spec.submodules.self_attention.submodules.core_attention = TreeFlexAttention
+        return spec
     spec = gpt_layer_specs.get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
@@ -195,11 +210,11 @@ def _layer_spec(config: TransformerConfig, engine: bool, stage: int, virtual: in
     spec.submodules.pre_mlp_layernorm = RMSNorm
     if config.num_moe_experts:  # the norm is fused into no linear: Transformer Engine's checkpoints call it so too
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    attention = spec.submodules.self_attention.submodules
+    inner = spec.submodules.self_attention.submodules
     if config.qk_layernorm:
-        attention.q_layernorm = RMSNorm
-        attention.k_layernorm = RMSNorm
-    attention.core_attention = TreeAttention
+        inner.q_layernorm = RMSNorm
+        inner.k_layernorm = RMSNorm
+    inner.core_attention = TreeAttention
     layers = get_num_layers_to_build(config, vp_stage=stage if virtual else None)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 

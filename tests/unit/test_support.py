@@ -28,8 +28,9 @@ def test_experts_are_spread_over_tensor_and_data_parallel_ranks():
 @pytest.mark.parametrize(
     ("model", "parallel", "message"),
     [
-        ({}, {"world_size": 2, "context_parallel_size": 2}, "trained without context parallelism; set it to 1"),
+        ({}, {"world_size": 2, "context_parallel_size": 2}, "prefix that other ranks would hold; set it to 1"),
         ({}, {"world_size": 2, "expert_model_parallel_size": 2}, "family qwen3 has no experts; set it to 1"),
+        (EXPERTS | {"moe_router_topk": 1}, {}, "set model.norm_topk_prob=false"),
         (EXPERTS, TP2, "set training.parallel.sequence_parallel=true"),
         (EXPERTS | {"num_moe_experts": 6}, {"world_size": 4, "expert_model_parallel_size": 4}, r"choose one of \[1, 2"),
         (

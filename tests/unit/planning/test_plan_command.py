@@ -46,7 +46,7 @@ def test_a_recipe_that_cannot_fit_is_refused_with_reason_and_way_out(capsys):
         (["quickstart", "--assume", "mfuu=1"], "did you mean mfu"),
         (["quickstart", "--assume", "mfu=7"], "must lie in"),
         (["qwen3_4b_swegym_8h100", "--gpu", "a100"], "a100 has no FP8"),
-        (["qwen3_4b_swegym_8h100", "training.packing=shared_prefix"], "needs attention over trees"),
+        (["qwen3_4b_swegym_8h100", "training.bf16_layers_at_ends=40"], "must lie between 0 and a stage's 36 layers"),
         (["qwen3_4b_swegym_8h100", "rollout.engine.tensor_parallel_size=3"], "does not divide"),
         (["smollm2_135m_repair_1gpu", "rollout.engine.tensor_parallel_size=3"], "one node"),
     ],

@@ -78,5 +78,5 @@ def test_the_rope_table_is_never_as_long_as_a_row_of_several_segments():
         tokens = np.arange(length, dtype=np.int32) % 50
         label = StateLabel(position=length - 1, tokens=tokens[length - 1 :])
         data = pack([LabelledEpisode(tokens=tokens, labels=(label,))], 128)
-        batch = micro_batch(data.row(0), 1.0, CPU, select=True, engine=True)
+        batch = micro_batch(data.row(0), 1.0, CPU, select=True, attention="segments")
         assert length - 1 <= batch.packed.max_seqlen_q < 128

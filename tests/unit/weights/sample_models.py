@@ -19,7 +19,7 @@ def sample_model(family: str, **settings: Any) -> ModelConfig:
     heads, head = settings.setdefault("num_attention_heads", 4), settings.setdefault("kv_channels", 2)
     defaults: dict[str, Any] = {"family": family, "hidden_size": heads * head, "num_layers": 2, "vocab_size": 70}
     if family == "qwen3_moe":
-        defaults |= {"num_moe_experts": 4, "moe_ffn_hidden_size": 4, "moe_router_topk": 1}
+        defaults |= {"num_moe_experts": 4, "moe_ffn_hidden_size": 4, "moe_router_topk": 2}
     return ModelConfig(**(defaults | {"ffn_hidden_size": 8} | settings))
 
 

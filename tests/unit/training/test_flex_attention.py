@@ -1,0 +1,63 @@
+"""Attention by block mask: the mask against the definition, place by place, and the output against TreeAttention's."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_mask
+
+from megatron_dagger.training.flex_attention import BLOCK, TreeFlexAttention, block_mask, blocks
+from megatron_dagger.training.local_modules import TreeAttention, tree_params
+from megatron_dagger.training.packing import pack
+from megatron_dagger.types import LabelledEpisode, StateLabel
+
+HEADS, GROUPS, SIZE, LENGTH = 4, 2, 16, 12 * BLOCK
+CPU = torch.device("cpu")
+
+
+def row(seed):
+    """Two long episodes with branches of all lengths, one short one, and padding."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for length in (700, 300, 20):
+        tokens = rng.integers(0, 9, length).astype(np.int32)
+        positions = np.sort(rng.choice(np.arange(1, length), 3, replace=False))
+        labels = [StateLabel(position=int(p), tokens=rng.integers(10, 19, rng.integers(1, 70))) for p in positions]
+        made.append(LabelledEpisode(tokens=tokens, labels=(*labels, StateLabel(position=4, tokens=tokens[4:]))))
+    return pack(made, LENGTH).row(0)
+
+
+def visible(packed):
+    starts = np.repeat(packed.trees[:-1], np.diff(packed.trees))[:, None]
+    place, other = np.arange(LENGTH)[:, None], np.arange(LENGTH)[None]
+    in_prefix = (other >= starts) & (other < packed.prefix_stops[:, None])
+    return in_prefix | ((other >= packed.run_starts[:, None]) & (other <= place))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_are_left_out_or_whole_exactly_where_the_places_say_so(seed):
+    packed = row(seed)
+    sees = visible(packed)
+    tiles = sees.reshape(LENGTH // BLOCK, BLOCK, LENGTH // BLOCK, BLOCK)
+    partial, full = blocks(packed)
+    assert np.array_equal(partial | full, tiles.any((1, 3)))
+    assert not (full & ~tiles.all((1, 3))).any()
+    assert full.any() and not (partial | full).all()
+    mask = block_mask(packed, CPU)
+    assert np.array_equal(create_mask(mask.mask_mod, 1, 1, LENGTH, LENGTH, device="cpu")[0, 0].numpy(), sees)
+    assert np.array_equal(mask.to_dense()[0, 0].numpy().astype(bool), partial | full)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_output_is_that_of_attention_run_by_run(seed):
+    packed = row(seed)
+    params = tree_params(packed, CPU)
+    params.block_mask = block_mask(packed, CPU)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(LENGTH, 1, n, SIZE, generator=generator) for n in (HEADS, GROUPS, GROUPS)]
+    ours, theirs = (
+        kind(SimpleNamespace(kv_channels=SIZE), 1, None, "self")(*inputs, packed_seq_params=params)
+        for kind in (TreeFlexAttention, TreeAttention)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

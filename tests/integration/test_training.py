@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_dagger.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_dagger.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig, YarnConfig
 from megatron_dagger.training.episode_file import save_episodes
 from megatron_dagger.training.job import TrainJob
 from megatron_dagger.training.launch import LaunchError, launch
@@ -39,13 +40,13 @@ def make_episodes(count=20):
     return made
 
 
-def write_job(folder, name, parallel, *, init=None, **training):
+def write_job(folder, name, parallel, *, init=None, model=MODEL, **training):
     settings = {"sequence_length": 128, "global_batch_tokens": 512, "epochs": 6.0, "checkpoint_interval": 4}
     settings["packing"] = "shared_prefix"
     job = TrainJob(
         round_index=1,
         seed=3,
-        model=MODEL,
+        model=model,
         training=TrainingConfig(parallel=ParallelConfig(**parallel), **{**settings, **training}),
         output_dir=str(folder / name),
         init_checkpoint=str(init) if init else None,
@@ -155,3 +156,24 @@ def test_losses_do_not_depend_on_layout_or_packing_and_agree_with_transformers()
     assert {*LAYOUTS, "packed_loss", "one_row_grad", "hf_grad", "moe_packed_loss", "moe_hf_grad"} <= result.keys()
     for name, value in result.items():
         assert name == "steps" or 0 <= value <= (1e-4 if "_grad" in name else 1e-5), name
+
+
+def test_a_sequence_of_16k_tokens_is_trained(tmp_path):
+    tokens = np.random.default_rng(5).integers(0, 250, 16_384).astype(np.int32)
+    labels = [StateLabel(position=at, tokens=tokens[at : at + 500]) for at in (8_000, 15_800)]
+    labels.append(StateLabel(position=12_000, tokens=(tokens[12_000:12_080] + 1) % 250))
+    save_episodes(tmp_path / "episodes.npz", [LabelledEpisode(tokens=tokens, labels=tuple(labels))])
+    model = replace(
+        MODEL,
+        num_layers=1,
+        num_attention_heads=2,
+        kv_channels=16,
+        max_position_embeddings=16_384,
+        yarn=YarnConfig(factor=4.0, original_max_position_embeddings=4_096),
+    )
+    settings = {"sequence_length": 16_384, "global_batch_tokens": 16_384, "epochs": 3.0}
+    train(tmp_path, write_job(tmp_path, "long", TP2 | {"sequence_parallel": True}, model=model, **settings))
+    first, _, last = losses(tmp_path, "long")
+    assert last < first - 0.05
+    made = manifest(tmp_path, "long")
+    assert (made["too_long"], made["cut"], made["tokens"]) == (0, 0, 3 * (16_299 + 80))

@@ -14,7 +14,8 @@ pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 pytest.importorskip("transformers", reason="Transformers is not installed")
 
 from megatron_dagger.agents.tokenizer import take_tokenizer, train_tokenizer
-from megatron_dagger.cli.world import create_run, train_job
+from megatron_dagger.cli.train import train_job
+from megatron_dagger.cli.world import create_run
 from megatron_dagger.config import ConfigError, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from megatron_dagger.training.episode_file import save_episodes
 from megatron_dagger.types import LabelledEpisode, StateLabel

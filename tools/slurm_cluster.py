@@ -185,6 +185,13 @@ class SlurmCluster:
             self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self.wait(lambda: self.nodes().get(node) in ("idle", "mix", "alloc"), START_DEADLINE_S, f"{node} to be up")
 
+    def restore(self) -> None:
+        """Cancel all jobs, and start the nodes that have no daemon."""
+        self.call("scancel", f"--user={self._user}")
+        for node in NODES:
+            if node not in self._children:
+                self.start_node(node)
+
     def processes(self) -> list[int]:
         """All processes of the cluster: daemons, and what jobs started."""
         return slurm_processes.marked(self.folder)

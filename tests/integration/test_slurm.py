@@ -1,8 +1,12 @@
-"""Whole runs by the sbatch files on a real SLURM of two nodes, which preempts, cancels and loses a node meanwhile."""
+"""Whole runs by the sbatch files on a real SLURM of two nodes, with all that clusters do to jobs.
+
+Each run goes through many faults, one after the other, and must come to the end of the undisturbed one: starting an
+engine is what takes the time, and faults before the first engine's start are had for less.
+"""
 
 import contextlib
+import functools
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,25 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dagger.store.aggregated import DataStore
+from megatron_dagger.observability.metrics import read_lines
+from megatron_dagger.observability.status import status
 from megatron_dagger.store.lock import LockedError, flocked
-from tests.integration.tiny_run import ARGUMENTS, DEADLINE_S, assert_same, environment
-from tools.slurm_cluster import PACKAGES, PROGRAMS, SlurmCluster
+from tests.integration.tiny_run import ARGUMENTS, DEADLINE_S, assert_same, environment, writers
+from tools.slurm_cluster import lacking
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = ("--gpus-per-node=4", "--mem=8000")
 
-if missing := [program for program in PROGRAMS if not shutil.which(program)]:
-    pytest.skip(f"needs {', '.join(missing)} (Debian: {' '.join(PACKAGES)})", allow_module_level=True)
-if os.geteuid() != 0:
-    pytest.skip("needs root: SLURM's node daemons run as root", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with SlurmCluster() as started:
-        yield started
+if why := lacking():
+    pytest.skip(why, allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +42,11 @@ def batch_environment(cache, tmp_path_factory):
     return {**environment(cache), "VENV": str(folder), "PYTHONPATH": str(ROOT), **network}
 
 
-def submit(cluster, environment, file, log, *arguments):
-    return cluster.submit(*BATCH, f"--chdir={ROOT}", f"--output={log}", f"slurm/{file}", *arguments, env=environment)
-
-
-def drivers(cluster, job):
-    """The job's ``megatron-dagger run`` processes; not what they fork and start."""
-    return [pid for pid in cluster.job_processes(job) if "megatron_dagger.cli.main" in words(pid)]
+@pytest.fixture(autouse=True)
+def in_order(cluster):
+    """What a test that failed has left must not hold up the next one."""
+    yield
+    cluster.restore()
 
 
 def words(pid):
@@ -61,17 +56,87 @@ def words(pid):
         return [""]
 
 
+def parent(pid):
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def preempt(cluster):
-    """A job of a higher partition wants all of both nodes, for a moment."""
-    everything = ("--nodes=2", "--exclusive", "--mem=0")
-    urgent = cluster.submit("--partition=high", *everything, "--output=/dev/null", "--wrap=true")
-    cluster.wait_for(urgent, "COMPLETED", deadline_s=60)
+class Run:
+    """A run that one job after the other works on, by the same sbatch file with the same arguments."""
+
+    def __init__(self, cluster, folder, environment, file, *settings):
+        self.cluster, self.folder, self.environment = cluster, folder, environment
+        self.path = folder / "run"
+        self.arguments = (str(file), str(self.path), *ARGUMENTS, *settings)
+        self.job = self.log = None
+
+    def submit(self, *options):
+        self.log = self.folder / f"log-{len(list(self.folder.glob('log-*')))}"
+        options = (*options, f"--chdir={ROOT}", f"--output={self.log}")
+        self.job = self.cluster.submit(*options, *self.arguments, env=self.environment)
+
+    def wait(self, condition, what):
+        def reached():
+            state = self.cluster.state(self.job)
+            assert state in ("PENDING", "RUNNING", "COMPLETING"), f"waiting for {what}: {state}\n{self.log.read_text()}"
+            return condition()
+
+        self.cluster.wait(reached, DEADLINE_S, what, lambda: self.cluster.log(self.job))
+
+    def wait_for_file(self, name):
+        self.wait((self.path / name).exists, name)
+
+    def wait_for_words(self, words):
+        self.wait(lambda: self.log.exists() and words in self.log.read_text(), words)
+
+    def wait_for_steps(self, count):
+        self.wait(lambda: self.steps() >= count, f"step {count}")
+
+    def wait_for_restart(self, count):
+        def restarted():
+            job = self.cluster.job(self.job)
+            return job["Restarts"] == str(count) and job["JobState"] == "RUNNING"
+
+        self.wait(restarted, f"restart {count}")
+
+    def wait_for_end(self, state):
+        """The job ends so, and leaves no process."""
+        self.cluster.wait_for(self.job, state, deadline_s=DEADLINE_S)
+        assert_nothing_is_left(self.cluster)
+
+    def cancel(self):
+        self.cluster.call("scancel", self.job)
+        self.wait_for_end("CANCELLED")
+
+    def steps(self):
+        """How many of round 0's training are done."""
+        return len(read_lines(self.path / "rounds/0000/train/metrics.jsonl"))
+
+    def rank(self, number):
+        """The process of a rank of round 0's training; not what it forks."""
+        found = writers(self.path / f"logs/train-0000/rank-{number}.log")
+        return next(pid for pid in found if parent(pid) not in found)
+
+    def drivers(self):
+        """The job's processes of our command line; not what they fork and start."""
+        return [pid for pid in self.cluster.job_processes(self.job) if "megatron_dagger.cli.main" in words(pid)]
+
+    def preempt(self):
+        """A job of a higher partition wants all of both nodes, for a moment, while the ranks are in a step."""
+        rank = self.rank(0)
+        os.kill(rank, signal.SIGSTOP)  # or a quick machine may have trained to the end before it is asked
+        urgent = "--partition=high", "--nodes=2", "--exclusive", "--mem=0", "--output=/dev/null", "--wrap=true"
+        job = self.cluster.submit(*urgent)
+        self.wait_for_words("SIGUSR1: stopping; the same command goes on from here")
+        os.kill(rank, signal.SIGCONT)
+        self.cluster.wait_for(job, "COMPLETED", deadline_s=60)
 
 
 def stop_between_writes(pid, run):
@@ -109,77 +174,108 @@ def test_a_killed_maker_leaves_no_cluster_behind():
     assert not subprocess.run(["pgrep", "-f", folder], capture_output=True, check=False).stdout
 
 
-def test_preempted_cancelled_and_with_a_surviving_twin_it_comes_to_the_same_end(
+def test_cancelled_killed_preempted_and_with_a_surviving_twin_it_comes_to_the_same_end(
     cluster, batch_environment, undisturbed, tmp_path
 ):
-    run, log = tmp_path / "run", tmp_path / "log"
+    run = Run(cluster, tmp_path, batch_environment, "slurm/single_node.sbatch", "dagger.evaluate_rounds=last")
+    submit = functools.partial(run.submit, *BATCH)
 
-    def rounds(pattern):
-        return lambda: bool(list(run.glob(pattern)))
+    submit()
+    run.wait_for_file("status/0000-collect.json")
+    run.cancel()
+    assert not (run.path / "rounds/0000/collect.json").exists(), "it was in the middle of the collection"
 
-    def wait(condition, what):
-        cluster.wait(condition, DEADLINE_S, what, lambda: cluster.log(job))
-
-    job = submit(cluster, batch_environment, "single_node.sbatch", log, str(run), *ARGUMENTS)
-
-    wait(rounds("rounds/0000/train/metrics.jsonl"), "the training of round 0")
-    preempt(cluster)
-    assert "SIGUSR1: stopping; the same command goes on from here" in log.read_text()
-    assert list(run.glob("rounds/0000/train/checkpoint-step-*/complete.json"))
-
-    # Its node is lost in the collection of round 1, while the driver is stopped; it is begun anew on the other.
-    wait(lambda: cluster.job(job)["Restarts"] == "1" and cluster.state(job) == "RUNNING", "the first restart")
-    wait(rounds("rounds/0000/evaluate.json"), "the end of round 0")
-    assert "resuming after step" in (run / "logs/train-0000/rank-0.log").read_text()
-    (twin,) = drivers(cluster, job)
-    stop_between_writes(twin, run)
-    lost = cluster.job(job)["NodeList"]
+    # Its node is lost, while the driver is stopped; it is begun anew on the other, and the driver goes on.
+    submit()
+    run.wait_for_file("status/0000-collect.json")
+    run.wait(lambda: len(run.drivers()) == 1, "the driver")
+    (twin,) = run.drivers()
+    run.wait(lambda: f'"pid": {twin}' in (run.path / "status/0000-collect.json").read_text(), "its collection")
+    stop_between_writes(twin, run.path)
+    lost = cluster.job(run.job)["NodeList"]
     cluster.kill_node(lost)
-    wait(lambda: cluster.job(job)["Restarts"] == "2" and cluster.state(job) == "RUNNING", "the second restart")
-    assert cluster.job(job)["NodeList"] != lost
-    wait(lambda: bool(DataStore.open(run / "data.zarr").committed(1)), "episodes of round 1")
-    assert twin in cluster.job_processes(job)
+    run.wait_for_restart(1)
+    assert cluster.job(run.job)["NodeList"] != lost
+    run.wait(lambda: '"restart": 1' in (run.path / ".fence").read_text(), "the new driver")
+    assert twin in cluster.job_processes(run.job)
     os.kill(twin, signal.SIGCONT)
-    cluster.wait(lambda: twin not in cluster.job_processes(job), 60, "the twin's end")
+    run.wait(lambda: twin not in cluster.job_processes(run.job), "the twin's end")
+    assert "has taken this run over" in (run.path / "logs/driver.log").read_text() + run.log.read_text()
     cluster.start_node(lost)
+    run.wait_for_steps(1)
+    run.cancel()
+    assert not (run.path / "rounds/0000/train/manifest.json").exists(), "it was in the middle of the training"
 
-    # Cancelled in the evaluation of round 1, and submitted again.
-    wait(rounds("rounds/0001/train/manifest.json"), "the end of training")
-    cluster.call("scancel", job)
-    cluster.wait_for(job, "CANCELLED", deadline_s=60)
-    assert_nothing_is_left(cluster)
-    assert not (run / "rounds/0001/evaluate.json").exists()
-    job = submit(cluster, batch_environment, "single_node.sbatch", tmp_path / "again", str(run), *ARGUMENTS)
-    cluster.wait_for(job, "COMPLETED", deadline_s=DEADLINE_S)
+    submit()
+    run.wait_for_steps(run.steps() + 1)
+    os.kill(run.rank(1), signal.SIGKILL)
+    run.wait_for_end("FAILED")
+    assert "rank 1 failed: was killed by SIGKILL" in run.log.read_text()
+    text = status(run.path)
+    assert "train     failed" in text
+    assert f"in round 0 train: {run.steps()} steps" in text
+    assert f"(job {run.job} on n" in text
+    assert f"Its log: {run.path}/logs/train-0000" in text
 
-    assert_same(run, undisturbed)
-    assert "has taken this run over" in (run / "logs/driver.log").read_text() + log.read_text()
-    assert_nothing_is_left(cluster)
+    submit()
+    run.wait_for_steps(run.steps() + 1)
+    run.preempt()
+    assert list(run.path.glob("rounds/0000/train/checkpoint-step-*/complete.json"))
+    run.wait_for_restart(1)
+    run.wait_for_file("status/0001-collect.json")
+    assert "resuming after step" in (run.path / "logs/train-0000/rank-0.log").read_text()
+    (engine,) = run.drivers()
+    os.kill(engine, signal.SIGKILL)
+    run.wait_for_end("FAILED")
+    assert "Killed" in run.log.read_text()
+    assert f"Not running: job {run.job} (restart 1) on n" in status(run.path)
+
+    submit()
+    run.wait_for_file("status/0001-evaluate.json")
+    run.cancel()
+    assert not (run.path / "rounds/0001/evaluate.json").exists(), "it was in the middle of the evaluation"
+    assert "evaluate  stopped" in status(run.path)
+
+    submit()
+    run.wait_for_end("COMPLETED")
+    assert_same(run.path, undisturbed)
 
 
 def test_two_nodes_collect_and_train_and_are_preempted_to_the_same_end(
     cluster, batch_environment, undisturbed, tmp_path
 ):
-    run, log = tmp_path / "run", tmp_path / "log"
     two_rounds = {**batch_environment, "ROUNDS": "1"}
-    settings = [*ARGUMENTS, "dagger.evaluate_rounds=last"]  # an engine's start less
-    job = submit(cluster, two_rounds, "multi_node.sbatch", log, str(run), *settings)
-    metrics = run / "rounds/0000/train/metrics.jsonl"
-    cluster.wait(metrics.exists, DEADLINE_S, "the training of round 0", lambda: cluster.log(job))
-    preempt(cluster)  # the nodes stop after the same step
-    cluster.wait_for(job, "COMPLETED", deadline_s=DEADLINE_S)
-    assert_same(run, undisturbed)
-    assert cluster.job(job)["Restarts"] == "1"
-    assert "resuming after step" in (run / "logs/train-0000/rank-0.log").read_text()
+    run = Run(cluster, tmp_path, two_rounds, "slurm/multi_node.sbatch", "dagger.evaluate_rounds=last")
+
+    # One of its nodes does not come up: the job fails and names it, and the next one waits for the node.
+    cluster.kill_daemon("n2")
+    run.submit(*BATCH)
+    run.wait_for_words("failed on node n2")
+    failed = run.job
+    run.submit(*BATCH)
+    cluster.wait(lambda: cluster.job(run.job)["Reason"] not in ("None", "Priority"), 20, "the reason to wait")
+    assert cluster.state(run.job) == "PENDING"
+    cluster.start_node("n2")
+    cluster.wait_for(failed, "FAILED", deadline_s=60)
+
+    run.wait_for_steps(1)
+    run.preempt()  # the nodes stop after the same step
+    run.wait_for_end("COMPLETED")
+    assert_same(run.path, undisturbed)
+    assert cluster.job(run.job)["Restarts"] == "1"
+    assert "resuming after step" in (run.path / "logs/train-0000/rank-0.log").read_text()
+    text = status(run.path)
     for number in (0, 1):
-        assert "2/2 episodes" in (run / f"logs/worker-{number}.log").read_text()
-    assert (run / "report.html").exists()
-    assert_nothing_is_left(cluster)
+        assert "2/2 episodes" in (run.path / f"logs/worker-{number}.log").read_text()
+        assert f"job {run.job} on n{number + 1}" in text
+    assert (run.path / "report.html").exists()
 
 
-def test_a_run_beside_the_servers_of_its_teacher(cluster, batch_environment, undisturbed, tmp_path):
+def test_a_run_beside_the_servers_of_its_teacher_which_die_and_on_a_disk_that_fills(
+    cluster, batch_environment, undisturbed, tmp_path
+):
     """The file as it is, but for the size of the nodes, with the expert behind the API as what is served."""
-    run, log, port = tmp_path / "run", tmp_path / "log", free_port()
+    port = free_port()
     file = tmp_path / "with_teacher_servers.sbatch"
     text = (ROOT / "slurm" / file.name).read_text()
     file.write_text(text.replace("--gpus-per-node=8", "--gpus-per-node=4").replace("--mem=0 ", "--mem=8000 ")
@@ -187,14 +283,49 @@ def test_a_run_beside_the_servers_of_its_teacher(cluster, batch_environment, und
     served = {
         **batch_environment,
         "ROUNDS": "0",
+        "PAUSE": "1",
         "SERVE": f"{sys.executable} -m tests.unit.policies.endpoint_server {port}",
         "MEGATRON_DAGGER_TEACHER_URLS": f"http://127.0.0.1:{port}/v1",  # the nodes' names are this host's only
     }
-    settings = [*ARGUMENTS, "teacher.urls=[http://localhost:9/v1]", "teacher.model=expert"]
-    arguments = (f"--chdir={ROOT}", f"--output={log}", str(file), str(run), *settings)
-    job = cluster.submit(*arguments, env=served)
-    cluster.wait_for(job, "COMPLETED", deadline_s=DEADLINE_S)
-    theirs, ours = (DataStore.open(folder / "data.zarr").manifest(0) for folder in (undisturbed, run))
-    assert ours.digest == theirs.digest
-    assert list((run / "teacher").glob("*.jsonl")), "the server was asked"
-    assert_nothing_is_left(cluster)
+    settings = ["teacher.urls=[http://localhost:9/v1]", "teacher.model=expert"]
+    run = Run(cluster, tmp_path, served, file, *settings)
+
+    def server():
+        return [pid for pid in cluster.job_processes() if words(pid)[2:3] == ["tests.unit.policies.endpoint_server"]]
+
+    with small_disk(run.path, "48m"):
+        run.submit()
+        run.wait(lambda: any(path.stat().st_size for path in run.path.glob("teacher/*.jsonl")), "the first reply")
+        (first,) = server()
+        os.kill(first, signal.SIGKILL)
+        run.wait(lambda: server() not in ([], [first]), "another server")
+        assert not (run.path / "rounds/0000/collect.json").exists()
+        run.wait_for_steps(1)
+        fill(run.path / "ballast")
+        run.wait_for_end("FAILED")
+        assert f"no space left to write {run.path}" in run.log.read_text()
+        assert not (run.path / "rounds/0000/train/manifest.json").exists()
+
+        (run.path / "ballast").unlink()
+        run.submit()
+        run.wait_for_file("rounds/0000/train/manifest.json")
+        run.cancel()
+        assert_same(run.path, undisturbed, rounds=[0])
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A file system of ``size`` at ``folder``."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path):
+    """Let a file take all the room that is left."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(65536))

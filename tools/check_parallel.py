@@ -34,6 +34,8 @@ from megatron_dagger.training.job import TrainJob  # noqa: E402
 from megatron_dagger.training.launch import launch  # noqa: E402
 from megatron_dagger.training.metrics import read  # noqa: E402
 from megatron_dagger.types import LabelledEpisode  # noqa: E402
+from megatron_dagger.weights.checkpoints import open_checkpoint  # noqa: E402
+from megatron_dagger.weights.digest import canonical_digests  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,7 @@ def _check(folder: Path, names: list[str], steps: int, *, tie: bool) -> dict[str
         reference = _reference("next" if LAYOUTS[name].after else "single", LAYOUTS[name].moe)
         (loss, norm), (single_loss, single_norm) = _curves(folder / name), _curves(folder / reference)
         assert len(loss) == len(single_loss) == steps, f"{name}: {len(loss)} of {steps} steps"
+        _check_digests(folder / name)
         result[name] = float(np.abs(loss - single_loss).max())
         result[name + "_grad_norm"] = float(np.abs(norm / single_norm - 1).max())
     for moe in kinds:
@@ -157,6 +160,13 @@ def _check(folder: Path, names: list[str], steps: int, *, tie: bool) -> dict[str
         measured |= _against_hugging_face(folder, _reference("single", moe))
         result |= {_reference(name, moe): value for name, value in measured.items()}
     return result
+
+
+def _check_digests(output_dir: Path) -> None:
+    """What the ranks had in memory is what they saved, tensor by tensor."""
+    tensors = open_checkpoint(output_dir / "checkpoint")
+    saved = canonical_digests(tensors.canonical_tensors(), tensors.model)
+    assert saved == json.loads((output_dir / "manifest.json").read_text())["digests"], output_dir.name
 
 
 def _reference(name: str, moe: bool) -> str:

@@ -53,8 +53,8 @@ def share_out(rows: np.ndarray, costs: np.ndarray, ranks: int) -> list[np.ndarra
     """The rows of each rank, as many for each and the sums of their costs as even as can be.
 
     ``costs`` (all rows,); an EMPTY_ROW costs nothing. The costliest row goes first, to the rank with the
-    least so far (longest processing time first: at most 4/3 of the best, Graham 1969), and a rank's rows
-    come in that order: what ranks do at the same time costs about the same.
+    least so far that wants one (longest processing time first, Graham 1969), and a rank's rows come in that
+    order: what ranks do at the same time costs about the same.
     """
     price = np.where(rows >= 0, costs[rows], 0.0)
     shares: list[list[int]] = [[] for _ in range(ranks)]

@@ -18,7 +18,10 @@ _LOG_EVERY_S = 5.0
 
 
 class Metrics:
-    """Written by rank 0: {step, loss, grad_norm, lr, label_tokens, tokens, step_s}; steps count from 1."""
+    """Written by rank 0: {step, loss, grad_norm, lr, label_tokens, tokens, places, step_s}; steps count from 1.
+
+    ``places``: of all ranks' rows, those that hold a token and those that are padding.
+    """
 
     def __init__(self, output_dir: Path, steps: int) -> None:
         self.path, self.steps = output_dir / FILE_NAME, steps
@@ -66,6 +69,7 @@ class Metrics:
             "last_loss": losses[-1],
             "mean_loss_last_10": sum(losses[-10:]) / len(losses[-10:]),
             "tokens": tokens,
+            "fill": tokens / max(1, sum(line["places"] for line in self.lines)),
             "label_tokens": sum(line["label_tokens"] for line in self.lines),
             "tokens_per_s": tokens / max(1e-9, sum(line["step_s"] for line in self.lines)),
         }

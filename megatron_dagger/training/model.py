@@ -21,7 +21,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dagger.config import ModelConfig, TrainingConfig, support
 from megatron_dagger.training import compat, layout, optimizer
-from megatron_dagger.training.flex_attention import TreeFlexAttention
 from megatron_dagger.training.local_modules import RMSNorm, TokenRope, TreeAttention
 from megatron_dagger.weights.families import lookup
 from megatron_dagger.weights.families.decoder import EMBEDDING, OUTPUT_LAYER
@@ -142,7 +141,7 @@ def _fp8(training: TrainingConfig) -> dict[str, Any]:
     recipe, ends = optimizer.fp8_recipe(training), training.bf16_layers_at_ends
     if recipe is None:
         return {}
-    settings: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "fp8": "e4m3" if recipe == "blockwise" else "hybrid",
         "fp8_recipe": recipe,
         "fp8_param": training.fp8_param_gather,
@@ -151,8 +150,8 @@ def _fp8(training: TrainingConfig) -> dict[str, Any]:
         "num_layers_at_end_in_bf16": ends,
     }
     if recipe == "delayed":
-        settings |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
-    return settings
+        fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return fields
 
 
 def build(model: ModelConfig, training: TrainingConfig, config: TransformerConfig) -> list[Any]:
@@ -201,6 +200,8 @@ def _layer_spec(config: TransformerConfig, attention: Attention, stage: int, vir
             qk_layernorm=config.qk_layernorm,
         )
         if attention == "blocks":
+            from megatron_dagger.training.flex_attention import TreeFlexAttention
+
             spec.submodules.self_attention.submodules.core_attention = TreeFlexAttention
         return spec
     spec = gpt_layer_specs.get_gpt_layer_local_spec(

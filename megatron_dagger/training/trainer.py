@@ -168,14 +168,13 @@ class _Round:
     def _step(self, step: int) -> None:
         training, began = self.job.training, time.monotonic()
         rows = self.plan.rows_of(step)
-        mine = share_out(rows, self.costs, training.parallel.data_parallel_size)[
-            parallel_state.get_data_parallel_rank()
-        ]
-        lengths = row_lengths(np.where(mine >= 0, self.data.row_tokens[mine], 0), training)
+        shares = share_out(rows, self.costs, training.parallel.data_parallel_size)
+        lengths = [row_lengths(np.where(s >= 0, self.data.row_tokens[s], 0), training) for s in shares]
+        rank = parallel_state.get_data_parallel_rank()
         real = rows[rows >= 0]
         rate = learning_rate(step, self.plan.steps, training.optimizer)
         result = self.engine.step(
-            [self.data.row(int(index), length) for index, length in zip(mine, lengths, strict=True)],
+            [self.data.row(int(index), length) for index, length in zip(shares[rank], lengths[rank], strict=True)],
             normaliser=float(self.data.row_weights[real].sum()),
             learning_rate=rate,
         )
@@ -187,6 +186,7 @@ class _Round:
                 lr=rate,
                 label_tokens=int(self.data.row_label_tokens[real].sum()),
                 tokens=int(self.data.row_tokens[real].sum()),
+                places=sum(map(sum, lengths)),
                 step_s=time.monotonic() - began,
             )
 
@@ -229,7 +229,6 @@ class _Round:
             **self.metrics.summary(),
             "samples": len(self.data.samples),
             "rows": len(self.data.rows),
-            "fill": self.data.fill(self.job.training.row_multiple),
             "too_long": self.data.too_long,
             "cut": self.data.cut,
             "duration_s": duration_s,

@@ -177,3 +177,4 @@ def test_a_sequence_of_16k_tokens_is_trained(tmp_path):
     assert last < first - 0.05
     made = manifest(tmp_path, "long")
     assert (made["too_long"], made["cut"], made["tokens"]) == (0, 0, 3 * (16_299 + 80))
+    assert made["fill"] == made["tokens"] / (3 * 16_384)

@@ -11,7 +11,7 @@ from megatron_dagger.training.job import TrainJob
 from megatron_dagger.training.metrics import Metrics, read
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
-LINE = {"grad_norm": 1.0, "lr": 1e-3, "label_tokens": 3, "tokens": 10, "step_s": 0.5}
+LINE = {"grad_norm": 1.0, "lr": 1e-3, "label_tokens": 3, "tokens": 10, "places": 16, "step_s": 0.5}
 
 
 def test_a_resumed_file_repeats_and_loses_nothing(tmp_path):
@@ -35,7 +35,7 @@ def test_a_resumed_file_repeats_and_loses_nothing(tmp_path):
     ]
     summary = again.summary()
     assert (summary["steps"], summary["first_loss"], summary["last_loss"]) == (4, 1.0, 40.0)
-    assert (summary["tokens"], summary["tokens_per_s"]) == (40, 20.0)
+    assert (summary["tokens"], summary["tokens_per_s"], summary["fill"]) == (40, 20.0, 10 / 16)
     assert summary["mean_loss_last_10"] == pytest.approx(18.25)
 
 

@@ -178,3 +178,13 @@ def test_a_sequence_of_16k_tokens_is_trained(tmp_path):
     made = manifest(tmp_path, "long")
     assert (made["too_long"], made["cut"], made["tokens"]) == (0, 0, 3 * (16_299 + 80))
     assert made["fill"] == made["tokens"] / (3 * 16_384)
+
+
+def test_what_ranks_with_experts_send_is_what_they_hold(tmp_path):
+    launch(
+        ["tests.integration.expert_shards"],
+        ParallelConfig(world_size=2),
+        tmp_path,
+        120.0,
+        env={"PYTHONPATH": str(REPOSITORY)},
+    )

@@ -24,19 +24,12 @@ BLOCK = 128
 class TreeFlexAttention(TreeAttention):
     """As TreeAttention; the TreeParams must have a ``block_mask``."""
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
-        **_: Any,
+    def over_trees(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: TreeParams
     ) -> torch.Tensor:
-        assert isinstance(packed_seq_params, TreeParams), "rows are always packed"
         attended = _kernel(query.is_cuda)(
             *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
-            block_mask=packed_seq_params.block_mask,
+            block_mask=params.block_mask,
             scale=self.softmax_scale,
             enable_gqa=key.size(2) != query.size(2),
         )

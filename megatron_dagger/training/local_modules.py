@@ -147,18 +147,22 @@ class TreeAttention(MegatronModule):
         **_: Any,
     ) -> torch.Tensor:
         assert isinstance(packed_seq_params, TreeParams), "rows are always packed"
-        trees = packed_seq_params.trees
+        return self.over_trees(query, key, value, packed_seq_params)
+
+    def over_trees(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: TreeParams
+    ) -> torch.Tensor:
         # Split once: the gradient of many slices would be as many tensors of the whole row.
-        sizes = [size for tree in trees for size in tree.runs]
+        sizes = [size for tree in params.trees for size in tree.runs]
         runs = zip(*(x.permute(1, 2, 0, 3).split(sizes, dim=2) for x in (query, key, value)), strict=True)
         parts = []
-        for tree in trees:
+        for tree in params.trees:
             q, *trunk = next(runs)
             parts.append(self._attend(q, *trunk, mask=None))
             for seen, own in tree.branches:
                 q, *branch = next(runs)
                 keys = [torch.cat([x.flip(2), y[:, :, :seen]], dim=2) for x, y in zip(branch, trunk, strict=True)]
-                parts.append(self._attend(q, *keys, mask=packed_seq_params.mask(seen, own, q.dtype)))
+                parts.append(self._attend(q, *keys, mask=params.mask(seen, own, q.dtype)))
         attended = torch.cat(parts, dim=2).permute(2, 0, 1, 3)
         return attended.reshape(attended.size(0), 1, -1)
 

@@ -1,8 +1,8 @@
 # What a job of the sbatch files does: steps, and the rounds of a run as steps. Read by them with `.`, not submitted.
 #
 # SLURM starts a copy of the sbatch file, so this one is found by the directory that the job runs in: the repository's
-# root. It wants SRUN (an array: how a step is started), and run_rounds wants NODES (how many collect and train)
-# and ROUNDS.
+# root. It wants SRUN (an array: how a step is started), serve_teacher wants SERVE and PAUSE, and run_rounds wants
+# NODES (how many collect and train) and ROUNDS.
 
 asked=no                               # yes: preempted, or shortly before the time limit
 step=
@@ -27,6 +27,13 @@ step() {                               # one step of the job; the end of the job
         scontrol requeue "$SLURM_JOB_ID"
     fi
     [ "$code $asked" = "0 no" ] || exit $code
+}
+
+serve_teacher() {                      # options of its step; SERVE on each of its nodes, ended with the job
+    local serve='while :; do "$@"; echo "$SLURMD_NODENAME: the server ended with code $?" >&2; sleep '$PAUSE'; done'
+    "${SRUN[@]}" "$@" bash -c "$serve" serve $SERVE &
+    serving=$!
+    trap 'kill $serving; wait $serving' EXIT
 }
 
 run_rounds() {                         # RUN and the words of `megatron-dagger create`

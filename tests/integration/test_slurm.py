@@ -115,22 +115,22 @@ class Run:
         self.cluster.call("scancel", self.job)
         self.wait_for_end("CANCELLED")
 
-    def steps(self):
-        """How many of round 0's training are done."""
-        return len(read_lines(self.path / "rounds/0000/train/metrics.jsonl"))
+    def steps(self, round_index=0):
+        """How many of a round's training are done."""
+        return len(read_lines(self.path / f"rounds/{round_index:04d}/train/metrics.jsonl"))
 
-    def rank(self, number):
-        """The process of a rank of round 0's training; not what it forks."""
-        found = writers(self.path / f"logs/train-0000/rank-{number}.log")
+    def rank(self, number, logs="train-0000"):
+        """The process of a rank of round 0's training, or of one with other ``logs``; not what it forks."""
+        found = writers(self.path / f"logs/{logs}/rank-{number}.log")
         return next(pid for pid in found if parent(pid) not in found)
 
     def drivers(self):
         """The job's processes of our command line; not what they fork and start."""
         return [pid for pid in self.cluster.job_processes(self.job) if "megatron_dagger.cli.main" in words(pid)]
 
-    def preempt(self):
+    def preempt(self, logs="train-0000"):
         """A job of a higher partition wants all of both nodes, for a moment, while the ranks are in a step."""
-        rank = self.rank(0)
+        rank = self.rank(0, logs)
         os.kill(rank, signal.SIGSTOP)  # or a quick machine may have trained to the end before it is asked
         urgent = "--partition=high", "--nodes=2", "--exclusive", "--mem=0", "--output=/dev/null", "--wrap=true"
         job = self.cluster.submit(*urgent)
@@ -271,24 +271,52 @@ def test_two_nodes_collect_and_train_and_are_preempted_to_the_same_end(
     assert (run.path / "report.html").exists()
 
 
-def test_a_run_beside_the_servers_of_its_teacher_which_die_and_on_a_disk_that_fills(
-    cluster, batch_environment, undisturbed, tmp_path
-):
-    """The file as it is, but for the size of the nodes, with the expert behind the API as what is served."""
-    port = free_port()
-    file = tmp_path / "with_teacher_servers.sbatch"
-    text = (ROOT / "slurm" / file.name).read_text()
-    file.write_text(text.replace("--gpus-per-node=8", "--gpus-per-node=4").replace("--mem=0 ", "--mem=8000 ")
-                    .replace("--mem=0\n", "--mem=500\n").replace("--nodes=2", "--nodes=1"))  # fmt: skip
-    served = {
+def served_by_the_expert(batch_environment, port):
+    """A teacher's server: the expert behind the API."""
+    return {
         **batch_environment,
-        "ROUNDS": "0",
         "PAUSE": "1",
         "SERVE": f"{sys.executable} -m tests.unit.policies.endpoint_server {port}",
         "MEGATRON_DAGGER_TEACHER_URLS": f"http://127.0.0.1:{port}/v1",  # the nodes' names are this host's only
     }
-    settings = ["teacher.urls=[http://localhost:9/v1]", "teacher.model=expert"]
-    run = Run(cluster, tmp_path, served, file, *settings)
+
+
+ASKED = ("teacher.urls=[http://localhost:9/v1]", "teacher.model=expert")
+
+
+def test_trainer_workers_and_teacher_live_through_all_rounds_and_a_preemption(
+    cluster, batch_environment, undisturbed, tmp_path
+):
+    """The file as it is, but for the size of the nodes."""
+    file = tmp_path / "resident.sbatch"
+    text = (ROOT / "slurm" / file.name).read_text()
+    for large, small in (("per-node=8", "per-node=4"), ("mem=0", "mem=8000"), ("nodes=2", "nodes=1")):
+        text = text.replace(large, small)
+    file.write_text(text)
+    served = {**served_by_the_expert(batch_environment, free_port()), "ROUNDS": "1"}
+    run = Run(cluster, tmp_path, served, file, *ASKED)
+    run.submit()
+    run.wait(lambda: run.steps(1) >= 1, "the training of round 1")
+    run.preempt("train")
+    run.wait_for_end("COMPLETED")
+    assert_same(run.path, undisturbed)
+    assert cluster.job(run.job)["Restarts"] == "1"
+    rank = (run.path / "logs/train/rank-0.log").read_text()
+    assert "resuming after step" in rank
+    assert "an engine took weights 1" in rank
+    assert (run.path / "report.html").exists()
+
+
+def test_a_run_beside_the_servers_of_its_teacher_which_die_and_on_a_disk_that_fills(
+    cluster, batch_environment, undisturbed, tmp_path
+):
+    """The file as it is, but for the size of the nodes, with the expert behind the API as what is served."""
+    file = tmp_path / "with_teacher_servers.sbatch"
+    text = (ROOT / "slurm" / file.name).read_text()
+    file.write_text(text.replace("--gpus-per-node=8", "--gpus-per-node=4").replace("--mem=0 ", "--mem=8000 ")
+                    .replace("--mem=0\n", "--mem=500\n").replace("--nodes=2", "--nodes=1"))  # fmt: skip
+    served = {**served_by_the_expert(batch_environment, free_port()), "ROUNDS": "0"}
+    run = Run(cluster, tmp_path, served, file, *ASKED)
 
     def server():
         return [pid for pid in cluster.job_processes() if words(pid)[2:3] == ["tests.unit.policies.endpoint_server"]]

@@ -44,6 +44,7 @@ class Variant:
     precision: Precision
     limit: float  # for rounding to 24, 8 and 4 bits of mantissa
     packing: Packing = "shared_prefix"
+    moe: bool = False
     speed: bool = False  # measured with the large model too
     training: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +66,8 @@ VARIANTS = {
     "fp8_blockwise": Variant(precision="fp8_blockwise", limit=0.05, speed=True),
     "fp8_tensorwise_ends": Variant(precision="fp8_tensorwise", limit=0.05, training={"bf16_layers_at_ends": 1}),
     "fp8_tensorwise_gather": Variant(precision="fp8_tensorwise", limit=0.05, training={"fp8_param_gather": True}),
+    "moe_bf16": Variant(precision="bf16", limit=0.02, moe=True),
+    "moe_fp8_blockwise": Variant(precision="fp8_blockwise", limit=0.05, moe=True),
 }
 ATTENTION_LIMIT = 0.02  # of the largest value, in BF16
 # Dense peak in TFLOP/s (NVIDIA's data sheets, without sparsity): BF16, FP8.
@@ -78,6 +81,7 @@ SMALL = ModelConfig(
     kv_channels=64,
     vocab_size=1024,
 )
+SMALL_MOE = replace(SMALL, family="qwen3_moe", num_moe_experts=8, moe_ffn_hidden_size=256)
 LARGE = {
     "1.7b": ModelConfig(
         num_layers=28,
@@ -156,7 +160,7 @@ def _device(names: list[str]) -> str | int:
             file=sys.stderr,
         )
         return 2
-    if any(name.startswith("fp8") for name in names) and torch.cuda.get_device_capability() < (8, 9):
+    if any("fp8" in name for name in names) and torch.cuda.get_device_capability() < (8, 9):
         print(f"{torch.cuda.get_device_name()} has no FP8; choose --variants fp32,bf16", file=sys.stderr)
         return 2
     return str(torch.cuda.get_device_name())
@@ -192,13 +196,12 @@ def _check(folder: Path, arguments: argparse.Namespace, names: list[str], device
     results: dict[str, Any] = {}
     for name in names:
         variant = VARIANTS[name]
-        if variant.packing not in references:
-            plain = Variant(precision="fp32", limit=0.0, packing=variant.packing)
-            references[variant.packing] = _train(
-                folder, f"small-cpu-{variant.packing}", SMALL, plain, curves, gpu=False
-            )
-        reference = references[variant.packing]
-        curve = _train(folder, f"small-{name}", SMALL, variant, curves, gpu=True)
+        small, on_cpu = (SMALL_MOE if variant.moe else SMALL), f"small-cpu-{variant.packing}-{variant.moe}"
+        if on_cpu not in references:
+            plain = replace(VARIANTS["fp32"], packing=variant.packing)
+            references[on_cpu] = _train(folder, on_cpu, small, plain, curves, gpu=False)
+        reference = references[on_cpu]
+        curve = _train(folder, f"small-{name}", small, variant, curves, gpu=True)
         difference = float(np.abs(curve.losses - reference.losses).mean() / reference.losses.mean())
         entry: dict[str, Any] = {"last_loss": float(curve.losses[-1]), "loss_difference": difference}
         line = f"{name:<22}{curve.losses[-1]:>10.4f}{difference:>12.2e}{variant.limit:>8.0e}"

@@ -40,6 +40,7 @@ from sides import Side, side  # noqa: E402
 
 from megatron_dagger.config import ModelConfig, TrainingConfig  # noqa: E402
 from megatron_dagger.training import batches, packing  # noqa: E402
+from megatron_dagger.training.cost import row_flops  # noqa: E402
 from megatron_dagger.training.episode_file import load_episodes, save_episodes  # noqa: E402
 from megatron_dagger.types import LabelledEpisode, StateLabel  # noqa: E402
 
@@ -120,6 +121,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         "fill_by_length": {
             length: round(packing.pack(a_round, length).fill(ROW_MULTIPLE), 4) for length in OTHER_LENGTHS
         },
+        "slowest_rank": round(_slowest_rank(filled), 4),
         "fill_timed": round(data["shared_prefix"].fill(ROW_MULTIPLE), 4),
         "tokens_vs_per_state_whole": round(_tokens_per_state(a_round, arguments) / filled.tokens, 2),
         "grad_max_rel_diff": max(difference.values()),
@@ -130,6 +132,16 @@ def _bench(arguments: argparse.Namespace) -> None:
         "rows_timed": {side: times[side].rows for side in SIDES},
     }
     print("RESULT " + json.dumps(result))
+
+
+def _slowest_rank(data: packing.PackedDataset) -> float:
+    """What the costliest of 4 data-parallel ranks computes in a step of 16 rows, over their mean; mean over steps."""
+    ranks, rows_per_step = 4, 16
+    costs = row_flops(data, MODEL)
+    order = np.random.default_rng(1).permutation(len(data.rows))
+    steps = order[: len(order) // rows_per_step * rows_per_step].reshape(-1, rows_per_step)
+    loads = [[costs[share].sum() for share in batches.share_out(rows, costs, ranks)] for rows in steps]
+    return float(np.mean([max(load) / np.mean(load) for load in loads]))
 
 
 def _per_state(episodes: Sequence[LabelledEpisode]) -> list[LabelledEpisode]:

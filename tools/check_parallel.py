@@ -64,6 +64,7 @@ LAYOUTS = {
     "tp2_sp_after_pp2_vpp2": Layout(world=2, settings={TP: 2, SP: True}, after="pp2_vpp2"),
     "moe_ep2": Layout(world=2, settings={EP: 2}, moe=True),
     "moe_pp2_vpp2": Layout(world=2, settings={PP: 2, VPP: 2}, moe=True),
+    "moe_tp2_sp": Layout(world=2, settings={TP: 2, SP: True}, moe=True),
     "moe_tp2_sp_ep2": Layout(world=2, settings={TP: 2, SP: True, EP: 2}, moe=True),
     "moe_pp2_after_ep2": Layout(world=2, settings={PP: 2}, moe=True, after="moe_ep2"),
     "tp2_pp2": Layout(world=4, settings={TP: 2, PP: 2}),

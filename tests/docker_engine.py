@@ -109,6 +109,13 @@ def processes_with(word):
     return found
 
 
+def wait_for(condition, deadline_s=60):
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"nothing happened in {deadline_s} s"
+        time.sleep(0.05)
+
+
 def processes_below(parent):
     """A process and all that it started, the last first."""
     listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False).stdout

@@ -176,28 +176,34 @@ def hostile(host: DockerHost) -> dict[str, Any]:
 
 
 def faults(daemon: Daemon, folder: Path, commit: str, episodes: int) -> dict[str, Any]:
-    """A round whose driver is killed after a quarter of it, its daemon after half of it, its teacher after more."""
+    """A round whose driver is killed, then its daemon, then its teacher's server."""
     program, port = [sys.executable, str(Path(__file__))], free_port()
     url = f"http://127.0.0.1:{port}/v1"
     command = [*program, "--episodes", str(episodes), "--worker", str(folder), daemon.url, commit, url]
     mounts = len(mounts_below(daemon.home))
     teacher = subprocess.Popen([*program, "--teacher", str(port)])
+
+    def at(share: float, victim: str) -> None:
+        """Wait until so much of the round is there, and say who is killed now."""
+        wait_for(lambda: len(committed(folder)) >= share * episodes or worker.poll() is not None)
+        if worker.poll() is not None:
+            sys.exit(f"the round has ended before its {victim} was killed")
+        print(f"faults   {victim} is killed, {len(committed(folder))} episodes are there", flush=True)
+
     try:
-        for share, victim in ((0.25, "driver"), (0.5, "dockerd"), (0.7, "teacher")):
-            with subprocess.Popen(command) as worker:
-                wait_for(lambda share=share: len(committed(folder)) >= share * episodes or worker.poll() is not None)
-                if victim == "driver":
-                    worker.kill()
-                elif victim == "dockerd":
-                    daemon.kill()
-                    daemon.start()
-                else:
-                    teacher.kill()
-                    teacher.wait(timeout=WAIT_S)
-                    time.sleep(TEACHER_AWAY_S)
-                    teacher = subprocess.Popen([*program, "--teacher", str(port)])
-                worker.wait(timeout=WAIT_S)  # after a restart of the others it goes on by itself
-            print(f"faults   {victim} killed; then {len(committed(folder))} episodes are there", flush=True)
+        with subprocess.Popen(command) as worker:
+            at(0.2, "driver")
+            worker.kill()
+        with subprocess.Popen(command) as worker:  # it goes on by itself when the others are started again
+            at(0.4, "dockerd")
+            daemon.kill()
+            daemon.start()
+            at(0.6, "teacher")
+            teacher.kill()
+            teacher.wait(timeout=WAIT_S)
+            time.sleep(TEACHER_AWAY_S)
+            teacher = subprocess.Popen([*program, "--teacher", str(port)])
+            worker.wait(timeout=WAIT_S)
         subprocess.run(command, check=True, timeout=WAIT_S)
     finally:
         teacher.kill()

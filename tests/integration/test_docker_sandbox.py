@@ -17,7 +17,7 @@ from megatron_dagger.envs.sandbox.docker import DockerLimits, DockerSandbox
 from megatron_dagger.envs.sandbox.docker_host import DockerHost, is_gone, owner
 from megatron_dagger.envs.sandbox.images import ImageStore
 from megatron_dagger.types import StopReason
-from tests.docker_engine import IMAGE, processes_with
+from tests.docker_engine import IMAGE, processes_with, wait_for
 
 LIMITS = DockerLimits(timeout_s=5, memory_mib=300, disk_mib=64, processes=48, output_bytes=2000)
 
@@ -319,13 +319,6 @@ def registry(tmp_path):
 def listens(port):
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(condition, deadline_s=60):
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_images_are_pulled_ahead_out_of_a_registry_and_none_when_the_budget_is_spent(docker_host, registry):

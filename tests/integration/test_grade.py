@@ -1,12 +1,15 @@
 """Patches graded by SWE-bench's own harness in real containers: by the command line, resumed, and itself checked."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from megatron_dagger.cli.main import main
 from megatron_dagger.evaluation.harness import Harness
 from tests import swe_image
+from tests.docker_engine import processes_with, wait_for
 
 pytest.importorskip("swebench")
 
@@ -29,6 +32,7 @@ def row(docker_host):
 def files(row, daemon, tmp_path):
     """Five tasks of two repositories, predictions for four of them, and the options that name them."""
     rows = [{**row, "instance_id": name, "repo": name.partition("-")[0]} for name in (*PATCHES, "another__calc-5")]
+    rows[1]["eval_script"] = row["eval_script"].replace("cd /testbed\n", "cd /testbed\nsleep 4\n")
     write_lines(tmp_path / "rows.jsonl", rows)
     predictions = [
         {"instance_id": name, "model_name_or_path": "org/model", "model_patch": patch}
@@ -43,9 +47,20 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_predictions_are_graded_and_what_has_a_report_is_not_run_again(files, tmp_path, docker_host, capsys):
+def test_predictions_are_graded_and_a_killed_grading_goes_on(files, tmp_path, docker_host, capsys):
     before = docker_host.client.containers.list(all=True)
+    run_id = Harness(directory=tmp_path / "graded", rows=[], predictions=[]).run_id
+    done = tmp_path / "graded" / "logs" / "run_evaluation" / run_id / "org__model" / "example__calc-1" / "report.json"
+    with subprocess.Popen([sys.executable, "-m", "megatron_dagger.cli.main", "grade", *files]) as killed:
+        wait_for(lambda: done.exists() and len(docker_host.client.containers.list()) > len(before), deadline_s=120)
+        killed.kill()
+    assert processes_with(run_id) == [], "the harness has died with the command that started it"
+    assert len(docker_host.client.containers.list(all=True)) > len(before), "and has left the task that slept"
+    written = done.stat().st_mtime_ns
+
     assert main(["grade", *files]) == 0
+    assert done.stat().st_mtime_ns == written, "what has a report is not run again"
+    assert docker_host.client.containers.list(all=True) == before
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "graded" / "report.json").read_text())
     assert report["outcomes"] == {
@@ -59,17 +74,6 @@ def test_predictions_are_graded_and_what_has_a_report_is_not_run_again(files, tm
     assert report["repositories"]["example__calc"]["rate"] == pytest.approx(1 / 3)
     assert "example__calc         1       3   33.3%" in printed
     assert report["harness"].startswith("swebench 5.")
-    assert docker_host.client.containers.list(all=True) == before
-
-    folder = Harness(directory=tmp_path / "graded", rows=[], predictions=[])
-    logs = tmp_path / "graded" / "logs" / "run_evaluation" / folder.run_id / "org__model"
-    times = {path: path.stat().st_mtime_ns for path in logs.glob("*/report.json")}
-    assert len(times) == 2
-    (logs / "example__calc-2" / "report.json").unlink()  # as if it had been killed before
-    assert main(["grade", *files]) == 0
-    assert json.loads((tmp_path / "graded" / "report.json").read_text()) == report
-    again = {path: path.stat().st_mtime_ns for path in logs.glob("*/report.json")}
-    assert [path.parent.name for path in times if again[path] != times[path]] == ["example__calc-2"]
 
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     (tmp_path / "predictions.jsonl").write_text(lines[0] + "\n")

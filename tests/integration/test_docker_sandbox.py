@@ -8,6 +8,7 @@ import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -277,6 +278,12 @@ def test_the_least_recently_used_images_go_when_the_disk_budget_is_spent(docker_
     assert not {first, third} & there
     for image in (second, stranger):
         docker_host.client.api.remove_image(image)
+
+
+def test_the_disk_use_can_be_asked_for_by_many_at_once(docker_host):
+    with ImageStore(docker_host) as store, ThreadPoolExecutor(8) as threads:
+        sizes = [asked.result() for asked in [threads.submit(store._layers_bytes) for _ in range(40)]]
+    assert min(sizes) > 1 << 20
 
 
 def test_an_image_that_cannot_be_had_is_told_to_who_asks(docker_host, monkeypatch):

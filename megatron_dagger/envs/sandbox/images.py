@@ -20,6 +20,7 @@ from megatron_dagger.envs.sandbox.docker_host import DockerHost, broken_as, is_m
 
 PULL_ATTEMPTS = 3
 FIRST_PAUSE_S = 2.0  # between attempts, doubled each time
+DISK_USE_WAIT_S, DISK_USE_PAUSE_S = 120.0, 0.2
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +124,16 @@ class ImageStore:
         return True
 
     def _layers_bytes(self) -> int:
-        with broken_as("the daemon's disk use cannot be read"):
-            usage: Mapping[str, Any] = self._host.client.api.df()
-        return int(usage["LayersSize"] or 0)
+        deadline = time.monotonic() + DISK_USE_WAIT_S
+        while True:
+            try:
+                with broken_as("the daemon's disk use cannot be read"):
+                    usage: Mapping[str, Any] = self._host.client.api.df()
+                return int(usage["LayersSize"] or 0)
+            except EnvironmentBroken as error:  # the daemon answers one who asks for it at a time
+                if "already running" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(DISK_USE_PAUSE_S)
 
 
 def is_here(host: DockerHost, image: str) -> bool:

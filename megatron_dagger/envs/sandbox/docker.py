@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Self
+from typing import Any, Self
 
 from megatron_dagger.envs.base import CommandResult, EnvironmentBroken
 from megatron_dagger.envs.sandbox import container_scripts as scripts
@@ -42,6 +42,7 @@ TRANSFER_TIMEOUT_S = 120.0
 MOST_OUTPUT_BYTES = 64 << 20  # a command that prints more is killed
 DISK_CHECK_AFTER_S = 0.25  # a shorter command cannot have written much
 LIFETIME_S = 24 * 3600  # a container that nobody removes ends by itself
+SETTLE_S, SETTLE_PAUSE_S = 2.0, 0.1
 KEEPER = "65534:65534"  # the container's own process is nobody's: root without capabilities cannot kill it
 
 
@@ -229,7 +230,7 @@ class DockerSandbox:
             return EnvironmentBroken("the sandbox is closed")
         with broken_as("the Docker daemon is lost"):
             try:
-                state = self._host.client.api.inspect_container(self._container)["State"]
+                state = self._settled_state(self._container)
             except Exception as missing:
                 if is_missing(missing):
                     return EnvironmentBroken("the container was removed by somebody else")
@@ -239,6 +240,15 @@ class DockerSandbox:
         if not state["Running"]:
             return EnvironmentBroken(f"the container ended: exit code {state['ExitCode']} {state['Error']}".rstrip())
         return EnvironmentBroken(f"the container takes no command: {error}")
+
+    def _settled_state(self, container: str) -> Mapping[str, Any]:
+        """The container's state, after the moment that a busy daemon needs to learn of its end."""
+        deadline = time.monotonic() + SETTLE_S
+        while True:
+            state: Mapping[str, Any] = self._host.client.api.inspect_container(container)["State"]
+            if not state["Running"] or time.monotonic() > deadline:
+                return state
+            time.sleep(SETTLE_PAUSE_S)
 
     def _out_of_memory(self) -> EnvironmentBroken:
         return EnvironmentBroken(f"more memory was wanted than {self.limits.memory_mib} MiB", StopReason.OUT_OF_MEMORY)

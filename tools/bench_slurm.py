@@ -33,7 +33,8 @@ from megatron_dagger.observability.metrics import STAGES, read_lines, read_metri
 from megatron_dagger.observability.progress import track
 from megatron_dagger.store.aggregated import DataStore
 from recipes import find_recipe
-from tools.slurm_cluster import SlurmCluster, SlurmError, install
+from tools.slurm_cluster import SlurmCluster
+from tools.slurm_packages import SlurmError, install
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 900.0

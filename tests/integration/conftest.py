@@ -51,7 +51,8 @@ def undisturbed(cache, tmp_path_factory):
 @pytest.fixture(scope="session")
 def cluster():
     """A SLURM of two virtual nodes, with accounting where that is installed."""
-    from tools.slurm_cluster import SlurmCluster, lacking
+    from tools.slurm_cluster import SlurmCluster
+    from tools.slurm_packages import lacking
 
     if why := lacking():
         pytest.skip(why)

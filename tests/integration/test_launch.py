@@ -9,7 +9,7 @@ import pytest
 from megatron_dagger.config import RunConfig, load_yaml
 from megatron_dagger.observability.status import status
 from megatron_dagger.store.atomic import read_json
-from tools.slurm_cluster import lacking
+from tools.slurm_packages import lacking
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-launch" / "bin" / "python"

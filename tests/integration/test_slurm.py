@@ -20,7 +20,7 @@ from megatron_dagger.observability.metrics import read_lines
 from megatron_dagger.observability.status import status
 from megatron_dagger.store.lock import LockedError, flocked
 from tests.integration.tiny_run import ARGUMENTS, DEADLINE_S, assert_same, environment, writers
-from tools.slurm_cluster import lacking
+from tools.slurm_packages import lacking
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]

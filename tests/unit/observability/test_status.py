@@ -100,6 +100,7 @@ def test_files_that_are_half_there(finished: Path, tmp_path: Path) -> None:
     (run / "rounds" / "0000" / "collect.json").write_text('{"episodes": ')
     (run / "status").mkdir()
     (run / "status" / "0000-collect.json").write_text("")
+    (run / "status" / "0000-train.json").write_text("[]")
     (run / "config.yaml").write_text("a: [")
     text = status(run)
     assert "collect   -" in text

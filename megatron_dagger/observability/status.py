@@ -111,12 +111,9 @@ def _now(run: RunFiles) -> list[str]:
         return ["No stage has reported yet."]
     newest = run.work[-1]
     place = (newest.get("round"), newest.get("stage"))
-    together = [state for state in run.work if (state.get("round"), state.get("stage")) == place]
-    lines = []
-    for state in together:
-        if state is newest or _liveness(state) != "done":
-            lines += _is_doing(state, run.path)
-    return lines
+    beside = [state for state in run.work[:-1] if (state.get("round"), state.get("stage")) == place != (None, None)]
+    states = [*(state for state in beside if _liveness(state) != "done"), newest]
+    return [line for state in states for line in _is_doing(state, run.path)]
 
 
 def _is_doing(state: dict[str, Any], path: Path) -> list[str]:

@@ -97,9 +97,11 @@ def read_all(run_dir: Path) -> list[dict[str, Any]]:
     found = []
     for path in (run_dir / FOLDER).glob("[0-9a-z]*.json"):
         try:
-            found.append(read_json(path))
+            state = read_json(path)
         except UnreadableFileError as problem:
             logger.warning("%s", problem)
+        else:
+            found += [state] if isinstance(state, dict) else []
     return sorted(found, key=lambda state: float(state.get("updated") or 0))
 
 

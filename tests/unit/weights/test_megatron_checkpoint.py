@@ -12,11 +12,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_dagger.config import ModelConfig
+from megatron_dagger.config import ModelConfig, ParallelConfig
 from megatron_dagger.weights import families
+from megatron_dagger.weights.blocks import Box
 from megatron_dagger.weights.dist_metadata import read_metadata
 from megatron_dagger.weights.errors import CheckpointReadError
+from megatron_dagger.weights.layouts import SourceLayout
 from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_dagger.weights.megatron_writer import write_megatron
 
 MODEL = ModelConfig(num_layers=3, hidden_size=8, ffn_hidden_size=6, kv_channels=4, vocab_size=10)
 
@@ -70,6 +73,32 @@ def test_canonical_tensors_come_out_bit_exact_and_in_order(tmp_path, dtype, tied
         assert tensor.is_contiguous()
         assert torch.equal(tensor, tensors[name]), name
         assert tensor.dtype == dtype
+
+
+def test_a_tensor_in_several_chunks_is_given_chunk_by_chunk_out_of_the_files(tmp_path):
+    model = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=6, vocab_size=10)
+    ranks = SourceLayout.of_trainer(model, ParallelConfig(world_size=2, tensor_model_parallel_size=2))
+    tensors = weights(model)
+    rows = ranks.padded_vocab_size
+    whole = {
+        name: families.from_canonical(name, tensors, model, padded_rows=rows if layout.padded else None)
+        for name, layout in families.lookup(model).layouts(model).items()
+    }
+    write_megatron(tmp_path, model, whole.__getitem__, ranks, "float32")
+    checkpoint = MegatronCheckpoint(tmp_path)
+    counts = {}
+    for source in checkpoint.sources(model):
+        box = Box((0,) * len(source.shape), source.shape)
+        found = torch.full(source.shape, torch.nan)
+        for place, values in checkpoint.parts(source, box):
+            found[place.slices] = values
+            values.fill_(7.0)  # of this process's map alone
+            counts[source.name] = counts.get(source.name, 0) + 1
+        assert torch.equal(found, whole[source.name]), source.name
+        assert (checkpoint.read(source) == 7.0).all(), f"{source.name}: the parts were copies"
+    assert counts["decoder.layers.1.mlp.linear_fc2.weight"] == 2
+    assert counts["decoder.layers.1.mlp.linear_fc1.weight"] == 4  # gate and up of each rank
+    assert counts["decoder.final_layernorm.weight"] == 1
 
 
 def test_the_index_agrees_with_torchs_own_reader(written):

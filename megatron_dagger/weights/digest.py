@@ -114,20 +114,14 @@ def _each_expert(block: Block, tensor: Any) -> Iterable[tuple[Block, Any]]:
 
 
 def _sum_of_hashes(values: Any, cut: Cells, run: range) -> int:
-    if cut.axis == 1:  # cell by cell
-        rows, columns = values.shape
-        values = values.reshape(rows, columns // cut.extent, cut.extent).swapaxes(0, 1)
-    data = _bytes(values)
-    total, size = len(data), cut.extent * len(data) // max(1, _along(values, cut))
-    return sum(
-        xxhash.xxh3_64_intdigest(data[at : min(at + size, total)], seed=cell)
-        for cell, at in zip(run, range(0, total, size), strict=True)
-    )
-
-
-def _along(values: Any, cut: Cells) -> int:
-    """The extent of ``values``, in the order in which they are hashed, along the cut."""
-    return int(values.shape[0]) * (cut.extent if cut.axis == 1 else 1)
+    if cut.axis == 1:  # one at a time, so that no copy of all is made
+        columns = range(0, values.shape[1], cut.extent)
+        pieces: Iterable[memoryview] = (_bytes(values[:, at : at + cut.extent]) for at in columns)
+    else:
+        data = _bytes(values)
+        total, size = len(data), cut.extent * len(data) // max(1, values.shape[0])
+        pieces = (data[at : at + size] for at in range(0, total, size))
+    return sum(xxhash.xxh3_64_intdigest(piece, seed=cell) for cell, piece in zip(run, pieces, strict=True))
 
 
 def _dtype(tensor: Any) -> str:

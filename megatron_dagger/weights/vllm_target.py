@@ -3,15 +3,16 @@
 A plan speaks of vLLM's parameters as they are when a checkpoint is loaded. Where a layer serves them
 as they are, blocks are written in place. Where it has packed them for its device (on the CPU all linear
 layers), vLLM's layerwise reload takes the layer apart, one at a time: fresh parameters, filled, packed,
-put into the place of the old. So what is needed beside the model is one layer, and a failure leaves every
-layer whole, be it the old or the new one.
+put into the place of the old. So what is needed beside the model is one layer, whose memory the next one
+uses again, and a failure on the way leaves every layer whole, be it the old or the new one.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +28,8 @@ from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
-from megatron_dagger.weights.blocks import Box
+from megatron_dagger.config import ModelConfig
+from megatron_dagger.weights.blocks import Block, Box
 from megatron_dagger.weights.digest import Shares, digest_shares
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.families.fp8 import vllm_table
@@ -43,6 +45,7 @@ class VllmTarget:
 
     def __init__(self, model: torch.nn.Module, model_config: Any, rank: int, *, fresh: bool = False):
         self._model, self._model_config, self._rank, self._fresh = model, model_config, rank, fresh
+        self._scratch = _Scratch()
         self.touched = False  # whether a weight has been changed
 
     def take(self, transport: WeightTransport, agreement: Agreement) -> Shares:
@@ -53,17 +56,17 @@ class VllmTarget:
         table = vllm_table(agreement.model, agreement.quantization)
         self._check_parameters(table)
         arrivals = transport.receive(agreement.plan.by_target[self._rank])
-        shares: Shares = {}
-        for module, names in itertools.groupby(table, key=lambda name: name.rpartition(".")[0]):
-            with self._opened(self._model.get_submodule(module)) as tensors:
-                for name in names:
-                    parameter, tensor = table[name], tensors[name.rpartition(".")[2]]
-                    shard = agreement.target.shard(self._rank, experts=parameter.experts > 0)
-                    self._fill(name, tensor, parameter.shape(shard), parameter.padding(shard), arrivals)
-                    shares |= digest_shares(parameter.blocks(shard), tensor, agreement.model)
-        for _ in arrivals:
-            raise AssertionError("the plan brings more than the parameters hold")
-        return shares
+        with _Digests(agreement.model) as digests:
+            for module, names in itertools.groupby(table, key=lambda name: name.rpartition(".")[0]):
+                with self._opened(self._model.get_submodule(module), digests) as tensors:
+                    for name in names:
+                        parameter, tensor = table[name], tensors[name.rpartition(".")[2]]
+                        shard = agreement.target.shard(self._rank, experts=parameter.experts > 0)
+                        self._fill(name, tensor, parameter.shape(shard), parameter.padding(shard), arrivals)
+                        digests.add(parameter.blocks(shard), tensor)
+            for _ in arrivals:
+                raise AssertionError("the plan brings more than the parameters hold")
+            return digests.finish()
 
     def _fill(
         self,
@@ -105,8 +108,11 @@ class VllmTarget:
             raise WeightSyncError(f"vLLM's parameters are not those of the family's map: {some}")
 
     @contextmanager
-    def _opened(self, layer: torch.nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
-        """The layer's own parameters, to be written; with the end of the block they are served."""
+    def _opened(self, layer: torch.nn.Module, digests: _Digests) -> Iterator[Mapping[str, torch.Tensor]]:
+        """The layer's own parameters, to be written; with the end of the block they are served.
+
+        Until their ``digests`` are there, nobody writes to them again.
+        """
         if self._fresh or _serves_them_as_they_are(layer):
             yield {name: parameter.data for name, parameter in layer.named_parameters(recurse=False)}
             return
@@ -114,11 +120,66 @@ class VllmTarget:
         try:
             info = get_layerwise_info(layer)
             materialize_layer(layer, info)
+            if copied := _packs_a_copy(layer):
+                digests.finish()
+                self._scratch.lend(layer.parameters(recurse=False))
             yield {name: parameter.data for name, parameter in layer.named_parameters(recurse=False)}
+            if copied:
+                layer.cpu_linear = _unpacked_linear  # the old packed copy is freed before there is a new one
+            else:
+                digests.finish()  # vLLM may change them in place
             with _experts_are_packed_again(layer):
                 _layerwise_process(layer, info)
         finally:
             finalize_layerwise_reload(layer, self._model_config)  # after a failure: the old ones come back
+
+
+class _Digests:
+    """The digests of parameters: on the CPU in a thread, beside what vLLM packs and what comes next."""
+
+    def __init__(self, model: ModelConfig):
+        self._model, self._shares = model, Shares()
+        self._pool = ThreadPoolExecutor(1, "digests")
+        self._running: list[Future[Shares]] = []
+
+    def add(self, blocks: Sequence[Block], tensor: torch.Tensor) -> None:
+        """Of what stands in ``tensor``, which must not change before ``finish``."""
+        if tensor.device.type == "cpu":
+            self._running.append(self._pool.submit(digest_shares, blocks, tensor, self._model))
+        else:
+            self._shares |= digest_shares(blocks, tensor, self._model)
+
+    def finish(self) -> Shares:
+        """All that there are, once they are there."""
+        for future in self._running:
+            self._shares |= future.result()
+        self._running.clear()
+        return self._shares
+
+    def __enter__(self) -> _Digests:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._pool.shutdown()
+
+
+class _Scratch:
+    """Memory for a layer's parameters while they are filled, the same for one layer after the other.
+
+    The kernel clears fresh memory page by page, which takes several times as long as to copy into it.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def lend(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Put their values there, to be written; what was lent before is lost."""
+        matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+        sizes = [matrix.nbytes for matrix in matrices]
+        if sum(sizes) > self._memory.numel():
+            self._memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        for matrix, memory in zip(matrices, self._memory[: sum(sizes)].split(sizes), strict=True):
+            matrix.data = memory.view(matrix.dtype).view(matrix.shape)
 
 
 @contextmanager
@@ -141,6 +202,13 @@ def _experts_are_packed_again(layer: torch.nn.Module) -> Iterator[None]:
 
 def _unpacked_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.nn.functional.linear(hidden, weight, bias)
+
+
+def _packs_a_copy(layer: torch.nn.Module) -> bool:
+    """Whether nothing of the layer's weight is used any more once it is packed."""
+    if not current_platform.is_cpu() or current_platform.is_zen_cpu():  # zentorch may keep the weight itself
+        return False
+    return isinstance(getattr(layer, "quant_method", None), UnquantizedLinearMethod)
 
 
 def _serves_them_as_they_are(layer: torch.nn.Module) -> bool:

@@ -85,7 +85,7 @@ def cases(draw):
         ep = draw(st.sampled_from([n for n in range(1, tp * dp // etp + 1) if tp * dp // etp % n == 0]))
         target |= {"data_parallel_size": draw(small), "enable_expert_parallel": draw(st.booleans())}
         ranks = target_tp * target["data_parallel_size"]
-        experts = {"num_moe_experts": ep * ranks * draw(st.integers(1, 2))}
+        experts = {"num_moe_experts": ep * ranks * draw(st.integers(1, 2)), "moe_router_topk": 1}
         experts["moe_ffn_hidden_size"] = etp * ranks * draw(st.integers(1, 2))
         source = {"expert_tensor_parallel_size": etp, "expert_model_parallel_size": ep}
     if family in ("qwen3", "qwen3_moe"):

@@ -341,7 +341,8 @@ def test_images_are_pulled_ahead_out_of_a_registry_and_none_when_the_budget_is_s
     used_mib = client.api.df()["LayersSize"] >> 20
     with ImageStore(docker_host, disk_budget_mib=used_mib + 100, concurrent_pulls=2) as store:
         store.prefetch([first, second])
-        wait_for(lambda: images.is_here(docker_host, first) and images.is_here(docker_host, second))
+        assert [store._pulls[name].result(60) for name in (first, second)] == [None, None]  # and evict no more
+        assert images.is_here(docker_host, first) and images.is_here(docker_host, second)
         with store.hold(first):
             store._budget_bytes = 0
         assert store.evict() == [first, second], "what is still waited for goes last"

@@ -6,13 +6,14 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dagger.config import RunConfig
 from megatron_dagger.dagger.world import round_dir
 from megatron_dagger.observability.metrics import read_lines
+from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.status_file import failure_recorded
 from megatron_dagger.store.atomic import check_room
 from megatron_dagger.store.fence import VARIABLE, claim, inherit
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from megatron_dagger.training.job import TrainJob
 
 logger = logging.getLogger(__name__)
+
+RESIDENT = "trainer"  # the name under which a trainer that lives through all rounds works on a run
 
 
 def train_job(config: RunConfig, run_dir: Path, round_index: int) -> TrainJob:
@@ -45,11 +48,21 @@ def train_and_tell(
     config: RunConfig, run_dir: Path, tracked: Callable[..., Any], env: Mapping[str, str], round_index: int
 ) -> None:
     """A round's training by the run's holder, who tells of its progress and failure."""
+    with told(tracked, run_dir, round_index, train_logs(run_dir, round_index)):
+        try:
+            launch_training(config, run_dir, round_index, env=env)
+        except RuntimeError:
+            check_room(run_dir)  # torch's writer does not say that the disk is full, and the ranks' logs may be cut
+            raise
+
+
+def told(tracked: Callable[..., Any], run_dir: Path, round_index: int, log_file: Path) -> AbstractContextManager[Any]:
+    """While a round is trained in the block, its steps are counted and told."""
 
     def steps() -> int:
         return len(read_lines(round_dir(run_dir, round_index) / "train" / "metrics.jsonl"))
 
-    with tracked(
+    return tracked(  # type: ignore[no-any-return]
         f"round {round_index} train",
         None,
         unit="steps",
@@ -57,13 +70,8 @@ def train_and_tell(
         count=steps,
         round_index=round_index,
         stage="train",
-        log_file=train_logs(run_dir, round_index),
-    ):
-        try:
-            launch_training(config, run_dir, round_index, env=env)
-        except RuntimeError:
-            check_room(run_dir)  # torch's writer does not say that the disk is full, and the ranks' logs may be cut
-            raise
+        log_file=log_file,
+    )
 
 
 def train_logs(run_dir: Path, round_index: int) -> Path:
@@ -91,16 +99,16 @@ def launch_training(
 def train_resident(config: RunConfig, run_dir: Path, *, take_over: bool = False) -> None:
     """Start the ranks on this host that train all rounds, and wait for them.
 
-    The first node claims the run as the worker ``trainer``, which keeps a second trainer out.
+    The first node claims the run as a worker of its own, which keeps a second trainer out.
     """
     from megatron_dagger.training.launch import launch, node_rank
 
-    name, logs = "trainer", run_dir / "logs" / "train"
+    logs = run_dir / "logs" / "train"
     with ExitStack() as stack:
         env = None
         if node_rank(config.training.parallel) == 0:
-            env = {VARIABLE: stack.enter_context(claim(run_dir, worker=name, take_over=take_over))}
-            stack.enter_context(failure_recorded(run_dir, worker=name, log_file=logs))
+            env = {VARIABLE: stack.enter_context(claim(run_dir, worker=RESIDENT, take_over=take_over))}
+            stack.enter_context(failure_recorded(run_dir, worker=RESIDENT, log_file=logs))
         launch(
             ["megatron_dagger.cli.main", "train", str(run_dir), "--resident", "--rank"],
             config.training.parallel,
@@ -140,6 +148,7 @@ def train_resident_rank(config: RunConfig, run_dir: Path) -> None:
         store = run_dir / "data.zarr"
         return (store / "zarr.json").exists() and DataStore.open(store).manifest(index) is not None
 
+    tracked = functools.partial(track, run_dir=run_dir, worker=RESIDENT)
     rounds = ResidentRounds(
         run_dir=run_dir,
         rounds=config.dagger.rounds + 1,
@@ -147,6 +156,7 @@ def train_resident_rank(config: RunConfig, run_dir: Path) -> None:
         job=functools.partial(train_job, config, run_dir),
         collected=collected,
         episodes=functools.partial(training_data, config, run_dir),
+        told=lambda index: told(tracked, run_dir, index, run_dir / "logs" / "train"),
         over=(round_dir(run_dir, config.dagger.rounds) / "evaluate.json").exists,
         deadline_s=config.rollout.stage_deadline_s,
     )

@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed
 
@@ -45,6 +46,7 @@ class ResidentRounds:
     job: Callable[[int], TrainJob]
     collected: Callable[[int], bool]  # whether a round's episodes are all there
     episodes: Callable[[int], Sequence[LabelledEpisode]]
+    told: Callable[[int], AbstractContextManager[Any]]  # rank 0 tells of a round's training within it
     over: Callable[[], bool]  # whether nobody will want weights any more
     deadline_s: float  # for a round's collection
 
@@ -70,7 +72,8 @@ class _Resident:
     def run(self) -> None:
         for index in range(self._first(), self.rounds.rounds):
             self._serve_until(partial(self.rounds.collected, index), f"the episodes of round {index}")
-            self.trainer.train(self.rounds.job(index), self.rounds.episodes(index))
+            with self.rounds.told(index) if self.desk is not None else nullcontext():
+                self.trainer.train(self.rounds.job(index), self.rounds.episodes(index))
             self.version = index
         self._serve_until(self.rounds.over, "the last evaluation")
 

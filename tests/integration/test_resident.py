@@ -1,6 +1,7 @@
 """The resident mode, whole and real: a trainer and two workers live through all rounds, and one worker is killed."""
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from megatron_dagger.cli.world import create_run
 from megatron_dagger.config import override
 from megatron_dagger.store.aggregated import DataStore
 from recipes.quickstart import quickstart
-from tests.integration.tiny_run import DEADLINE_S, SETTINGS, assert_same, environment, writers
+from tests.integration.tiny_run import DEADLINE_S, SETTINGS, assert_same, environment, losses, writers
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
@@ -56,6 +57,8 @@ def test_weights_go_live_through_all_rounds_and_a_killed_worker_comes_back(undis
     assert_same(run, undisturbed)
     stores = [DataStore.open(folder / "evaluations.zarr") for folder in (undisturbed, run)]
     assert stores[0].digest() == stores[1].digest()
+    told = json.loads((run / "status/0001-train-trainer.json").read_text())
+    assert (told["state"], told["done"]) == ("done", len(losses(run, 1)))
     assert (run / "metrics.jsonl").read_text().count("\n") == 6
     rank = (run / "logs/train/rank-0.log").read_text()
     assert rank.count("an engine took weights 0") >= 2

@@ -49,7 +49,7 @@ def trainer(arguments: argparse.Namespace, rank: int) -> None:
     """A rank's tensors; its orders are offers, "checkpoint" and "export"."""
     import torch
 
-    from megatron_dagger.training.layout import shard
+    from megatron_dagger.training.layout import cut
     from megatron_dagger.weights.digest import digest_shares
     from megatron_dagger.weights.transports.open import send_weights
 
@@ -59,7 +59,7 @@ def trainer(arguments: argparse.Namespace, rank: int) -> None:
     for name, whole in _whole(model, source, dtype):
         layout = layouts[name]
         mine = next(own for own, ranks in source.holders(layout, 0) if rank in ranks)
-        tensors[name] = shard(whole, layout, rank, SOURCES)
+        tensors[name] = cut(whole, layout, mine)
         shares |= digest_shares(layout.blocks(mine, padded_rows=source.padded_vocab_size), tensors[name], model)
     plain = {name: (kind, [(a, b, v) for (a, b), v in runs.items()]) for name, (kind, runs) in shares.items()}
     print("READY " + json.dumps(plain), flush=True)

@@ -2,9 +2,9 @@
 
 Packages are mutated and become SWE-bench 5.x's rows with images of this machine; the teacher is a chat
 completions server that has read the gold patches; the student, a small Qwen3 with random weights, is converted
-by tools/convert.py. Then, by the command line as anybody would: a round of the teacher alone, a round of mixed
-turns, each with labels, store, training and sync, the evaluation, and the grading by SWE-bench's own harness:
-of the gold patches and none, of what was collected, of what was evaluated.
+by tools/convert.py. Then, by the command line as anybody would: the admission of the tasks, a round of the
+teacher alone, a round of mixed turns, each with labels, store, training and sync, the evaluation, and the
+grading by SWE-bench's own harness: of the gold patches and none, of what was collected, of what was evaluated.
 
     tools/swe_round.py                      a dockerd of its own (as root), an image of this host's programs
     tools/swe_round.py --serve              also asks a `vllm serve` of the small model, as a teacher
@@ -51,11 +51,13 @@ from megatron_dagger.config import (
     TeacherConfig,
     TrainingConfig,
     override,
+    to_dict,
 )
 from megatron_dagger.envs.repo_repair.taskset import TaskSet, prepare_tasks
 from megatron_dagger.envs.repo_repair.testing import repair_sandbox
 from megatron_dagger.envs.sandbox import SandboxPool
 from megatron_dagger.envs.sandbox.docker_host import DockerHost
+from megatron_dagger.envs.swe.admission import admitted
 from megatron_dagger.envs.swe.env import SYSTEM_MESSAGE
 from megatron_dagger.observability.progress import track
 from megatron_dagger.policies.base import PolicyError
@@ -104,8 +106,13 @@ def main() -> int:
     return 0
 
 
-def run_rounds(folder: Path, tasks: TaskSet, docker_url: str, changed: Sequence[str] = ()) -> dict[str, Any]:
-    """The rounds and their grading, in ``folder``, on a daemon that has the base image; what came of them."""
+def run_rounds(
+    folder: Path, tasks: TaskSet, docker_url: str, changed: Sequence[str] = (), *, repeats: int = 2
+) -> dict[str, Any]:
+    """The rounds and their grading, in ``folder``, on a daemon that has the base image; what came of them.
+
+    ``repeats``: of the admission. ``changed``: settings of the run.
+    """
     every = [*tasks.train, *tasks.heldout]
     with DockerHost("swe-round", docker_url) as host:
         before = len(host.client.containers.list(all=True))
@@ -116,9 +123,13 @@ def run_rounds(folder: Path, tasks: TaskSet, docker_url: str, changed: Sequence[
     model = make_model(folder, tasks, teacher)
     with chat_server(teacher) as server:
         config = settings(folder, model, tasks, docker_url, server.url)
-        create_run(override(config, list(changed)), folder / "run")
-        seconds = {"rounds": cli("run", folder / "run")}
-        found: dict[str, Any] = {"teacher_requests": len(server.requests), "seconds": seconds}
+        given = [f"swe.{name}={value}" for name, value in to_dict(config.swe).items() if name != "admission"]
+        seconds = {"admission": cli("admit", config.swe.admission, "--repeats", repeats, *given)}
+        fit = len(admitted(Path(config.swe.admission)))
+        changed = [f"dagger.sft_tasks={fit - fit // 2}", f"dagger.tasks_per_round={fit // 2}", *changed]
+        create_run(override(config, changed), folder / "run")
+        seconds["rounds"] = cli("run", folder / "run")
+        found: dict[str, Any] = {"admitted": fit, "teacher_requests": len(server.requests), "seconds": seconds}
     found |= rounds(folder / "run") | graded(folder, docker_url, seconds)
     with DockerHost("swe-round", docker_url) as host:
         found["leaked_containers"] = len(host.client.containers.list(all=True)) - before
@@ -158,7 +169,6 @@ def make_model(folder: Path, tasks: TaskSet, teacher: GoldTeacher) -> ModelConfi
 
 def settings(folder: Path, model: ModelConfig, tasks: TaskSet, docker_url: str, teacher_url: str) -> RunConfig:
     sampling = SamplingConfig(max_tokens=REPLY_TOKENS)
-    half = max(1, len(tasks.train) // 2)
     return RunConfig(
         name="swe_round",
         seed=SEED,
@@ -182,6 +192,7 @@ def settings(folder: Path, model: ModelConfig, tasks: TaskSet, docker_url: str, 
         swe=SweConfig(
             train=str(folder / "train.jsonl"),
             train_dataset="swe-bench",
+            admission=str(folder / "admission.json"),
             heldout=str(folder / "heldout.jsonl"),
             docker_url=docker_url,
             cpus=1.0,
@@ -193,8 +204,6 @@ def settings(folder: Path, model: ModelConfig, tasks: TaskSet, docker_url: str, 
         teacher=TeacherConfig(urls=(teacher_url,), model="gold", sampling=SamplingConfig(max_tokens=REPLY_TOKENS)),
         dagger=DaggerConfig(
             rounds=1,
-            sft_tasks=half,
-            tasks_per_round=len(tasks.train) - half,
             beta=BetaConfig(schedule="constant", start=0.5),
             evaluation_tasks=len(tasks.heldout),
             evaluate_rounds="last",

@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_dagger.agents.tokenizer import train_tokenizer
 from megatron_dagger.config import ConfigError, RunConfig, SweConfig
+from megatron_dagger.config.base import require
 from megatron_dagger.envs.base import Env
 from megatron_dagger.envs.repo_repair.corpus import texts
 from megatron_dagger.envs.repo_repair.env import RepairEnv, TestMemory
@@ -28,6 +29,9 @@ from megatron_dagger.policies.base import Policy
 from megatron_dagger.policies.replies import Malformed, Reply
 
 if TYPE_CHECKING:
+    from megatron_dagger.envs.sandbox.docker import DockerSandbox
+    from megatron_dagger.envs.sandbox.images import ImageStore
+    from megatron_dagger.envs.swe.judge import OpenSandbox
     from megatron_dagger.envs.swe.task import SweTask
 
 logger = logging.getLogger(__name__)
@@ -116,28 +120,12 @@ def _repair(config: RunConfig, cache_dir: Path, track: Callable[..., Any], stack
 
 
 def _swe(config: RunConfig, run_dir: Path, stack: ExitStack) -> Environment:
-    from megatron_dagger.envs.sandbox.docker import DockerLimits, DockerSandbox
-    from megatron_dagger.envs.sandbox.docker_host import DockerHost
-    from megatron_dagger.envs.sandbox.images import ImageStore
     from megatron_dagger.envs.swe.env import SweEnv
 
     swe = config.swe
     train, heldout = swe_tasks(swe)
     by_id = {task.instance_id: task for task in (*train, *heldout)}
-    host = stack.enter_context(DockerHost(str(run_dir.resolve()), swe.docker_url))
-    host.reap()
-    images = stack.enter_context(ImageStore(host, disk_budget_mib=swe.image_budget_mib))
-    limits = DockerLimits(
-        timeout_s=swe.command_timeout_s,
-        memory_mib=swe.memory_mib,
-        disk_mib=swe.disk_mib,
-        processes=swe.processes,
-        cpus=swe.cpus,
-        output_bytes=4 * swe.observation_characters,
-    )
-
-    def open_sandbox(task: SweTask) -> DockerSandbox:
-        return DockerSandbox(host, task.image, limits, root=task.workdir, images=images)
+    images, open_sandbox = containers(swe, run_dir, stack)
 
     def make_env(task_id: str) -> Env:
         return SweEnv(by_id[task_id], open_sandbox, most_observation_characters=swe.observation_characters)
@@ -157,8 +145,37 @@ def _swe(config: RunConfig, run_dir: Path, stack: ExitStack) -> Environment:
     )
 
 
+def containers(swe: SweConfig, owner: Path, stack: ExitStack) -> tuple[ImageStore, OpenSandbox]:
+    """The images of tasks, and what opens a container for one, labelled with its ``owner``; closed with ``stack``."""
+    from megatron_dagger.envs.sandbox.docker import DockerLimits, DockerSandbox
+    from megatron_dagger.envs.sandbox.docker_host import DockerHost
+    from megatron_dagger.envs.sandbox.images import ImageStore
+
+    host = stack.enter_context(DockerHost(str(owner.resolve()), swe.docker_url))
+    host.reap()
+    stack.callback(host.remove_own)
+    images = stack.enter_context(ImageStore(host, disk_budget_mib=swe.image_budget_mib))
+    limits = DockerLimits(
+        timeout_s=swe.command_timeout_s,
+        memory_mib=swe.memory_mib,
+        disk_mib=swe.disk_mib,
+        processes=swe.processes,
+        cpus=swe.cpus,
+        output_bytes=4 * swe.observation_characters,
+    )
+
+    def open_sandbox(task: SweTask) -> DockerSandbox:
+        return DockerSandbox(host, task.image, limits, root=task.workdir, images=images)
+
+    return images, open_sandbox
+
+
 def swe_tasks(swe: SweConfig) -> tuple[list[SweTask], list[SweTask]]:
-    """Training and held-out tasks; what the wall between them keeps out of training is left out, and counted."""
+    """Training and held-out tasks; what the wall between them keeps out of training is left out, and counted.
+
+    So is what ``swe.admission`` does not admit to training.
+    """
+    from megatron_dagger.envs.swe.admission import admitted
     from megatron_dagger.envs.swe.datasets import read_tasks
     from megatron_dagger.envs.swe.task import EvaluationSet, TrainingTasks, held_out
 
@@ -167,6 +184,11 @@ def swe_tasks(swe: SweConfig) -> tuple[list[SweTask], list[SweTask]]:
         heldout, _ = read_tasks(swe.heldout_dataset, swe.heldout, split=swe.heldout_split)
     else:
         heldout = held_out(train, swe.heldout_of_train, swe.heldout_seed)
+    if swe.admission:
+        fit, found = admitted(Path(swe.admission)), len(train)
+        train = [task for task in train if task.instance_id in fit]
+        require(bool(train), f"swe.admission={swe.admission} admits no task of swe.train={swe.train}")
+        logger.info("%d of %d training tasks are admitted by %s", len(train), found, swe.admission)
     never = EvaluationSet(heldout, whole_repositories=swe.whole_repositories)
     allowed, refused = TrainingTasks.allowed(train, never=never)
     if refused:

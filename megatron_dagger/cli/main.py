@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_dagger.cli import grade, plan
+from megatron_dagger.cli import admit, grade, plan
 from megatron_dagger.cli.stopping import stops_when_asked
 from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, load_yaml, override
 from megatron_dagger.dagger.worker import Worker
@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
             which.add_argument("--resident", action="store_true", help=text)
         stage.add_argument("--take-over", action="store_true", help=TAKE_OVER)
 
+    admit.add_arguments(add("admit", admit.admit, "Judge SWE tasks by their gold patches and by none, repeatedly."))
     grade.add_arguments(add("grade", grade.grade, "Grade patches by SWE-bench's own harness, in Docker."))
     add_run("status", _status, "Rounds, stages, progress, rates, and what failed.")
     report = add_run("report", _report, "Write one self-contained HTML page about a run.")

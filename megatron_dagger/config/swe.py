@@ -21,6 +21,7 @@ class SweConfig:
     train: str = ""
     train_dataset: Dataset = "swe-gym"
     train_split: str = "train"
+    admission: str = ""  # a file of `megatron-dagger admit`: train only on what it admits
     heldout: str = ""  # empty: ``heldout_of_train`` tasks of the training dataset
     heldout_dataset: Dataset = "swe-bench"
     heldout_split: str = "test"

@@ -21,7 +21,8 @@ def wilson_interval(solved: int, tasks: int, z: float = Z_95) -> tuple[float, fl
     centre = share + z * z / (2 * tasks)
     spread = z * math.sqrt(share * (1 - share) / tasks + z * z / (4 * tasks * tasks))
     scale = 1 + z * z / tasks
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    return low if solved else 0.0, high if solved < tasks else 1.0  # which rounding misses
 
 
 def success(trajectories: Sequence[Trajectory]) -> dict[str, Any]:

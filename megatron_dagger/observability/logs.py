@@ -43,6 +43,7 @@ def setup_logging(run_dir: Path | None = None, *, name: str = "driver", level: i
         root.addHandler(handler)
     root.setLevel(min(logging.INFO, console.level))
     logging.getLogger("megatron_dagger").setLevel(logging.DEBUG)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each question to the teacher
     return path
 
 

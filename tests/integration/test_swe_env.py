@@ -11,11 +11,14 @@ import pytest
 from megatron_dagger.agents.chat import ChatRenderer
 from megatron_dagger.agents.episode import EpisodeKey, EpisodeRunner
 from megatron_dagger.agents.tokenizer import train_tokenizer
-from megatron_dagger.config import LimitsConfig
+from megatron_dagger.cli.environments import swe_tasks
+from megatron_dagger.cli.main import main
+from megatron_dagger.config import LimitsConfig, SweConfig, override
 from megatron_dagger.dagger.mixing import SoloActor
 from megatron_dagger.envs.base import EnvironmentBroken
 from megatron_dagger.envs.sandbox.docker import DockerLimits, DockerSandbox
-from megatron_dagger.envs.swe.admission import Fitness, admit, write_report
+from megatron_dagger.envs.sandbox.docker_host import RUN_LABEL
+from megatron_dagger.envs.swe.admission import Fitness, admit
 from megatron_dagger.envs.swe.env import SYSTEM_MESSAGE, SweEnv, clip
 from megatron_dagger.envs.swe.judge import _reaches_beyond, grade, judge
 from megatron_dagger.envs.swe.r2e_gym import r2e_gym_task
@@ -208,7 +211,7 @@ def test_a_patch_that_changes_the_tests_is_judged_by_the_real_ones(task, open_sa
 
 
 @pytest.mark.slow
-def test_admission_by_gold_patch_and_none(task, open_sandbox, tmp_path):
+def test_admission_by_gold_patch_and_none(task, open_sandbox):
     opened = []
 
     def open_one(task):
@@ -239,8 +242,44 @@ def test_admission_by_gold_patch_and_none(task, open_sandbox, tmp_path):
         "flaky": Fitness.FLAKY,
     }
     assert (admissions[-1].gold, admissions[-1].unchanged) == ((False, True), (False, False))
-    write_report(tmp_path / "admission.json", admissions)
-    assert json.loads((tmp_path / "admission.json").read_text())["wrong-gold"]["fitness"] == "gold_fails"
+
+
+def test_a_dataset_is_admitted_by_the_command_line_and_a_run_takes_what_is(task, docker_host, daemon, tmp_path, capsys):
+    good = swe_image.row(task.base_commit)
+    wrong = good | {
+        "instance_id": "example__calc-2",
+        "patch": swe_image.PATCH.replace("+    return", "+    return 7 +"),
+    }
+    absent = good | {"instance_id": "example__calc-3", "image": "localhost:1/nowhere:1"}
+    heldout = good | {"instance_id": "example__calc-4", "base_commit": "0" * 40, "patch": BUG}
+    for name, rows in (("train", (good, wrong, absent)), ("heldout", (heldout,))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    where = [f"swe.{name}={tmp_path / name}.jsonl" for name in ("train", "heldout")]
+    limits = ["swe.memory_mib=500", "swe.cpus=1.0", f"swe.docker_url={daemon.url}"]
+    path = tmp_path / "out" / "admission.json"
+    command = ["admit", str(path), "--repeats", "1", *where, "swe.train_dataset=swe-bench", *limits]
+    assert main(command) == 1
+    assert "example__calc-2" in capsys.readouterr().out
+    found = json.loads(path.read_text())["admissions"]
+    assert {name[-1]: one["fitness"] for name, one in found.items()} == {
+        "1": "admitted",
+        "2": "gold_fails",
+        "3": "broken",
+    }
+    rows = (good, wrong, good | {"instance_id": "example__calc-3", "FAIL_TO_PASS": good["PASS_TO_PASS"]})
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    found["example__calc-2"]["reason"] = "seen before"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"admissions": found}))
+    assert main(command) == 0  # what was broken is judged again, and nothing else
+    again = json.loads(path.read_text())["admissions"]
+    assert again["example__calc-2"]["reason"] == "seen before"
+    assert again["example__calc-3"]["fitness"] == "passes_unchanged"
+    assert main([*command, "--repeats", "2"]) == 2
+    assert "name another file" in capsys.readouterr().err
+    settings = [*(one.removeprefix("swe.") for one in where), "train_dataset=swe-bench", f"admission={path}"]
+    taken, _ = swe_tasks(override(SweConfig(), settings))
+    assert [one.instance_id for one in taken] == ["example__calc-1"]
+    assert not docker_host.client.containers.list(all=True, filters={"label": f"{RUN_LABEL}={path.resolve()}"})
 
 
 BUG = """\

@@ -21,7 +21,8 @@ def test_rounds_of_mutated_packages_from_containers_to_the_official_grading(daem
     monkeypatch.setenv("MEGATRON_DAGGER_CACHE", str(cache))
     tasks = make_tasks("stdlib", 8, 3)  # those of the tiny run
     tasks = replace(tasks, train=tasks.train[:4], heldout=tasks.heldout[:2])
-    found = run_rounds(tmp_path, tasks, daemon.url, ["training.max_steps=6"])
+    found = run_rounds(tmp_path, tasks, daemon.url, ["training.max_steps=6"], repeats=1)
+    assert found["admitted"] == 4
     by_teacher, mixed = found["rounds"]
     assert (by_teacher["episodes"], by_teacher["solved"], by_teacher["teacher_turn_share"]) == (2, 2, 1.0)
     assert by_teacher["last_loss"] < by_teacher["first_loss"]

@@ -81,6 +81,14 @@ class DockerHost:
             logger.warning("removed %d containers that killed processes had left", len(doomed))
         return doomed
 
+    def remove_own(self) -> None:
+        """Remove what containers of this run this process has still: whoever works in one meets EnvironmentBroken."""
+        labels = [f"{name}={value}" for name, value in self.labels.items()]
+        with broken_as("containers cannot be listed"):
+            found = self.client.api.containers(all=True, filters={"label": labels})
+        for container in found:
+            self.discard(container["Id"])
+
     def remove_named(self, part: str) -> list[str]:
         """Remove the containers with ``part`` in their name, which programs that set no labels made; their ids."""
         with broken_as("containers cannot be listed"):

@@ -6,16 +6,17 @@ punish by chance; it is listed as flaky and left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from megatron_dagger.config.base import require
 from megatron_dagger.envs.base import EnvironmentBroken
 from megatron_dagger.envs.swe.judge import OpenSandbox, judge
 from megatron_dagger.envs.swe.task import SweTask
-from megatron_dagger.store.atomic import write_json
+from megatron_dagger.store.atomic import read_json
 
 
 class Fitness(StrEnum):
@@ -42,15 +43,24 @@ class Admission:
 
 def admit(
     tasks: Iterable[SweTask], open_sandbox: OpenSandbox, *, repeats: int = 3, at_once: int = 4
-) -> list[Admission]:
-    """Judge every task ``repeats`` times with its gold patch and as often without; ``at_once`` tasks at a time."""
-    with ThreadPoolExecutor(at_once, thread_name_prefix="admission") as threads:
-        return list(threads.map(lambda task: _admit(task, open_sandbox, repeats), tasks))
+) -> Generator[Admission, None, None]:
+    """Judge every task ``repeats`` times with its gold patch and as often without; ``at_once`` tasks at a time.
+
+    Yields them as they are done. Given up by its reader, it begins no more of them.
+    """
+    threads = ThreadPoolExecutor(at_once, thread_name_prefix="admission")
+    try:
+        running = [threads.submit(_admit, task, open_sandbox, repeats) for task in tasks]
+        for one in as_completed(running):
+            yield one.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
-def write_report(path: Path, admissions: Iterable[Admission]) -> None:
-    """All admissions, by task, as JSON."""
-    write_json(path, {one.instance_id: asdict(one) for one in admissions})
+def admitted(path: Path) -> set[str]:
+    """The tasks that a report admits. Raises ConfigError where there is none."""
+    require(path.is_file(), f"{path}: there is no such file; `megatron-dagger admit {path} ...` makes it")
+    return {name for name, one in read_json(path)["admissions"].items() if one["fitness"] == Fitness.ADMITTED}
 
 
 def _admit(task: SweTask, open_sandbox: OpenSandbox, repeats: int) -> Admission:

@@ -40,10 +40,14 @@ pytestmark = [
 
 def launch(folder, environment, *words):
     """The launcher's exit code, and what it printed."""
-    command = [PYTHON, "-m", "megatron_dagger.launch", "--yes", "config=quickstart", "directory=run", *words]
+    command = ["-m", "megatron_dagger.launch", "--yes", "config=quickstart", "directory=run", *words]
+    return nemo(folder, environment, *command, *(f"config.{setting}" for setting in SETTINGS))
+
+
+def nemo(folder, environment, *command):
+    """Run the launch environment's Python."""
     variables = {**environment, "PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(folder / "nemo"), "COLUMNS": "200"}
-    settings = [f"config.{setting}" for setting in SETTINGS]
-    done = subprocess.run([*command, *settings], env=variables, cwd=folder, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([PYTHON, *command], env=variables, cwd=folder, capture_output=True, text=True, timeout=500)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -65,6 +69,10 @@ def test_a_round_of_jobs_on_slurm_and_one_that_fails(cluster, cache, tmp_path):
     for number in (0, 1):
         assert "1/1 episodes" in (run / f"logs/worker-{number}.log").read_text()
     assert " on n1" in status(run)
+    code, output = nemo(tmp_path, environment, PYTHON.with_name("nemo"), "experiment", "status", "quickstart")
+    assert (code, output.count("Status: SUCCEEDED")) == (0, 4), output
+    code, output = nemo(tmp_path, environment, PYTHON.with_name("nemo"), "experiment", "logs", "quickstart", "0")
+    assert code == 0 and "round 0 collect: 1/1 episodes" in output, output
 
     code, output = launch(tmp_path, environment, *SLURM, program("false"), "run.executor.retries=0")
     assert code == 1, output[-5000:]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_dagger.cli import admit, grade, plan
 from megatron_dagger.cli.stopping import stops_when_asked
 from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, load_yaml, override
 from megatron_dagger.dagger.worker import Worker
 from megatron_dagger.observability.export import FORMATS
+
+if TYPE_CHECKING:
+    from megatron_dagger.types import Trajectory
 
 logger = logging.getLogger("megatron_dagger.cli.main")  # also where it runs as __main__
 
@@ -120,11 +125,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="where to write it (default: RUN/report.html)")
     report.add_argument("--episodes", type=int, default=200, help="how many episodes to put in (default: 200)")
     show = add_run("show", _show, "Print an episode turn by turn: who acted, what the teacher would have done.")
-    show.add_argument("--round", type=int, default=0, dest="round_index", metavar="N")
-    show.add_argument("--task", default="", help="a task id, or a part of one (default: the first)")
-    show.add_argument("--evaluation", action="store_true", help="of the evaluation, not of the collection")
-    show.add_argument("--failed", action="store_true", help="only episodes that did not solve their task")
     show.add_argument("--list", action="store_true", help="list the matching episodes")
+    replay = add_run("replay", _replay, "Act an episode again, without a model, and compare what comes of it.")
+    replay.add_argument("--all", action="store_true", help="all matching episodes, not the first alone")
+    for sub in (show, replay):
+        sub.add_argument("--round", type=int, default=0, dest="round_index", metavar="N")
+        sub.add_argument("--task", default="", help="a task id, or a part of one (default: the first)")
+        sub.add_argument("--evaluation", action="store_true", help="of the evaluation, not of the collection")
+        sub.add_argument("--failed", action="store_true", help="only episodes that did not solve their task")
     exported = add_run("export", _export, "Write episodes in a format that other tools read.")
     exported.add_argument("--out", type=Path, required=True, metavar="PATH", help="the new file (traj: directory)")
     exported.add_argument(
@@ -282,19 +290,32 @@ def _report_quietly(run_dir: Path) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     from megatron_dagger.observability.show import show
 
-    store = _store(arguments.run_dir, "evaluations.zarr" if arguments.evaluation else "data.zarr")
-    keys = sorted(store.committed(arguments.round_index)) if store is not None else []
-    found = (store.read(arguments.round_index, key) for key in keys if arguments.task in key[0])
-    matching = (episode for episode in found if not (arguments.failed and episode.solved))
-    for episode in matching:
+    for episode in _matching(arguments):
         if not arguments.list:
             show(episode)
             return 0
         mark = "solved" if episode.solved else str(episode.stop_reason)
         sys.stdout.write(f"{episode.task_id:60} {len(episode.turns):3} turns  {mark}\n")
-    if arguments.list:
-        return 0
-    raise ConfigError(f"no such episode among the {len(keys)} of round {arguments.round_index}; --list shows them")
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from megatron_dagger.cli.replay import replay
+
+    return replay(arguments.run_dir, list(itertools.islice(_matching(arguments), None if arguments.all else 1)))
+
+
+def _matching(arguments: argparse.Namespace) -> Iterator[Trajectory]:
+    """The episodes that the arguments name, by task. ConfigError where there is none."""
+    store = _store(arguments.run_dir, "evaluations.zarr" if arguments.evaluation else "data.zarr")
+    keys = sorted(store.committed(arguments.round_index)) if store is not None else []
+    found = (store.read(arguments.round_index, key) for key in keys if arguments.task in key[0])
+    matching = (episode for episode in found if not (arguments.failed and episode.solved))
+    first = next(matching, None)
+    if first is None:
+        raise ConfigError(f"no such episode among the {len(keys)} of round {arguments.round_index}; show --list")
+    yield first
+    yield from matching
 
 
 def _export(arguments: argparse.Namespace) -> int:

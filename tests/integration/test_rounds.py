@@ -6,9 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
+from megatron_dagger.cli.main import main
+from megatron_dagger.cli.replay import replay
 from megatron_dagger.cli.world import TEACHER_URLS, create_run
 from megatron_dagger.config import override
 from megatron_dagger.store.aggregated import DataStore
@@ -67,6 +70,22 @@ def test_commands_read_the_run(undisturbed):
     assert "locate" in out("show", str(undisturbed), "--round", "0")
     assert out("show", str(undisturbed), "--round", "1", "--list").count("turns") == 4
     assert "report.html" in out("report", str(undisturbed))
+
+
+def test_episodes_are_acted_again(undisturbed, cache, monkeypatch, capsys):
+    monkeypatch.setenv("MEGATRON_DAGGER_CACHE", str(cache))
+    assert main(["replay", str(undisturbed), "--round", "1", "--all"]) == 0
+    assert capsys.readouterr().out.count("all answers as then, ended as then") == 4
+    then = next(iter(DataStore.open(undisturbed / "data.zarr").episodes(1)))
+    first, second, *others = then.turns
+    changed = replace(then, solved=not then.solved, turns=(first, replace(second, observation="else"), *others))
+    assert replay(undisturbed, [changed]) == 1
+    printed = capsys.readouterr().out
+    assert f"1 of {len(then.turns)} answers differ" in printed
+    assert "\n-else\n+" in printed
+    shorter = replace(then, turns=then.turns[:-1])
+    assert replay(undisturbed, [shorter]) == 1
+    assert "the record ends after" in capsys.readouterr().out
 
 
 def test_killed_at_any_stage_it_goes_on_to_the_same_end(undisturbed, cache, tmp_path):

@@ -106,7 +106,7 @@ def _of_run(
     path = arguments.run_dir / "evaluations.zarr"
     require(path.is_dir(), f"{arguments.run_dir} has no evaluation yet")
     store = DataStore.open(path)
-    sealed = [index for index in store.rounds() if store.manifest(index) is not None]
+    sealed = store.sealed()
     index = arguments.round_index if arguments.round_index is not None else max(sealed, default=None)
     if index not in sealed:
         raise ConfigError(f"{path}: round {index} is not evaluated to its end; those that are: {sealed}")

@@ -169,6 +169,5 @@ def training_data(config: RunConfig, run_dir: Path, round_index: int) -> list[La
     from megatron_dagger.store.aggregated import DataStore
 
     store = DataStore.open(run_dir / "data.zarr")
-    sealed = [index for index in store.rounds() if store.manifest(index) is not None]
-    chosen = select_rounds(config.dagger.aggregation, round_index, sealed)
+    chosen = select_rounds(config.dagger.aggregation, round_index, store.sealed())
     return aggregate((e for index in chosen for e in store.episodes(index)), config.dagger.aggregation)

@@ -108,6 +108,10 @@ class DataStore:
         names = sorted(int(path.name) for path in (self.path / "rounds").glob("[0-9]*") if path.name.isdigit())
         return [index for index in names if not self._round(index).is_empty()]
 
+    def sealed(self) -> list[int]:
+        """Rounds that are sealed."""
+        return [index for index in self.rounds() if self.manifest(index) is not None]
+
     def episodes(self, round_index: int) -> Iterator[Trajectory]:
         """The round's committed episodes in (task_id, attempt) order, read in blocks."""
         return self._round(round_index).episodes()

@@ -200,6 +200,7 @@ def test_rounds_are_apart(store: DataStore) -> None:
     assert store.rounds() == [0, 5]
     empty = store.digest()
     store.seal(0)
+    assert store.sealed() == [0]
     sealed = store.digest()
     store.append(episodes_of(4, round_index=5))
     assert store.digest() == sealed != empty  # only sealed rounds count

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dagger.config import RunConfig
-from megatron_dagger.dagger.world import round_dir
+from megatron_dagger.dagger.world import round_dir, train_dir, train_manifest
 from megatron_dagger.observability.metrics import read_lines
 from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.status_file import failure_recorded
@@ -31,13 +31,13 @@ def train_job(config: RunConfig, run_dir: Path, round_index: int) -> TrainJob:
     """What the ranks of a round's training are told."""
     from megatron_dagger.training.job import TrainJob
 
-    previous = round_dir(run_dir, round_index - 1) / "train" / "checkpoint"
+    previous = train_dir(run_dir, round_index - 1) / "checkpoint"
     return TrainJob(
         round_index=round_index,
         seed=config.seed,
         model=config.model,
         training=config.training,
-        output_dir=str(round_dir(run_dir, round_index) / "train"),
+        output_dir=str(train_dir(run_dir, round_index)),
         init_checkpoint=str(previous) if round_index else config.init_checkpoint,
         weight_version=round_index,
         quantization=config.rollout.engine.quantization,
@@ -60,7 +60,7 @@ def told(tracked: Callable[..., Any], run_dir: Path, round_index: int, log_file:
     """While a round is trained in the block, its steps are counted and told."""
 
     def steps() -> int:
-        return len(read_lines(round_dir(run_dir, round_index) / "train" / "metrics.jsonl"))
+        return len(read_lines(train_dir(run_dir, round_index) / "metrics.jsonl"))
 
     return tracked(  # type: ignore[no-any-return]
         f"round {round_index} train",
@@ -121,7 +121,7 @@ def train_resident(config: RunConfig, run_dir: Path, *, take_over: bool = False)
 
 def train_beside(config: RunConfig, run_dir: Path, round_index: int) -> None:
     """A further node's part in a round's training: its ranks. The first node holds the run and writes."""
-    if not (round_dir(run_dir, round_index) / "train" / "manifest.json").exists():
+    if not train_manifest(run_dir, round_index).exists():
         launch_training(config, run_dir, round_index)
 
 

@@ -17,7 +17,7 @@ from megatron_dagger.cli.environments import Environment, open_environment
 from megatron_dagger.cli.train import train_and_tell
 from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, load_yaml
 from megatron_dagger.dagger.worker import Worker
-from megatron_dagger.dagger.world import Score, Student, World, round_dir
+from megatron_dagger.dagger.world import Score, Student, World, train_manifest
 from megatron_dagger.observability.metrics import Metrics
 from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.status_file import failure_recorded
@@ -85,7 +85,7 @@ def world(
     with ExitStack() as stack:
         name = worker.name if worker else None
         token = stack.enter_context(claim(run_dir, worker=name, take_over=take_over))
-        if not all((round_dir(run_dir, index) / "train" / "manifest.json").exists() for index in trains):
+        if not all(train_manifest(run_dir, index).exists() for index in trains):
             warm_up()  # while the first of them collects
         log = run_dir / "logs" / f"{name or 'driver'}.log"
         stack.enter_context(failure_recorded(run_dir, worker=name, log_file=log))

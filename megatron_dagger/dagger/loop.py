@@ -16,7 +16,7 @@ from megatron_dagger.dagger.beta import beta
 from megatron_dagger.dagger.collect import round_tasks, run_episodes
 from megatron_dagger.dagger.mixing import MixtureActor, SoloActor, mixture
 from megatron_dagger.dagger.worker import Worker, are_committed, ends_stage, recorded_by_workers
-from megatron_dagger.dagger.world import World
+from megatron_dagger.dagger.world import World, train_dir, train_manifest
 from megatron_dagger.evaluation.success import success
 from megatron_dagger.observability.metrics import read_lines
 from megatron_dagger.store.atomic import read_json, write_json
@@ -87,20 +87,21 @@ async def collect(world: World, round_index: int, worker: Worker | None = None) 
 
 def train(world: World, round_index: int) -> None:
     """Train the student on the aggregated labels, from the last round's weights."""
-    folder = world.round_dir(round_index) / "train"
-    if not (folder / "manifest.json").exists():
+    manifest = train_manifest(world.run_dir, round_index)
+    if not manifest.exists():
         world.train(round_index)
-    values = read_json(folder / "manifest.json")
+    values = read_json(manifest)
     shown = {name: value for name, value in values.items() if name not in ("round", "digests", "canary", "checkpoint")}
-    world.metrics.record(round_index, "train", shown, steps=read_lines(folder / "metrics.jsonl"))
+    steps = read_lines(train_dir(world.run_dir, round_index) / "metrics.jsonl")
+    world.metrics.record(round_index, "train", shown, steps=steps)
 
 
 def sync(world: World, round_index: int) -> None:
     """Bring the weights trained in a round to the rollout workers, proven tensor by tensor and by a canary."""
-    folder = world.round_dir(round_index) / "train"
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(train_manifest(world.run_dir, round_index))
     canary = build(Canary, manifest["canary"])
-    world.student().sync(folder / manifest["checkpoint"], round_index, manifest["digests"], canary)
+    checkpoint = train_dir(world.run_dir, round_index) / manifest["checkpoint"]
+    world.student().sync(checkpoint, round_index, manifest["digests"], canary)
 
 
 async def evaluate(world: World, round_index: int, worker: Worker | None = None) -> None:

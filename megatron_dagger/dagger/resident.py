@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from megatron_dagger.dagger.loop import collect, evaluate, train
 from megatron_dagger.dagger.worker import Worker, until
-from megatron_dagger.dagger.world import World
+from megatron_dagger.dagger.world import World, train_manifest
 
 
 async def work_rounds(world: World, worker: Worker) -> None:
@@ -21,7 +21,7 @@ async def work_rounds(world: World, worker: Worker) -> None:
             await evaluate(world, round_index - 1, worker)
         else:
             world.student()  # its engine starts while the teacher's episodes are trained on
-        manifest = world.round_dir(round_index) / "train" / "manifest.json"
+        manifest = train_manifest(world.run_dir, round_index)
         await until(manifest.exists, deadline_s, f"the training of round {round_index}")
         if worker.seals:
             train(world, round_index)

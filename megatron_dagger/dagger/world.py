@@ -76,3 +76,13 @@ class World:
 def round_dir(run_dir: Path, round_index: int) -> Path:
     """Where a round's stages write: collect.json, train/, evaluate.json."""
     return run_dir / "rounds" / f"{round_index:04d}"
+
+
+def train_dir(run_dir: Path, round_index: int) -> Path:
+    """Where a round's training writes its checkpoint, the steps' metrics.jsonl and, last, its manifest."""
+    return round_dir(run_dir, round_index) / "train"
+
+
+def train_manifest(run_dir: Path, round_index: int) -> Path:
+    """What a round's training says of itself: a round is trained once this is there."""
+    return train_dir(run_dir, round_index) / "manifest.json"

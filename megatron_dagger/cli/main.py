@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -201,10 +200,10 @@ def _rollout(arguments: argparse.Namespace) -> int:
     from megatron_dagger.dagger.loop import collect
     from megatron_dagger.dagger.resident import work_rounds
 
-    worker = Worker.parse(arguments.worker) if arguments.worker else None
     if arguments.resident:
-        worker = replace(worker or Worker(index=0, count=1), seals=worker is None or worker.index == 0)
-        return _stage(arguments, lambda parts: asyncio.run(work_rounds(parts, worker)), worker)
+        resident = Worker.parse(arguments.worker or "0/1", resident=True)
+        return _stage(arguments, lambda parts: asyncio.run(work_rounds(parts, resident)), resident)
+    worker = Worker.parse(arguments.worker) if arguments.worker else None
     return _stage(arguments, lambda parts: asyncio.run(collect(parts, arguments.round_index, worker)), worker)
 
 
@@ -256,8 +255,7 @@ def _stage(arguments: argparse.Namespace, stage: Callable[..., None], worker: Wo
 
     config = open_run(arguments.run_dir)
     setup_logging(arguments.run_dir, name=worker.name if worker else "driver")
-    resident = getattr(arguments, "resident", False)
-    with world(config, arguments.run_dir, worker=worker, resident=resident, take_over=arguments.take_over) as parts:
+    with world(config, arguments.run_dir, worker=worker, take_over=arguments.take_over) as parts:
         stage(parts)
     return 0
 

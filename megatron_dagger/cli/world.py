@@ -71,13 +71,11 @@ def world(
     *,
     trains: Iterable[int] = (),
     worker: Worker | None = None,
-    resident: bool = False,
     take_over: bool = False,
 ) -> Iterator[World]:
     """Everything a run needs, opened and, whatever happens, closed again; rounds ``trains`` will be trained.
 
-    The run is claimed for this process alone, or for it as one ``worker``; ``take_over``: see store.fence. A
-    ``resident`` student takes its weights from the memory of the run's trainer.
+    The run is claimed for this process alone, or for it as one ``worker``; ``take_over``: see store.fence.
     """
     from megatron_dagger.store.aggregated import DataStore
     from megatron_dagger.training.launch import warm_up
@@ -103,7 +101,7 @@ def world(
 
             served = VllmStudent(student_dir, config.model, config.rollout.engine, seed=config.seed)
             stack.enter_context(served)
-            return ResidentStudent(served, run_dir) if resident else served
+            return ResidentStudent(served, run_dir) if worker and worker.resident else served
 
         teacher, score = make_teacher(config, run_dir, environment, renderer, stack)
         yield World(

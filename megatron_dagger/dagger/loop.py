@@ -34,8 +34,8 @@ async def run_rounds(world: World) -> None:
 async def collect(world: World, round_index: int, worker: Worker | None = None) -> None:
     """Let the mixture act on the round's tasks, label every visited state, seal the round.
 
-    One ``worker`` of several does its share of the tasks and, unless it is told to, seals nothing: collecting
-    once more, with no worker, does what is missing and seals.
+    One ``worker`` of several does its share of the tasks and, unless it is one that seals, seals nothing:
+    collecting once more, with no worker, does what is missing and seals.
     """
     report = world.round_dir(round_index) / "collect.json"
     if report.exists():

@@ -21,12 +21,12 @@ _POLL_S = 0.5
 class Worker:
     """Worker ``index`` (from 0) of ``count``: it does every ``count``-th task, the same ones each time.
 
-    One that ``seals`` waits then for the others' episodes and ends the stage.
+    A ``resident`` one lives through all rounds and takes its weights from the memory of the run's trainer.
     """
 
     index: int
     count: int
-    seals: bool = False
+    resident: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -35,16 +35,21 @@ class Worker:
         )
 
     @classmethod
-    def parse(cls, text: str) -> Worker:
+    def parse(cls, text: str, *, resident: bool = False) -> Worker:
         """From ``I/K``."""
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if match is None:
             raise ConfigError(f"worker {text!r}: expected I/K, such as 0/4 to 3/4 for four workers")
-        return cls(index=int(match[1]), count=int(match[2]))
+        return cls(index=int(match[1]), count=int(match[2]), resident=resident)
 
     @property
     def name(self) -> str:
         return f"worker-{self.index}"
+
+    @property
+    def seals(self) -> bool:
+        """Whether it waits for the others' episodes and ends the stage; else a process that is no worker does."""
+        return self.resident and self.index == 0
 
     def share(self, tasks: Sequence[str]) -> list[str]:
         """This worker's of the round's tasks."""

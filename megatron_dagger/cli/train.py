@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,11 +49,7 @@ def train_and_tell(
 ) -> None:
     """A round's training by the run's holder, who tells of its progress and failure."""
     with told(tracked, run_dir, round_index, train_logs(run_dir, round_index)):
-        try:
-            launch_training(config, run_dir, round_index, env=env)
-        except RuntimeError:
-            check_room(run_dir)  # torch's writer does not say that the disk is full, and the ranks' logs may be cut
-            raise
+        launch_training(config, run_dir, round_index, env=env)
 
 
 def told(tracked: Callable[..., Any], run_dir: Path, round_index: int, log_file: Path) -> AbstractContextManager[Any]:
@@ -74,26 +70,38 @@ def told(tracked: Callable[..., Any], run_dir: Path, round_index: int, log_file:
     )
 
 
-def train_logs(run_dir: Path, round_index: int) -> Path:
-    """Where the ranks' logs are."""
-    return run_dir / "logs" / f"train-{round_index:04d}"
+def train_logs(run_dir: Path, round_index: int | None = None) -> Path:
+    """Where the ranks' logs are, of a round's training or of one that lives through all rounds."""
+    return run_dir / "logs" / ("train" if round_index is None else f"train-{round_index:04d}")
 
 
 def launch_training(
     config: RunConfig, run_dir: Path, round_index: int, *, env: Mapping[str, str] | None = None
 ) -> None:
     """Start the ranks of a round's training on this host and wait for them."""
+    logger.info("round %d train: %d ranks", round_index, config.training.parallel.world_size)
+    words, logs = ("--round", str(round_index)), train_logs(run_dir, round_index)
+    _launch(config, run_dir, words, logs, config.training.deadline_s, env)
+
+
+def _launch(
+    config: RunConfig,
+    run_dir: Path,
+    words: Sequence[str],
+    log_dir: Path,
+    deadline_s: float,
+    env: Mapping[str, str] | None,
+) -> None:
+    """Start this host's ranks, each of which does ``train`` with ``words``, and wait for them."""
     from megatron_dagger.training.launch import launch
 
-    logger.info("round %d train: %d ranks", round_index, config.training.parallel.world_size)
-    launch(
-        ["megatron_dagger.cli.main", "train", str(run_dir), "--round", str(round_index), "--rank"],
-        config.training.parallel,
-        train_logs(run_dir, round_index),
-        config.training.deadline_s,
-        threads=config.training.threads_per_process,
-        env=env,
-    )
+    command = ["megatron_dagger.cli.main", "train", str(run_dir), *words, "--rank"]
+    threads = config.training.threads_per_process
+    try:
+        launch(command, config.training.parallel, log_dir, deadline_s, threads=threads, env=env)
+    except RuntimeError:
+        check_room(run_dir)  # torch's writer does not say that the disk is full, and the ranks' logs may be cut
+        raise
 
 
 def train_resident(config: RunConfig, run_dir: Path, *, take_over: bool = False) -> None:
@@ -101,22 +109,15 @@ def train_resident(config: RunConfig, run_dir: Path, *, take_over: bool = False)
 
     The first node claims the run as a worker of its own, which keeps a second trainer out.
     """
-    from megatron_dagger.training.launch import launch, node_rank
+    from megatron_dagger.training.launch import node_rank
 
-    logs = run_dir / "logs" / "train"
     with ExitStack() as stack:
         env = None
         if node_rank(config.training.parallel) == 0:
             env = {VARIABLE: stack.enter_context(claim(run_dir, worker=RESIDENT, take_over=take_over))}
-            stack.enter_context(failure_recorded(run_dir, worker=RESIDENT, log_file=logs))
-        launch(
-            ["megatron_dagger.cli.main", "train", str(run_dir), "--resident", "--rank"],
-            config.training.parallel,
-            logs,
-            (config.training.deadline_s + config.rollout.stage_deadline_s) * (config.dagger.rounds + 2),
-            threads=config.training.threads_per_process,
-            env=env,
-        )
+            stack.enter_context(failure_recorded(run_dir, worker=RESIDENT, log_file=train_logs(run_dir)))
+        deadline_s = (config.training.deadline_s + config.rollout.stage_deadline_s) * (config.dagger.rounds + 2)
+        _launch(config, run_dir, ("--resident",), train_logs(run_dir), deadline_s, env)
 
 
 def train_beside(config: RunConfig, run_dir: Path, round_index: int) -> None:
@@ -156,7 +157,7 @@ def train_resident_rank(config: RunConfig, run_dir: Path) -> None:
         job=functools.partial(train_job, config, run_dir),
         collected=collected,
         episodes=functools.partial(training_data, config, run_dir),
-        told=lambda index: told(tracked, run_dir, index, run_dir / "logs" / "train"),
+        told=lambda index: told(tracked, run_dir, index, train_logs(run_dir)),
         over=(round_dir(run_dir, config.dagger.rounds) / "evaluate.json").exists,
         deadline_s=config.rollout.stage_deadline_s,
     )

@@ -21,6 +21,11 @@ def test_it_is_read_from_a_rank_and_a_number():
     assert (worker.index, worker.count, worker.name) == (3, 4, "worker-3")
 
 
+def test_of_resident_workers_the_first_ends_the_stages_and_of_others_none():
+    assert [Worker.parse(f"{index}/3", resident=True).seals for index in range(3)] == [True, False, False]
+    assert not Worker.parse("0/3").seals
+
+
 @pytest.mark.parametrize("text", ["4/4", "0/0", "1", "a/b", "-1/2", "/"])
 def test_what_makes_no_sense_is_refused(text):
     with pytest.raises(ConfigError, match="worker"):

@@ -251,10 +251,10 @@ def _train_node(arguments: argparse.Namespace) -> int:
 @stops_when_asked()
 def _stage(arguments: argparse.Namespace, stage: Callable[..., None], worker: Worker | None = None) -> int:
     from megatron_dagger.cli.world import open_run, world
-    from megatron_dagger.observability.logs import setup_logging
+    from megatron_dagger.observability.logs import DRIVER, setup_logging
 
     config = open_run(arguments.run_dir)
-    setup_logging(arguments.run_dir, name=worker.name if worker else "driver")
+    setup_logging(arguments.run_dir, name=worker.name if worker else DRIVER)
     with world(config, arguments.run_dir, worker=worker, take_over=arguments.take_over) as parts:
         stage(parts)
     return 0

@@ -18,6 +18,7 @@ from megatron_dagger.cli.train import train_and_tell
 from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, load_yaml
 from megatron_dagger.dagger.worker import Worker
 from megatron_dagger.dagger.world import Score, Student, World, train_manifest
+from megatron_dagger.observability.logs import DRIVER, log_file
 from megatron_dagger.observability.metrics import Metrics
 from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.status_file import failure_recorded
@@ -85,7 +86,8 @@ def world(
         token = stack.enter_context(claim(run_dir, worker=name, take_over=take_over))
         if not all(train_manifest(run_dir, index).exists() for index in trains):
             warm_up()  # while the first of them collects
-        log = run_dir / "logs" / f"{name or 'driver'}.log"
+        writer = name or DRIVER
+        log = log_file(run_dir, writer)
         stack.enter_context(failure_recorded(run_dir, worker=name, log_file=log))
         tracked = functools.partial(track, run_dir=run_dir, worker=name, log_file=log)
         with exclusive(run_dir / ".prepare.lock", deadline_s=PREPARE_TIMEOUT_S):  # workers come at the same time
@@ -115,8 +117,8 @@ def world(
             teacher=teacher,
             score=score,
             student=student,
-            data=DataStore.create_or_open(run_dir / "data.zarr", writer=name or "driver"),
-            evaluations=DataStore.create_or_open(run_dir / "evaluations.zarr", writer=name or "driver"),
+            data=DataStore.create_or_open(run_dir / "data.zarr", writer=writer),
+            evaluations=DataStore.create_or_open(run_dir / "evaluations.zarr", writer=writer),
             metrics=Metrics(run_dir, wandb_project=config.wandb_project),
             train=functools.partial(train_and_tell, config, run_dir, tracked, {VARIABLE: token}),
             track=tracked,

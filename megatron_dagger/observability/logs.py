@@ -7,11 +7,17 @@ import sys
 from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)-7s %(name)s[%(process)d] %(message)s"
+DRIVER = "driver"  # who works on a run alone, not as one of its workers
 _OURS = "_megatron_dagger_handler"
 
 
-def setup_logging(run_dir: Path | None = None, *, name: str = "driver", level: int | str = logging.INFO) -> Path | None:
-    """Log to stderr at ``level`` and, with a run directory, to ``logs/NAME.log`` in full (DEBUG of ours).
+def log_file(run_dir: Path, name: str) -> Path:
+    """The log of the process that works on a run as ``name``."""
+    return run_dir / "logs" / f"{name}.log"
+
+
+def setup_logging(run_dir: Path | None = None, *, name: str = DRIVER, level: int | str = logging.INFO) -> Path | None:
+    """Log to stderr at ``level`` and, with a run directory, to its ``log_file`` in full (DEBUG of ours).
 
     Returns the log file. Calling it again replaces what it set up before. Colours and rich's layout
     only on a terminal: a log that goes to a file or to SLURM stays plain lines.
@@ -33,7 +39,7 @@ def setup_logging(run_dir: Path | None = None, *, name: str = "driver", level: i
     handlers: list[logging.Handler] = [console]
     path = None
     if run_dir is not None:
-        path = run_dir / "logs" / f"{name}.log"
+        path = log_file(run_dir, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter(FORMAT))

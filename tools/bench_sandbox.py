@@ -18,7 +18,6 @@ import asyncio
 import functools
 import json
 import resource
-import socket
 import statistics
 import subprocess
 import sys
@@ -52,6 +51,7 @@ from megatron_dagger.types import StopReason
 from tests import swe_image
 from tests.docker_engine import IMAGE, Daemon, docker_daemon, missing, mounts_below, processes_below
 from tests.unit.policies.endpoint_server import ChatServer
+from tools.ports import free_port
 
 RUN = "bench-sandbox"
 COMMAND_S = 0.25
@@ -266,12 +266,6 @@ async def collect(folder: Path, url: str, commit: str, teacher: str, episodes: i
 def next_reply(request: dict[str, Any]) -> str:
     """What the teacher's server answers."""
     return REPLIES[sum(message["role"] == "assistant" for message in request["messages"])]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def open_sandbox(host: DockerHost, task: SweTask) -> DockerSandbox:

@@ -31,6 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import slurm_accounting, slurm_processes
+from tools.ports import free_ports
 from tools.slurm_packages import SlurmError, install, lacking
 from tools.slurm_processes import END_DEADLINE_S
 
@@ -260,7 +261,7 @@ class SlurmCluster:
 
     def _write_conf(self) -> None:
         host = socket.gethostname().partition(".")[0]
-        *ports, accounting_port = _free_ports(4)
+        *ports, accounting_port = free_ports(4)
         accounting = "AccountingStorageType=accounting_storage/none\n"
         if self._accounting:
             accounting = slurm_accounting.write_conf(self.folder, accounting_port, self._user)
@@ -285,16 +286,6 @@ class SlurmCluster:
 
     def _tail(self, name: str) -> str:
         return (self.folder / "log" / f"{name}.out").read_text(errors="replace")[-2000:]
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def main() -> int:

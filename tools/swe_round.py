@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +69,17 @@ from megatron_dagger.store.atomic import read_json
 from megatron_dagger.types import Action, Executor, Message, State, StopReason, Trajectory, Turn
 from tests.docker_engine import IMAGE, docker_daemon, missing
 from tests.unit.policies.endpoint_server import chat_server
+from tools.ports import free_port
 from tools.swe_mutants import GoldTeacher, build_images, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {
-    "packages": {"train_packages": ("munch", "webcolors"), "heldout_packages": ("roman",)},
-    "stdlib": {"train_packages": ("textwrap", "graphlib"), "heldout_packages": ("colorsys",)},
+TASKS = {
+    "packages": TasksConfig(source="packages", train_packages=("munch", "webcolors"), heldout_packages=("roman",)),
+    "stdlib": TasksConfig(source="stdlib", train_packages=("textwrap", "graphlib"), heldout_packages=("colorsys",)),
 }
 TOKENS, VOCABULARY, REPLY_TOKENS = 8192, 1200, 400
 DEADLINE_S = 1800.0
+END_DEADLINE_S = 30.0
 SEED = 1234
 SERVED = "small"
 
@@ -86,7 +88,7 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--folder", type=Path, help="where the run goes, to be kept (default: a temporary one)")
-    parser.add_argument("--source", choices=sorted(PACKAGES), default="packages", help="of the tasks")
+    parser.add_argument("--source", choices=sorted(TASKS), default="packages", help="of the tasks")
     parser.add_argument("--train", type=int, default=8, help="training tasks")
     parser.add_argument("--heldout", type=int, default=3, help="tasks to evaluate on")
     parser.add_argument("--serve", action="store_true", help="also ask a `vllm serve` of the small model")
@@ -137,7 +139,7 @@ def run_rounds(
 
 
 def make_tasks(source: str, train: int, heldout: int) -> TaskSet:
-    config = TasksConfig(source=source, train_tasks=train, heldout_tasks=heldout, **PACKAGES[source])
+    config = replace(TASKS[source], train_tasks=train, heldout_tasks=heldout)
     with SandboxPool(repair_sandbox) as pool:
         return prepare_tasks(config, SEED, cache_dir(), pool, track)
 
@@ -162,8 +164,8 @@ def make_model(folder: Path, tasks: TaskSet, teacher: GoldTeacher) -> ModelConfi
     sources = [tree.files[name].decode() for tree in tasks.trees for name in tree.source_files]
     statements = [task.problem_statement for task in tasks.train]
     train_tokenizer([*[SYSTEM_MESSAGE] * 20, *sources, *replies, *statements], VOCABULARY, folder / "hf")
-    command = [ROOT / "tools" / "convert.py", "hf-to-megatron", folder / "hf", folder / "megatron"]
-    subprocess.run([sys.executable, *command], check=True, timeout=DEADLINE_S, stdout=subprocess.DEVNULL)
+    convert = [sys.executable, str(ROOT / "tools/convert.py"), "hf-to-megatron", f"{folder}/hf", f"{folder}/megatron"]
+    subprocess.run(convert, check=True, timeout=DEADLINE_S, stdout=subprocess.DEVNULL)
     return model
 
 
@@ -296,9 +298,7 @@ def served(folder: Path) -> dict[str, Any]:
 @contextmanager
 def vllm_serve(folder: Path) -> Iterator[str]:
     """vLLM's server of the small model; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / "hf", "--port", port]
     command += ["--host", "127.0.0.1", "--max-model-len", TOKENS, "--enforce-eager", "--served-model-name", SERVED]
     command += ["--dtype", "float32"]
@@ -316,6 +316,10 @@ def vllm_serve(folder: Path) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             server.terminate()
+            try:
+                server.wait(END_DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 def transformers_logprobs(model: Path, tokens: np.ndarray) -> np.ndarray:

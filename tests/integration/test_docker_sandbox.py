@@ -19,6 +19,7 @@ from megatron_dagger.envs.sandbox.docker_host import DockerHost, is_gone, owner
 from megatron_dagger.envs.sandbox.images import ImageStore
 from megatron_dagger.types import StopReason
 from tests.docker_engine import IMAGE, processes_with, wait_for
+from tools.ports import free_port
 
 LIMITS = DockerLimits(timeout_s=5, memory_mib=300, disk_mib=64, processes=48, output_bytes=2000)
 
@@ -311,9 +312,7 @@ def registry(tmp_path):
     """A real registry on the loopback, which Docker takes images from without TLS; its address."""
     if not shutil.which("docker-registry"):
         pytest.skip("docker-registry missing: apt-get install docker-registry")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (tmp_path / "registry.yml").write_text(REGISTRY.format(folder=tmp_path, port=port))
     with subprocess.Popen(["docker-registry", "serve", tmp_path / "registry.yml"]) as server:
         try:

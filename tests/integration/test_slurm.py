@@ -8,7 +8,6 @@ import contextlib
 import functools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from megatron_dagger.observability.metrics import read_lines
 from megatron_dagger.observability.status import status
 from megatron_dagger.store.lock import LockedError, flocked
 from tests.integration.tiny_run import ARGUMENTS, DEADLINE_S, assert_same, environment, writers
+from tools.ports import free_port
 from tools.slurm_packages import lacking
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
@@ -60,12 +60,6 @@ def parent(pid):
     with contextlib.suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return None
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Run:

@@ -236,7 +236,7 @@ def _compare_packings(folder: Path, episodes: Sequence[LabelledEpisode], moe: bo
         single = packing.pack(episodes, ROW_TOKENS, packing="separate", one_sample_per_row=True)
         packed = packing.pack(episodes, ROW_TOKENS)
         loss, gradients = _gradients(engine, single)
-        measured = {}
+        measured: dict[str, float] = {}
         for kind, data in {"packed": packed, "one_row": packing.pack(episodes, packed.tokens)}.items():
             its_loss, its_gradients = _gradients(engine, data)
             measured |= {f"{kind}_loss": abs(its_loss - loss), f"{kind}_grad": _difference(its_gradients, gradients)}

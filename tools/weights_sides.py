@@ -55,7 +55,8 @@ def trainer(arguments: argparse.Namespace, rank: int) -> None:
 
     model, source, dtype = model_of(arguments), source_of(model_of(arguments)), getattr(torch, arguments.dtype)
     layouts = families.lookup(model).megatron(model)
-    tensors, shares = {}, {}
+    tensors: dict[str, Any] = {}
+    shares: dict[str, Any] = {}
     for name, whole in _whole(model, source, dtype):
         layout = layouts[name]
         mine = next(own for own, ranks in source.holders(layout, 0) if rank in ranks)
@@ -164,7 +165,7 @@ def stock(arguments: argparse.Namespace, _: int) -> None:
     llm.generate([prompt], vllm.SamplingParams(temperature=0.0, max_tokens=1, detokenize=False), use_tqdm=False)
     print("STARTED " + json.dumps({"seconds": time.perf_counter() - began}), flush=True)
     llm.collective_rpc(count_packing)
-    for _ in sys.stdin:
+    for _order in sys.stdin:
         llm.collective_rpc(watch)
         began = time.perf_counter()
         llm.collective_rpc("reload_weights")

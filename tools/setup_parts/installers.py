@@ -77,7 +77,7 @@ def compile_bytecode(python, what):
 def pip_settings(python):
     """pip's settings by name, each with its values, from its files and environment variables."""
     done = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60)
-    by_section = {section: {} for section in _SECTIONS}
+    by_section: dict[str, dict[str, list[str]]] = {section: {} for section in _SECTIONS}
     for line in done.stdout.splitlines():
         match = re.fullmatch(r"([^.]+)\.([a-z-]+)='(.*)'", line.strip())
         if match and match[1] in by_section:

@@ -1,16 +1,19 @@
-"""Two rounds as a SLURM job, from an idle cluster to the end; and the same preempted in the middle.
+"""Two rounds as a SLURM job, from an idle cluster to the end: by stages, resident, and preempted in the middle.
 
 The SLURM is real, of two virtual nodes on this host (slurm_cluster.py); the run is a tiny one whose tasks
-are made beforehand. First slurm/single_node.sbatch runs undisturbed: where its time went is read from the
-stages' own numbers and the log; all that is not a stage's work is waiting (idle_share). Then it runs
-again, a job of a higher partition takes both nodes while round 0 trains, and the time is taken from that
-job's submission to the next optimizer step. At the end the two runs' episodes are compared.
+are made beforehand. First slurm/single_node.sbatch runs undisturbed, one stage after the other: where its
+time went is read from the stages' own numbers and the log. Then slurm/resident.sbatch does the same, with
+trainer and worker side by side. Where neither episodes are under way nor a training, the time is idle
+(idle_share), and that includes an engine's start. Last, the first job runs again, a job of a higher partition
+takes both nodes while round 0 trains, and the time is taken from that job's submission to the next optimizer
+step. At the end the runs' episodes are compared.
 
     tools/bench_slurm.py                  prints a table, and as its last line RESULT {json}
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
@@ -25,15 +28,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_dagger.cli.world import cache_dir, create_run
-from megatron_dagger.config import RunConfig, TasksConfig
+from megatron_dagger.config import RunConfig, TasksConfig, dump_yaml
+from megatron_dagger.dagger.world import round_dir
 from megatron_dagger.envs.repo_repair.taskset import prepare_tasks
 from megatron_dagger.envs.repo_repair.testing import repair_sandbox
 from megatron_dagger.envs.sandbox import SandboxPool
+from megatron_dagger.observability.logs import DRIVER, log_file
 from megatron_dagger.observability.metrics import STAGES, read_lines, read_metrics
 from megatron_dagger.observability.progress import track
+from megatron_dagger.observability.rundir import MANIFESTS
 from megatron_dagger.store.aggregated import DataStore
+from megatron_dagger.store.atomic import read_json
 from recipes import find_recipe
-from tools.slurm_cluster import SlurmCluster
+from tools.slurm_cluster import SlurmCluster, fitted
 from tools.slurm_packages import SlurmError, install
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,25 +76,51 @@ class Bench:
         program.parent.mkdir()
         program.write_text(f'#!/bin/sh\nexec {sys.executable} -m megatron_dagger.cli.main "$@"\n')
         program.chmod(0o755)
-        self.environment = {"VENV": str(folder), "PYTHONPATH": str(ROOT), "MEGATRON_DAGGER_CACHE": str(cache_dir())}
+        self.environment = {
+            "VENV": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "MEGATRON_DAGGER_CACHE": str(cache_dir()),
+            "ROUNDS": str(ROUNDS[-1]),
+            "SERVE": "sleep infinity",
+            "MASTER_ADDR": "127.0.0.1",  # the nodes' names are this host's only
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
 
-    def submit(self, name: str) -> tuple[str, Path]:
-        """Submit the whole run ``name``; its job, and its directory."""
+    def submit(self, name: str, file: str = "single_node.sbatch", *words: str) -> tuple[str, Path]:
+        """Submit the whole run ``name``, further ``words`` after it; its job, and its directory."""
         run = self.folder / name
         create_run(tiny_config(), run)
-        options = ("--gpus-per-node=4", "--mem=8000", f"--chdir={ROOT}", f"--output={run}.log")
-        job = self.cluster.submit(*options, str(ROOT / "slurm/single_node.sbatch"), str(run), env=self.environment)
-        return job, run
+        options = (f"--chdir={ROOT}", f"--output={run}.log")
+        script = fitted(ROOT / "slurm" / file, self.folder)
+        return self.cluster.submit(*options, str(script), str(run), *words, env=self.environment), run
 
-    def undisturbed(self) -> dict[str, Any]:
-        began = time.time()
-        job, run = self.submit("undisturbed")
-        self.cluster.wait_for(job, "COMPLETED", deadline_s=DEADLINE_S)
-        wall = time.time() - began
+    def by_stages(self) -> dict[str, Any]:
+        wall, idle, began, run = self._undisturbed("by_stages")
         items = where_the_time_went(run, began)
         items["end"] = wall - sum(items.values())
-        idle = wall - items["episodes"] - items["train"]
         return {"two_rounds_s": wall, "idle_share": idle / wall, **{f"{k}_s": v for k, v in items.items()}}
+
+    def resident(self) -> dict[str, Any]:
+        """The tasks' own expert is the teacher, as in the other runs; what is served beside it is not asked."""
+        file = self.folder / "settings.yaml"
+        file.write_text(dump_yaml(tiny_config()))
+        wall, idle, began, run = self._undisturbed("resident", "resident.sbatch", "--config", str(file))
+        found = work(run)
+        items = {
+            "begin": min(begin for begin, _ in found) - began,
+            "end": began + wall - max(end for _, end in found),
+            "engine_start": sum(map(float, re.findall(r"vLLM is up after ([\d.]+) s", worker_log(run)))),
+        }
+        values = {"two_rounds_s": wall, "idle_share": idle / wall, **{f"{k}_s": v for k, v in items.items()}}
+        return {f"resident_{name}": value for name, value in values.items()}
+
+    def _undisturbed(self, name: str, *submitted: str) -> tuple[float, float, float, Path]:
+        """Seconds in all and idle ones, the time of the submission, and the run."""
+        began = time.time()
+        job, run = self.submit(name, *submitted)
+        self.cluster.wait_for(job, "COMPLETED", deadline_s=DEADLINE_S)
+        wall = time.time() - began
+        return wall, wall - covered(work(run)) + engine_seconds(run), began, run
 
     def preempted(self) -> dict[str, Any]:
         job, run = self.submit("preempted")
@@ -106,8 +139,8 @@ class Bench:
 
     def compare(self) -> dict[str, int]:
         lost = duplicates = 0
-        for index in ROUNDS:
-            expected, found = (self._tasks(name, index) for name in ("undisturbed", "preempted"))
+        for name, index in itertools.product(("resident", "preempted"), ROUNDS):
+            expected, found = (self._tasks(run, index) for run in ("by_stages", name))
             lost += len(set(expected) - set(found))
             duplicates += len(found) - len(set(found))
         return {"lost_episodes": lost, "duplicate_episodes": duplicates}
@@ -120,11 +153,35 @@ class Bench:
         self.cluster.wait(condition, DEADLINE_S, what, lambda: self.cluster.log(job))
 
 
+def work(run: Path) -> list[tuple[float, float]]:
+    """When each stage began and ended, as its manifest says it and as old as that is."""
+    paths = [round_dir(run, index) / name for index in ROUNDS for name in MANIFESTS.values()]
+    return [(path.stat().st_mtime - read_json(path)["duration_s"], path.stat().st_mtime) for path in paths]
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The seconds in which at least one of the spans is under way."""
+    total, until = 0.0, 0.0
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
+
+def engine_seconds(run: Path) -> float:
+    """What an engine's start with weights, or bringing it new ones, takes of a stage."""
+    return sum(map(float, re.findall(r"weights \d+: \d+ tensors in ([\d.]+) s", worker_log(run))))
+
+
+def worker_log(run: Path) -> str:
+    [log] = [path for name in (DRIVER, "worker-0") if (path := log_file(run, name)).exists()]
+    return log.read_text()
+
+
 def where_the_time_went(run: Path, submitted: float) -> dict[str, float]:
     """Seconds by item, from a stage's end and length in metrics.jsonl, and from what the log says of the engine."""
     records = read_metrics(run / "metrics.jsonl")  # in the order in which the stages ended
-    log = (run / "logs/driver.log").read_text()
-    engine = sum(map(float, re.findall(r"weights \d+: \d+ tensors in ([\d.]+) s", log)))
+    engine = engine_seconds(run)
     spent = {stage: sum(r["duration_s"] for r in records if r["stage"] == stage) for stage in STAGES}
     gaps = {(b["round"], b["stage"]): b["time"] - b["duration_s"] - a["time"] for a, b in itertools.pairwise(records)}
     return {
@@ -144,12 +201,14 @@ def prepare(config: RunConfig) -> None:
 
 
 def main() -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     try:
         install()
         prepare(tiny_config())
         with tempfile.TemporaryDirectory(prefix="bench-slurm-") as folder, SlurmCluster() as cluster:
             bench = Bench(cluster, Path(folder))
-            result: dict[str, Any] = {**bench.undisturbed(), **bench.preempted(), **bench.compare()}
+            result = {**bench.by_stages(), **bench.resident(), **bench.preempted(), **bench.compare()}
             result["leftover_processes"] = len(cluster.job_processes())
     except SlurmError as error:
         sys.exit(f"error: {error}")

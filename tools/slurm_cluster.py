@@ -82,6 +82,16 @@ PartitionName=high Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF
 """
 
 
+def fitted(file: Path, folder: Path) -> Path:
+    """A copy in ``folder`` of an sbatch file that asks for nodes of this cluster's size, one for each of its parts."""
+    text = file.read_text()
+    for asked, here in (("gpus-per-node=8", "gpus-per-node=4"), ("mem=0", "mem=8000"), ("nodes=2", "nodes=1")):
+        text = text.replace(f"#SBATCH --{asked}", f"#SBATCH --{here}")
+    copy = folder / file.name
+    copy.write_text(text)
+    return copy
+
+
 class SlurmCluster:
     """Nodes n1 and n2 with 4 CPUs and 4 made-up GPUs each; partitions main, and high, which preempts main's jobs.
 
@@ -297,6 +307,8 @@ def main() -> int:
             with SlurmCluster() as cluster:
                 print(f"export SLURM_CONF={cluster.conf}", flush=True)
                 signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        case ["-h" | "--help"]:
+            print(__doc__)
         case _:
             sys.exit(__doc__)
     return 0

@@ -20,6 +20,7 @@ from megatron_dagger.observability.status import status
 from megatron_dagger.store.lock import LockedError, flocked
 from tests.integration.tiny_run import ARGUMENTS, DEADLINE_S, assert_same, environment, writers
 from tools.ports import free_port
+from tools.slurm_cluster import fitted
 from tools.slurm_packages import lacking
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
@@ -282,11 +283,7 @@ def test_trainer_workers_and_teacher_live_through_all_rounds_and_a_preemption(
     cluster, batch_environment, undisturbed, tmp_path
 ):
     """The file as it is, but for the size of the nodes."""
-    file = tmp_path / "resident.sbatch"
-    text = (ROOT / "slurm" / file.name).read_text()
-    for large, small in (("per-node=8", "per-node=4"), ("mem=0", "mem=8000"), ("nodes=2", "nodes=1")):
-        text = text.replace(large, small)
-    file.write_text(text)
+    file = fitted(ROOT / "slurm/resident.sbatch", tmp_path)
     served = {**served_by_the_expert(batch_environment, free_port()), "ROUNDS": "1"}
     run = Run(cluster, tmp_path, served, file, *ASKED)
     run.submit()
@@ -305,10 +302,7 @@ def test_a_run_beside_the_servers_of_its_teacher_which_die_and_on_a_disk_that_fi
     cluster, batch_environment, undisturbed, tmp_path
 ):
     """The file as it is, but for the size of the nodes, with the expert behind the API as what is served."""
-    file = tmp_path / "with_teacher_servers.sbatch"
-    text = (ROOT / "slurm" / file.name).read_text()
-    file.write_text(text.replace("--gpus-per-node=8", "--gpus-per-node=4").replace("--mem=0 ", "--mem=8000 ")
-                    .replace("--mem=0\n", "--mem=500\n").replace("--nodes=2", "--nodes=1"))  # fmt: skip
+    file = fitted(ROOT / "slurm/with_teacher_servers.sbatch", tmp_path)
     served = {**served_by_the_expert(batch_environment, free_port()), "ROUNDS": "0"}
     run = Run(cluster, tmp_path, served, file, *ASKED)
 

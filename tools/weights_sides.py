@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -177,10 +176,9 @@ def stock(arguments: argparse.Namespace, _: int) -> None:
 
 def _environment() -> None:
     """That in which the product starts vLLM."""
-    from megatron_dagger.policies import vllm_engine
+    from megatron_dagger.policies.vllm_imports import set_environment
 
-    for name, value in vllm_engine._ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment(EngineConfig())
 
 
 # ---- the limits

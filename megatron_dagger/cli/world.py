@@ -102,7 +102,7 @@ def world(
             from megatron_dagger.policies.vllm_student import VllmStudent
 
             served = VllmStudent(student_dir, config.model, config.rollout.engine, seed=config.seed)
-            stack.enter_context(served)
+            stack.enter_context(served).prepare()
             return ResidentStudent(served, run_dir) if worker and worker.resident else served
 
         teacher, score = make_teacher(config, run_dir, environment, renderer, stack)

@@ -27,6 +27,8 @@ async def run_rounds(world: World) -> None:
     """Round 0 is SFT on the teacher's episodes; then N rounds on the states that the student visits."""
     for round_index in range(world.config.dagger.rounds + 1):
         await collect(world, round_index)
+        if not train_manifest(world.run_dir, round_index).exists():
+            world.student()  # it gets ready while the trainer works
         train(world, round_index)
         await evaluate(world, round_index)
 

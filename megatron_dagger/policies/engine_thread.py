@@ -46,11 +46,19 @@ class _Abort:
 
 
 class EngineThread:
-    """Builds an engine with ``build`` on its own thread and serves until ``close``."""
+    """Builds an engine with ``build`` on its own thread and serves until ``close``.
 
-    def __init__(self, build: Callable[[], VllmEngine]):
+    ``ahead`` is what the thread can do before an engine is wanted; it is given what says that none will be.
+    """
+
+    def __init__(
+        self, build: Callable[[], VllmEngine], ahead: Callable[[Callable[[], bool]], None] = lambda given_up: None
+    ):
         self.busy_s = 0.0  # time inside the engine's steps
-        self._build = build
+        self.started = False
+        self._build, self._ahead = build, ahead
+        self._wanted: Future[bool] = Future()  # whether an engine is
+        self._ready: Future[None] = Future()
         self._queue: queue.Queue[_Request | _Call | _Abort | None] = queue.Queue()
         self._names = itertools.count()
         self._thread: threading.Thread | None = None
@@ -59,19 +67,21 @@ class EngineThread:
         self._arrived: deque[_Request | _Call] = deque()  # taken from the queue, not yet given to the engine
         self._lock = threading.Lock()  # nothing is queued after the thread has looked for the last time
 
-    @property
-    def started(self) -> bool:
-        return self._thread is not None
+    def prepare(self) -> None:
+        """Do what can be done before an engine is wanted, in the background; ``start`` waits for the rest of it."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._main, name="vllm-engine", daemon=True)
+            self._thread.start()
 
     def start(self, *, timeout_s: float) -> None:
         """Start the engine; PolicyError if it fails or is not ready in time."""
-        if self._thread is not None:
+        if self.started:
             raise PolicyError("the engine was started before")
-        ready: Future[None] = Future()
-        self._thread = threading.Thread(target=self._main, args=(ready,), name="vllm-engine", daemon=True)
-        self._thread.start()
+        self.started = True
+        self.prepare()
+        self._wanted.set_result(True)
         try:
-            ready.result(timeout_s)
+            self._ready.result(timeout_s)
         except TimeoutError:
             self._failure = PolicyError(f"the engine did not start within {timeout_s:.0f} s")
             raise self._failure from None
@@ -106,13 +116,15 @@ class EngineThread:
         """End the engine; requests under way fail. May be called twice."""
         if self._thread is None:
             return
+        if not self._wanted.done():
+            self._wanted.set_result(False)
         self._queue.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             logger.error("the engine's thread did not end within %.0f s", timeout_s)
 
     def _put(self, item: _Request | _Call) -> None:
-        if self._thread is None:
+        if not self.started:
             raise PolicyError("the engine was not started: call start() first")
         with self._lock:
             if self._failure is not None:
@@ -121,22 +133,25 @@ class EngineThread:
 
     # What follows runs on the engine's thread.
 
-    def _main(self, ready: Future[None]) -> None:
+    def _main(self) -> None:
         engine: VllmEngine | None = None
         failure: BaseException = PolicyError("it was closed")
         try:
+            self._ahead(lambda: self._wanted.done() and not self._wanted.result())
+            if not self._wanted.result():
+                return
             engine = self._build()
-            ready.set_result(None)
+            self._ready.set_result(None)
             while self._take(engine):
                 self._admit(engine)
                 if self._running:
                     self._step(engine)
         except BaseException as error:
             failure = error
-            if ready.done():
+            if self._ready.done():
                 logger.exception("the engine failed")
             else:
-                ready.set_exception(error)
+                self._ready.set_exception(error)
         with self._lock:
             self._failure = self._failure or failure
         self._fail_everybody()

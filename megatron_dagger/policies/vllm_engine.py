@@ -1,16 +1,13 @@
 """A vLLM engine in this process, in the few words that the student needs.
 
-With ``weights/vllm_transfer.py`` and ``vllm_target.py`` this is the only module that touches vLLM.
+With ``vllm_imports.py``, ``weights/vllm_transfer.py`` and ``vllm_target.py`` the only module that touches vLLM.
 Nothing here depends on CPU or CUDA: vLLM's build decides. All methods belong to one thread (``engine_thread``).
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import numpy as np
 
 from megatron_dagger.config import EngineConfig, ModelConfig, to_dict
 from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.policies.vllm_imports import import_vllm
 from megatron_dagger.weights.canary import Canary
 from megatron_dagger.weights.digest import compare, merge
 from megatron_dagger.weights.errors import WeightMapError, WeightSyncError
@@ -27,13 +25,6 @@ from megatron_dagger.weights.transports import Offer
 
 logger = logging.getLogger(__name__)
 
-_ENVIRONMENT = {  # read when vLLM is imported; whoever has set one already is obeyed
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the sandboxes need the cores as well
-}
 _PREFILL_TOKENS = 2048  # tokens of a step, on the CPU
 
 
@@ -84,16 +75,13 @@ class VllmEngine:
         self, model_dir: Path, model: ModelConfig, config: EngineConfig, *, seed: int, start: Offer | None = None
     ):
         self.intact = False  # the dummy weights are nobody's
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        if config.enforce_eager:
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else helpers are compiled for 10 s
-        with _no_garbage_collection():
-            import torch
-            from vllm import EngineArgs
-            from vllm.v1.engine.llm_engine import LLMEngine
+        import_vllm(config)
+        import torch
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
 
-            from megatron_dagger.weights import vllm_transfer
+        from megatron_dagger.weights import vllm_transfer
+
         prefill: dict[str, Any] = {}
         if not torch.cuda.is_available():
             torch.set_num_threads(config.threads)  # of this thread; later vLLM makes it a no-op
@@ -227,19 +215,6 @@ class VllmEngine:
         del self._engine
         cleanup_dist_env_and_memory()
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker had replaced it
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """For the imports: they make millions of objects that stay, and vLLM's start walks them five times."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if enabled:
-            gc.enable()
 
 
 def _completion(output: Any) -> Completion | PolicyError:

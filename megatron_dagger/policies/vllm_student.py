@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_dagger.config import EngineConfig, ModelConfig, SamplingConfig
 from megatron_dagger.policies.base import PolicyError
 from megatron_dagger.policies.engine_thread import EngineThread
 from megatron_dagger.policies.vllm_engine import Completion, Sampling, VllmEngine
+from megatron_dagger.policies.vllm_imports import import_vllm, set_environment
 from megatron_dagger.types import Action, State
 from megatron_dagger.weights.canary import Canary
 from megatron_dagger.weights.errors import WeightSyncError
@@ -67,11 +69,18 @@ class VllmStudent:
         self._served: tuple[Offer, Mapping[str, str]] | None = None
         self._not_serving: str | None = "no weights were brought to it yet: call sync() first"
         self._first: Offer | None = None  # what to start with
-        self._thread = EngineThread(lambda: VllmEngine(model_dir, model, engine, seed=seed, start=self._first))
+        self._thread = EngineThread(
+            lambda: VllmEngine(model_dir, model, engine, seed=seed, start=self._first), partial(import_vllm, engine)
+        )
         if decode is None or end_of_turn is None:
             own_decode, own_end = _tokenizer(model_dir)
             decode, end_of_turn = decode or own_decode, own_end if end_of_turn is None else end_of_turn
         self._decode, self.end_of_turn = decode, end_of_turn
+
+    def prepare(self) -> None:
+        """Import what the engine needs, in the background; ``start`` or the first ``sync`` waits for the rest."""
+        set_environment(self.config)  # now, so that what is started meanwhile inherits the same each time
+        self._thread.prepare()
 
     def start(self) -> None:
         """Start the engine now, with no weights, rather than with the first ``sync``.

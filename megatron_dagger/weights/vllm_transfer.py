@@ -9,7 +9,7 @@ vLLM finds both through the ``vllm.general_plugins`` entry point, in every proce
   for after every update, with the digests of what the worker's parameters then hold.
 - Loader: ``load_format="megatron"`` starts a worker from a Megatron checkpoint, without dummy weights.
 
-This module, ``vllm_target.py`` and ``policies/vllm_engine.py`` are the only ones that touch vLLM.
+This module, ``vllm_target.py``, ``policies/vllm_engine.py`` and ``vllm_imports.py`` are the only ones that touch vLLM.
 """
 
 from __future__ import annotations

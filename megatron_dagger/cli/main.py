@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import gc
 import logging
 import os
 import sys
@@ -65,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {type(error).__name__}: {error}\nthe same command again goes on from here\n")
         logger.debug("the error came from here", exc_info=True)
         return 1
+    finally:
+        gc.freeze()  # else the interpreter's end looks through all that vLLM and torch have made, for seconds
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -208,12 +208,10 @@ class VllmEngine:
     def close(self) -> None:
         """End the workers and free their memory."""
         import torch
-        from vllm.distributed import cleanup_dist_env_and_memory
 
         set_num_threads = torch._C.set_num_threads
-        self._engine.engine_core.shutdown()
+        self._engine.engine_core.shutdown()  # its process groups and caches too
         del self._engine
-        cleanup_dist_env_and_memory()
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker had replaced it
 
 

@@ -15,12 +15,11 @@ from megatron_dagger.dagger.world import World, train_manifest
 async def work_rounds(world: World, worker: Worker) -> None:
     """One worker's part in every round; the one that seals also records what the trainer did."""
     rounds, deadline_s = world.config.dagger.rounds, world.config.training.deadline_s
+    world.student()  # its engine starts while the teacher's episodes are collected and trained on
     for round_index in range(rounds + 1):
         await collect(world, round_index, worker)
         if round_index:
             await evaluate(world, round_index - 1, worker)
-        else:
-            world.student()  # its engine starts while the teacher's episodes are trained on
         manifest = train_manifest(world.run_dir, round_index)
         await until(manifest.exists, deadline_s, f"the training of round {round_index}")
         if worker.seals:

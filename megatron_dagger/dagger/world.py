@@ -61,7 +61,7 @@ class World:
     prefetch: Callable[[Sequence[str]], None]  # of task ids: what their episodes will need, in the background
     teacher: Policy
     score: Score | None  # adds what the teacher thinks of the student's tokens to a collected episode
-    student: Callable[[], Student]  # makes ready when it is first called, in the background; served after a sync
+    student: Callable[[], Student]  # gets ready in the background from the first call on
     data: EpisodeStore
     evaluations: EpisodeStore
     metrics: MetricsSink

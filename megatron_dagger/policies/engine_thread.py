@@ -68,18 +68,22 @@ class EngineThread:
         self._lock = threading.Lock()  # nothing is queued after the thread has looked for the last time
 
     def prepare(self) -> None:
-        """Do what can be done before an engine is wanted, in the background; ``start`` waits for the rest of it."""
+        """Do what can be done before an engine is wanted, in the background."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._main, name="vllm-engine", daemon=True)
             self._thread.start()
 
-    def start(self, *, timeout_s: float) -> None:
-        """Start the engine; PolicyError if it fails or is not ready in time."""
+    def begin(self) -> None:
+        """Start the engine in the background; what it is asked meanwhile waits, and fails if the start does."""
         if self.started:
             raise PolicyError("the engine was started before")
         self.started = True
         self.prepare()
         self._wanted.set_result(True)
+
+    def start(self, *, timeout_s: float) -> None:
+        """Start the engine; PolicyError if it fails or is not ready in time."""
+        self.begin()
         try:
             self._ready.result(timeout_s)
         except TimeoutError:
@@ -137,10 +141,14 @@ class EngineThread:
         engine: VllmEngine | None = None
         failure: BaseException = PolicyError("it was closed")
         try:
+            began = time.monotonic()
             self._ahead(lambda: self._wanted.done() and not self._wanted.result())
+            spent_s = time.monotonic() - began
             if not self._wanted.result():
                 return
+            began = time.monotonic()
             engine = self._build()
+            logger.info("vLLM is up after %.1f s", spent_s + time.monotonic() - began)
             self._ready.set_result(None)
             while self._take(engine):
                 self._admit(engine)

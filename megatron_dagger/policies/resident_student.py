@@ -16,11 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 class ResidentStudent:
-    """A VllmStudent, started already, whose ``sync`` asks the run's trainer first, and then reads the checkpoint."""
+    """A VllmStudent whose ``sync`` asks the run's trainer first, and then reads the checkpoint.
+
+    Its engine starts at once, in the background: dummy weights serve, since all come later.
+    """
 
     def __init__(self, student: VllmStudent, run_dir: Path):
         self._student, self._run_dir = student, run_dir
-        student.start()
+        student.begin()
 
     def with_sampling(self, sampling: SamplingConfig) -> SampledStudent:
         """The policy that samples so, from the weights served last."""

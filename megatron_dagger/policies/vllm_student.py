@@ -82,14 +82,16 @@ class VllmStudent:
         set_environment(self.config)  # now, so that what is started meanwhile inherits the same each time
         self._thread.prepare()
 
+    def begin(self) -> None:
+        """``start`` in the background: the first ``sync`` waits for it, and tells if it has failed."""
+        self._thread.begin()
+
     def start(self) -> None:
         """Start the engine now, with no weights, rather than with the first ``sync``.
 
         Raises PolicyError; takes ``start_deadline_s`` at most.
         """
-        began = time.monotonic()
         self._thread.start(timeout_s=self.config.start_deadline_s)
-        logger.info("vLLM is up after %.1f s", time.monotonic() - began)
 
     def close(self) -> None:
         """Stop the engine and free its memory; requests under way fail. May be called twice."""

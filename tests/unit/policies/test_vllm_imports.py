@@ -57,14 +57,22 @@ def test_preparing_ends_when_no_engine_is_wanted_any_more():
     assert ended.is_set()
 
 
-def test_what_failed_in_advance_is_told_at_the_start():
-    def ahead(given_up):
-        raise ImportError("no such module")
+def absent(given_up):
+    raise ImportError("no such module")
 
-    thread = EngineThread(build=lambda: pytest.fail("it was built"), ahead=ahead)
+
+def test_what_failed_in_advance_is_told_at_the_start():
+    thread = EngineThread(build=lambda: pytest.fail("it was built"), ahead=absent)
     thread.prepare()
     with pytest.raises(PolicyError, match="the engine did not start: no such module"):
         thread.start(timeout_s=5)
+
+
+def test_a_start_in_the_background_that_failed_is_told_to_who_asks_something():
+    thread = EngineThread(build=lambda: pytest.fail("it was built"), ahead=absent)
+    thread.begin()
+    with pytest.raises(PolicyError, match="the engine is gone: no such module"):
+        thread.run(lambda engine: None, timeout_s=5)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")

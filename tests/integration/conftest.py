@@ -1,9 +1,12 @@
 """Runs, checkpoints and engines that several tests share. Tests that need vLLM or Megatron skip without them."""
 
+import os
 import subprocess
 from dataclasses import replace
 
 import pytest
+
+from megatron_dagger.store.lock import exclusive
 
 
 @pytest.fixture(scope="session")
@@ -30,21 +33,32 @@ def smollm2(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Where the tiny runs keep their tasks."""
-    return tmp_path_factory.mktemp("cache")
+def everybodys(tmp_path_factory):
+    """A folder of this session, the same one in all processes that share its tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "everybodys"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cache, tmp_path_factory):
-    """The tiny run, from beginning to end in one process."""
+def cache(everybodys):
+    """Where the tiny runs keep their tasks."""
+    return everybodys / "cache"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cache, everybodys):
+    """The tiny run, from beginning to end in one process; whoever wants it first makes it, and it is not changed."""
     from tests.integration.tiny_run import DEADLINE_S, command, environment
 
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    done = subprocess.run(
-        command(run), env=environment(cache), capture_output=True, text=True, timeout=DEADLINE_S, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run = everybodys / "undisturbed"
+    with exclusive(everybodys / "undisturbed.lock", deadline_s=DEADLINE_S):
+        if not (run / "report.html").exists():
+            done = subprocess.run(
+                command(run), env=environment(cache), capture_output=True, text=True, timeout=DEADLINE_S, check=False
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
     return run
 
 

@@ -15,8 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dagger.agents.tokenizer import train_tokenizer
+from megatron_dagger.config import ModelConfig
 from megatron_dagger.observability.metrics import read_lines
 from megatron_dagger.observability.status import status
+from megatron_dagger.store.aggregated import DataStore
+from megatron_dagger.store.atomic import write_json
 from megatron_dagger.store.lock import LockedError, flocked
 from tests.integration.tiny_run import ARGUMENTS, DEADLINE_S, assert_same, environment, writers
 from tools.ports import free_port
@@ -327,6 +331,44 @@ def test_a_run_beside_the_servers_of_its_teacher_which_die_and_on_a_disk_that_fi
         run.wait_for_file("rounds/0000/train/manifest.json")
         run.cancel()
         assert_same(run.path, undisturbed, rounds=[0])
+
+
+def served_by_vllm(batch_environment, folder, port):
+    """A teacher's server: vLLM's own, of a small model with random weights."""
+    folder.mkdir()
+    model = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=128, vocab_size=600)
+    write_json(folder / "config.json", model.hf_config())
+    train_tokenizer([(ROOT / "README.md").read_text()], model.vocab_size, folder)
+    # `vllm serve`, by its module: the command of the build for CPUs does not start.
+    serve = f"{sys.executable} -m vllm.entrypoints.openai.api_server --model {folder} --load-format dummy --port {port}"
+    options = "--host 127.0.0.1 --served-model-name small --dtype float32 --max-model-len 4096 --enforce-eager"
+    return {
+        **batch_environment,
+        "SERVE": f"{serve} {options}",
+        "MEGATRON_DAGGER_TEACHER_URLS": f"http://127.0.0.1:{port}/v1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+
+
+def test_vllm_serves_the_teacher_beside_a_run(cluster, batch_environment, tmp_path):
+    """Its weights are random: the labels are worth nothing, and all the same everything is done with them."""
+    file = fitted(ROOT / "slurm/with_teacher_servers.sbatch", tmp_path)
+    served = {**served_by_vllm(batch_environment, tmp_path / "teacher", free_port()), "ROUNDS": "0"}
+    few = ("dagger.sft_tasks=2", "dagger.evaluation_tasks=1", "rollout.limits.max_turns=3", "training.max_steps=2")
+    asked = ("teacher.urls=[http://localhost:9/v1]", "teacher.model=small", "teacher.sampling.max_tokens=16")
+    run = Run(cluster, tmp_path, served, file, *few, *asked)
+    run.submit()
+    run.wait_for_end("COMPLETED")
+
+    episodes = list(DataStore.open(run.path / "data.zarr").episodes(0))
+    labels = {turn.label.text for episode in episodes for turn in episode.turns}
+    replies = [reply for path in run.path.glob("teacher/*.jsonl") for reply in read_lines(path)]
+    assert len(episodes) == 2
+    assert labels <= {reply["text"].strip().splitlines()[-1].strip() for reply in replies if reply["text"].strip()}
+    assert all(0 < reply["completion_tokens"] <= 16 for reply in replies)
+    assert run.log.read_text().count('"POST /v1/chat/completions HTTP/1.1" 200') == len(replies) >= 3
+    assert run.steps() == 2
+    assert (run.path / "report.html").exists()
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from megatron_dagger.policies.replies import ReplyStore
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0  # that a failing replica is left alone, doubled each time
+_LONGEST_AWAY_S = 10.0  # the same where nobody answers: one that is starting is to be found soon
 _WORTH_ANOTHER_TRY = {408, 409, 425, 429, 500, 502, 503, 504}
 T = TypeVar("T")
 Parse = Callable[[str, dict[str, Any]], T]  # what the replica at an address answered
@@ -94,6 +95,7 @@ class Replicas:
                 await asyncio.sleep(min(replica.closed_until, end) - now)
                 continue
             replica.waiting += 1
+            failures, longest_s = replica.failures, _LONGEST_PAUSE_S
             try:
                 response = await self._client.post(f"{replica.url}/{path}", json=request, headers=self._headers())
                 if response.status_code not in _WORTH_ANOTHER_TRY:
@@ -102,14 +104,15 @@ class Replicas:
                     return answer
                 problem = f"{replica.url} answered {response.status_code}"
             except httpx.TransportError as error:
-                problem = f"{replica.url}: {type(error).__name__} {error}".rstrip()
+                problem, longest_s = f"{replica.url}: {type(error).__name__} {error}".rstrip(), _LONGEST_AWAY_S
             finally:
                 replica.waiting -= 1
-            self._leave_alone(replica, problem)
+            if replica.failures == failures:  # else another request that was under way with it has failed first
+                self._leave_alone(replica, problem, longest_s)
         raise PolicyError(f"no teacher answered within {self._config.patience_s:.0f} s; the last: {problem}")
 
-    def _leave_alone(self, replica: _Replica, problem: str) -> None:
-        pause = min(_FIRST_PAUSE_S * 2**replica.failures, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
+    def _leave_alone(self, replica: _Replica, problem: str, longest_s: float) -> None:
+        pause = min(_FIRST_PAUSE_S * 2**replica.failures, longest_s) * random.uniform(0.5, 1.0)
         replica.failures += 1
         replica.closed_until = time.monotonic() + pause
         logger.warning("teacher: %s; next try in %.1f s", problem, pause)

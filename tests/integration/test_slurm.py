@@ -347,6 +347,7 @@ def served_by_vllm(batch_environment, folder, port):
         "SERVE": f"{serve} {options}",
         "MEGATRON_DAGGER_TEACHER_URLS": f"http://127.0.0.1:{port}/v1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process of its own for a worker: each imports it all anew
     }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import gc
+import itertools
 import logging
 import os
 import sys

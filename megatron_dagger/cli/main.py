@@ -5,22 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from megatron_dagger.cli import admit, grade, plan
+from megatron_dagger.cli import admit, grade, plan, reading
 from megatron_dagger.cli.stopping import stops_when_asked
 from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, load_yaml, override
 from megatron_dagger.dagger.worker import Worker
-from megatron_dagger.observability.export import FORMATS
-
-if TYPE_CHECKING:
-    from megatron_dagger.types import Trajectory
 
 logger = logging.getLogger("megatron_dagger.cli.main")  # also where it runs as __main__
 
@@ -122,32 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
     admit.add_arguments(add("admit", admit.admit, "Judge SWE tasks by their gold patches and by none, repeatedly."))
     grade.add_arguments(add("grade", grade.grade, "Grade patches by SWE-bench's own harness, in Docker."))
-    add_run("status", _status, "Rounds, stages, progress, rates, and what failed.")
-    report = add_run("report", _report, "Write one self-contained HTML page about a run.")
-    report.add_argument("--out", type=Path, help="where to write it (default: RUN/report.html)")
-    report.add_argument("--episodes", type=int, default=200, help="how many episodes to put in (default: 200)")
-    show = add_run("show", _show, "Print an episode turn by turn: who acted, what the teacher would have done.")
-    show.add_argument("--list", action="store_true", help="list the matching episodes")
-    replay = add_run("replay", _replay, "Act an episode again, without a model, and compare what comes of it.")
-    replay.add_argument("--all", action="store_true", help="all matching episodes, not the first alone")
-    for sub in (show, replay):
-        sub.add_argument("--round", type=int, default=0, dest="round_index", metavar="N")
-        sub.add_argument("--task", default="", help="a task id, or a part of one (default: the first)")
-        sub.add_argument("--evaluation", action="store_true", help="of the evaluation, not of the collection")
-        sub.add_argument("--failed", action="store_true", help="only episodes that did not solve their task")
-    exported = add_run("export", _export, "Write episodes in a format that other tools read.")
-    exported.add_argument("--out", type=Path, required=True, metavar="PATH", help="the new file (traj: directory)")
-    exported.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="openai",
-        help="openai: chat messages, a JSON line an episode (default); labels: a JSON line a labelled state, for "
-        "supervised fine-tuning elsewhere; traj: mini-swe-agent's files; predictions: patches, for SWE-bench's "
-        "harness; parquet: a row a turn, with tokens",
-    )
-    exported.add_argument("--round", type=int, action="append", dest="rounds", metavar="N", help="only this round")
-    exported.add_argument("--evaluation", action="store_true", help="of the evaluation, not of the collection")
-    exported.add_argument("--solved", action="store_true", help="only episodes that solved their task")
+    reading.add_commands(add_run)
     return parser
 
 
@@ -171,7 +140,7 @@ def _run(arguments: argparse.Namespace) -> int:
     rounds = range(config.dagger.rounds + 1)
     with world(config, arguments.run_dir, trains=rounds, take_over=arguments.take_over) as parts:
         asyncio.run(run_rounds(parts))
-    return _report_quietly(arguments.run_dir)
+    return reading.report(argparse.Namespace(run_dir=arguments.run_dir, out=None, episodes=reading.EPISODES))
 
 
 def _create(arguments: argparse.Namespace) -> int:
@@ -261,93 +230,6 @@ def _stage(arguments: argparse.Namespace, stage: Callable[..., None], worker: Wo
     with world(config, arguments.run_dir, worker=worker, take_over=arguments.take_over) as parts:
         stage(parts)
     return 0
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.observability.status import status
-
-    sys.stdout.write(status(arguments.run_dir, data=_store(arguments.run_dir, "data.zarr")) + "\n")
-    return 0
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.observability.report import write_report
-
-    path = write_report(
-        arguments.run_dir,
-        data=_store(arguments.run_dir, "data.zarr"),
-        evaluations=_store(arguments.run_dir, "evaluations.zarr"),
-        path=arguments.out,
-        max_episodes=arguments.episodes,
-    )
-    sys.stdout.write(f"{path}\n")
-    return 0
-
-
-def _report_quietly(run_dir: Path) -> int:
-    return _report(argparse.Namespace(run_dir=run_dir, out=None, episodes=200))
-
-
-def _show(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.observability.show import show
-
-    for episode in _matching(arguments):
-        if not arguments.list:
-            show(episode)
-            return 0
-        mark = "solved" if episode.solved else str(episode.stop_reason)
-        sys.stdout.write(f"{episode.task_id:60} {len(episode.turns):3} turns  {mark}\n")
-    return 0
-
-
-def _replay(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.cli.replay import replay
-
-    return replay(arguments.run_dir, list(itertools.islice(_matching(arguments), None if arguments.all else 1)))
-
-
-def _matching(arguments: argparse.Namespace) -> Iterator[Trajectory]:
-    """The episodes that the arguments name, by task. ConfigError where there is none."""
-    store = _store(arguments.run_dir, "evaluations.zarr" if arguments.evaluation else "data.zarr")
-    keys = sorted(store.committed(arguments.round_index)) if store is not None else []
-    found = (store.read(arguments.round_index, key) for key in keys if arguments.task in key[0])
-    matching = (episode for episode in found if not (arguments.failed and episode.solved))
-    first = next(matching, None)
-    if first is None:
-        raise ConfigError(f"no such episode among the {len(keys)} of round {arguments.round_index}; show --list")
-    yield first
-    yield from matching
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.agents.chat import ChatRenderer
-    from megatron_dagger.observability.export import export, system_message
-
-    store = _store(arguments.run_dir, "evaluations.zarr" if arguments.evaluation else "data.zarr")
-    if store is None:
-        raise ConfigError(f"{arguments.run_dir} has no episodes yet")
-    renderer = ChatRenderer.load(arguments.run_dir / "student")
-    count = export(
-        (
-            episode
-            for index in arguments.rounds or store.rounds()
-            for episode in store.episodes(index)
-            if episode.solved or not arguments.solved
-        ),
-        arguments.out,
-        arguments.format,
-        system=lambda episode: system_message(renderer.text(episode.turns[0].prompt_tokens)) if episode.turns else "",
-    )
-    sys.stdout.write(f"{count} episodes in {arguments.out}\n")
-    return 0
-
-
-def _store(run_dir: Path, name: str):  # type: ignore[no-untyped-def]
-    if not (run_dir / name).is_dir():
-        return None
-    from megatron_dagger.store.aggregated import DataStore
-
-    return DataStore.open(run_dir / name)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from megatron_dagger.envs.base import CommandResult, EnvironmentBroken
 from megatron_dagger.envs.sandbox.docker import DockerLimits, DockerSandbox
 from megatron_dagger.envs.sandbox.docker_host import DockerHost
 from megatron_dagger.envs.swe.env import SYSTEM_MESSAGE, SweEnv
+from megatron_dagger.envs.swe.judge import judge
 from megatron_dagger.envs.swe.swebench import swebench_task
 from megatron_dagger.envs.swe.task import SweTask
 from megatron_dagger.envs.swe.tool_calls import ToolCall
@@ -76,17 +77,21 @@ HOSTILE: dict[str, tuple[str, Check | StopReason]] = {
     ),
     "endless output": ("yes", lambda result: len(result.output) < 2 * LIMITS.output_bytes),
     "background daemon": (f"setsid nohup {SLEEPER}9999 > /dev/null 2>&1 & true", lambda result: not sleepers()),
-    "network": (
-        "python -c 'import socket; socket.create_connection((\"1.1.1.1\", 53), 3)'",
-        lambda r: r.exit_code != 0,
-    ),
-    "host files": ("cat /etc/shadow /root/.bash_history /var/run/docker.sock", lambda r: r.exit_code != 0),
+    "network": ("tail -n +3 /proc/net/dev | grep -v lo:", lambda result: result.output == ""),
+    "Docker's socket": ("find / -type s -not -path '/proc/*'", lambda result: result.output == ""),
     "devices": ("mknod /tmp/d b 254 0 && head -c 9 /tmp/d", lambda result: result.exit_code != 0),
     "mount": ("mkdir -p /tmp/m && mount -t proc proc /tmp/m", lambda result: result.exit_code != 0),
     "kernel": ("echo 1 > /proc/sys/kernel/panic || echo b > /proc/sysrq-trigger", lambda r: r.exit_code != 0),
     "kills everything": ("kill -9 -1; kill -9 1", lambda result: result.exit_code == 137),
     "hangs": ("trap '' TERM; while :; do :; done", lambda result: result.timed_out),
-    "files of the judge": ("find / -name eval.sh -not -path '/proc/*' | grep .", lambda r: r.exit_code != 0),
+}
+# A patch that must not resolve the task.
+CHEATS = {
+    "the judge's script, in the patch": swe_image.PATCH + swe_image.WRITE.format("../eval.sh"),
+    "the judge's script, through a link": swe_image.PATCH
+    + swe_image.LINK
+    + swe_image.WRITE.format("calc/away/eval.sh"),
+    "tests of its own": swe_image.TESTS_CHANGED,
 }
 
 
@@ -113,7 +118,7 @@ def main() -> int:
             commit = swe_image.build(host)
             task = swebench_task(swe_image.row(commit))
             result = {"episodes": arguments.episodes}
-            result |= hostile(host)
+            result |= hostile(host, task, Path(folder))
             result |= load(host, task, arguments.episodes, arguments.turns)
         result |= faults(daemon, Path(folder), commit, min(arguments.episodes, 32))
     print("RESULT " + json.dumps(result))
@@ -156,10 +161,19 @@ def load(host: DockerHost, task: SweTask, episodes: int, turns: int) -> dict[str
     return found
 
 
-def hostile(host: DockerHost) -> dict[str, Any]:
+def hostile(host: DockerHost, task: SweTask, folder: Path) -> dict[str, Any]:
     """Each command in a container of its own, which must take another command afterwards or be typed broken."""
     contained = []
-    for name, (command, expected) in HOSTILE.items():
+    for name, patch in CHEATS.items():
+        verdict = judge(functools.partial(open_sandbox, host), task, patch)
+        contained.append(not verdict.resolved)
+        print(f"hostile  {'NOT CONTAINED' if verdict.resolved else 'contained'}  {name}: {verdict.reason}", flush=True)
+    secret = folder / "secret"
+    secret.write_text("of the host")
+    read: dict[str, tuple[str, Check | StopReason]] = {
+        "host files": (f"cat {secret}", lambda result: result.exit_code != 0)
+    }
+    for name, (command, expected) in (HOSTILE | read).items():
         began = time.perf_counter()
         with DockerSandbox(host, IMAGE, LIMITS) as sandbox:
             try:

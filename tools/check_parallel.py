@@ -219,7 +219,7 @@ def _worker(folder: Path) -> None:
     for moe in MODELS:
         if (folder / f"{_reference('single', moe)}.json").exists():
             for name in ("start", "single", "next"):
-                train(TrainJob.load(folder / f"{_reference(name, moe)}.json"), episodes)
+                train(TrainJob.load(folder / f"{_reference(name, moe)}.json"), lambda: episodes)
             _compare_packings(folder, episodes, moe)
 
 

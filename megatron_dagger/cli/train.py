@@ -133,7 +133,8 @@ def train_rank(config: RunConfig, run_dir: Path, round_index: int) -> None:
 
     compat.quiet()
     inherit(run_dir, os.environ)
-    train(train_job(config, run_dir, round_index), training_data(config, run_dir, round_index))
+    episodes = functools.partial(training_data, config, run_dir, round_index)
+    train(train_job(config, run_dir, round_index), episodes)
 
 
 def train_resident_rank(config: RunConfig, run_dir: Path) -> None:

@@ -1,7 +1,7 @@
 """From the episodes of all rounds to what one round trains on, and to the numbers that describe a round.
 
 Pure functions over trajectories in (round, task, attempt) order, which is how the store yields them
-round after round; they are read once and not kept, so that rounds larger than memory can stream by.
+round after round; they are read once, and kept of them are the tokens and labels that are trained on.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def main() -> int:
     episodes = load_episodes(arguments.episodes)
     try:
         for job in arguments.jobs:
-            train(TrainJob.load(job), episodes)
+            train(TrainJob.load(job), lambda: episodes)
     except ValueError as error:  # settings or data: the message says what to change
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -73,7 +73,7 @@ class _Resident:
         for index in range(self._first(), self.rounds.rounds):
             self._serve_until(partial(self.rounds.collected, index), f"the episodes of round {index}")
             with self.rounds.told(index) if self.desk is not None else nullcontext():
-                self.trainer.train(self.rounds.job(index), self.rounds.episodes(index))
+                self.trainer.train(self.rounds.job(index), partial(self.rounds.episodes, index))
             self.version = index
         self._serve_until(self.rounds.over, "the last evaluation")
 

@@ -12,9 +12,11 @@ import json
 import logging
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +46,25 @@ MANIFEST = "manifest.json"
 _NEUTRAL = ("parallel", "checkpoint_interval", "threads_per_process", "deadline_s", "recompute", "recompute_modules")
 
 
+Episodes = Callable[[], Sequence[LabelledEpisode]]  # reads them
+
+
 class NoTrainingDataError(ValueError):
     """The episodes have no label to train on."""
 
 
-def train(job: TrainJob, episodes: Sequence[LabelledEpisode]) -> dict[str, Any] | None:
+def train(job: TrainJob, episodes: Episodes) -> dict[str, Any] | None:
     """Train ``job`` on ``episodes`` (the same on every rank); the manifest on rank 0, None elsewhere.
 
-    Raises ConfigError for settings that cannot work, NoTrainingDataError without labels, CheckpointError
-    for an unusable ``init_checkpoint``, SystemExit(STOPPED) when a signal asked for it.
+    They are read and packed while the model is built. Raises ConfigError for settings that cannot work,
+    NoTrainingDataError without labels, CheckpointError for an unusable ``init_checkpoint``, SystemExit(STOPPED)
+    when a signal asked for it.
     """
     began = time.monotonic()
-    data = _packed(job, episodes)
-    with Trainer(job.model, job.training, seed=job.seed) as trainer:
-        return _Round(job, data, trainer.engine, trainer.stop).run(began)
+    with ThreadPoolExecutor(1, thread_name_prefix="data") as thread:
+        reading = thread.submit(_read, job, episodes)
+        with Trainer(job.model, job.training, seed=job.seed) as trainer:
+            return trainer.train_on(job, reading.result, began)
 
 
 class Trainer:
@@ -90,26 +97,54 @@ class Trainer:
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
-    def train(self, job: TrainJob, episodes: Sequence[LabelledEpisode]) -> dict[str, Any] | None:
+    def train(self, job: TrainJob, episodes: Episodes) -> dict[str, Any] | None:
         """One round, like ``train``; what the round before left in memory is not read again."""
-        began = time.monotonic()
-        return _Round(job, _packed(job, episodes), self.engine, self.stop).run(began)
+        return self.train_on(job, partial(_read, job, episodes), time.monotonic())
+
+    def train_on(self, job: TrainJob, read: Callable[[], _Reading], began: float) -> dict[str, Any] | None:
+        """``train`` on what ``read`` returns, the round having begun at ``began``."""
+        waits_since = time.monotonic()
+        reading = read()
+        waited_s = time.monotonic() - waits_since
+        logger.info("%s, waited for %.1f s", reading.text(), waited_s)
+        seconds = {"data_s": reading.seconds, "data_wait_s": waited_s}
+        return _Round(job, reading.data, self.engine, self.stop, seconds).run(began)
 
 
-def _packed(job: TrainJob, episodes: Sequence[LabelledEpisode]) -> packing.PackedDataset:
-    training = job.training
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """What a round is trained on, and the seconds that reading and packing it took."""
+
+    data: packing.PackedDataset
+    episodes: int
+    seconds: float
+
+    def text(self) -> str:
+        return f"{self.episodes} episodes, {self.data.tokens} tokens as packed, read in {self.seconds:.1f} s"
+
+
+def _read(job: TrainJob, read: Episodes) -> _Reading:
+    began, training = time.monotonic(), job.training
+    episodes = read()
     data = packing.pack(episodes, training.sequence_length, packing=training.packing)
     if not data.label_tokens:
         raise NoTrainingDataError(
             f"round {job.round_index}: {len(episodes)} episodes with no label within "
             f"training.sequence_length={training.sequence_length} tokens; collect more, or widen the filter"
         )
-    return data
+    return _Reading(data=data, episodes=len(episodes), seconds=time.monotonic() - began)
 
 
 class _Round:
-    def __init__(self, job: TrainJob, data: packing.PackedDataset, engine: Engine, stop: StopSignal) -> None:
-        self.job, self.data, self.engine, self.stop = job, data, engine, stop
+    def __init__(
+        self,
+        job: TrainJob,
+        data: packing.PackedDataset,
+        engine: Engine,
+        stop: StopSignal,
+        seconds: Mapping[str, float],
+    ) -> None:
+        self.job, self.data, self.engine, self.stop, self.seconds = job, data, engine, stop, seconds
         self.output_dir = Path(job.output_dir)
         self.plan = BatchPlan(
             rows=len(data.rows),
@@ -232,6 +267,7 @@ class _Round:
             "too_long": self.data.too_long,
             "cut": self.data.cut,
             "duration_s": duration_s,
+            **self.seconds,
             "peak_memory_mib": peak_memory_mib(),
             "checkpoint": checkpoint.FINAL,
             "weight_version": self.job.weight_version,
@@ -251,6 +287,8 @@ def fingerprint(job: TrainJob, data: packing.PackedDataset) -> str:
     """A hash of what a round's losses depend on: settings and data, but not the parallel layout."""
     hasher = hashlib.sha256()
     neutral = replace(job, output_dir="", weight_version=0, quantization="none")
+    if job.round_index:  # it goes on from the round before, however the run directory is spelled
+        neutral = replace(neutral, init_checkpoint=None)
     settings = to_dict(neutral)
     for name in _NEUTRAL:
         del settings["training"][name]

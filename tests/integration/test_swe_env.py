@@ -175,13 +175,11 @@ def test_an_agent_that_wrecks_its_repository_has_not_solved_the_task(env, deed):
 
 
 def test_a_patch_cannot_reach_beyond_the_repository(task, open_sandbox):
-    link = "diff --git a/calc/away b/calc/away\nnew file mode 120000\n--- /dev/null\n+++ b/calc/away\n"
-    link += "@@ -0,0 +1 @@\n+/\n\\ No newline at end of file\n"
-    write = "diff --git a/{0} b/{0}\nnew file mode 100755\n--- /dev/null\n+++ b/{0}\n@@ -0,0 +1 @@\n+exit 0\n"
     for name in ("../eval.sh", ".git/hooks/post-checkout", "calc/../../eval.sh", "/eval.sh"):
-        verdict = judge(open_sandbox, task, swe_image.PATCH + write.format(name))
+        verdict = judge(open_sandbox, task, swe_image.PATCH + swe_image.WRITE.format(name))
         assert verdict.reason == "the patch reaches beyond the repository"
-    verdict = judge(open_sandbox, task, swe_image.PATCH + link + write.format("calc/away/eval.sh"))
+    through = swe_image.LINK + swe_image.WRITE.format("calc/away/eval.sh")
+    verdict = judge(open_sandbox, task, swe_image.PATCH + through)
     assert (verdict.resolved, verdict.reason) == (False, "the patch does not apply")
 
 
@@ -197,11 +195,7 @@ def test_names_that_lead_out_are_read_off_the_headers_only():
 
 
 def test_a_patch_that_changes_the_tests_is_judged_by_the_real_ones(task, open_sandbox):
-    cheat = "diff --git a/tests/test_calc.py b/tests/test_calc.py\n--- a/tests/test_calc.py\n+++ b/tests/test_calc.py\n"
-    cheat += (
-        "@@ -1,5 +1,2 @@\n-from calc import mean, spread\n-\n-\n-def test_spread():\n-    assert spread([1, 5]) == 4\n"
-    )
-    cheat += "+def test_spread(): pass\n+def test_mean(): pass\n"
+    cheat = swe_image.TESTS_CHANGED
     verdict = judge(open_sandbox, task, cheat)
     assert "1 tests do not pass" in verdict.reason
     assert judge(open_sandbox, task, swe_image.PATCH + cheat).resolved

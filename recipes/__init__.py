@@ -16,6 +16,7 @@ from recipes.qwen3 import (
     qwen3_4b_swegym_8h100,
     qwen3_8b_swegym_4x8h100,
     qwen3_8b_swegym_8h100,
+    qwen3_30b_a3b_swegym_4x8h100,
 )
 from recipes.smollm2 import smollm2_135m_repair_1gpu
 
@@ -28,6 +29,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         qwen3_8b_swegym_8h100,
         qwen3_4b_swegym_4x8h100,
         qwen3_8b_swegym_4x8h100,
+        qwen3_30b_a3b_swegym_4x8h100,
     )
 }
 

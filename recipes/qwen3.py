@@ -1,4 +1,4 @@
-"""Qwen3-4B and Qwen3-8B with the published settings of "Revisiting DAgger in the Era of LLM-Agents" (2605.12913).
+"""Qwen3-4B, 8B and 30B-A3B with the published settings of "Revisiting DAgger in the Era of LLM-Agents" (2605.12913).
 
 SWE-Gym with 100 tasks held out, 64k tokens and 100 turns, 5 rounds of 512 tasks, 3 passes over the data, lr 3e-6
 constant without warm-up, batches of about 16 episodes; the student samples at temperature 0.7 and top-p 0.9 and is
@@ -10,6 +10,8 @@ Layouts are those that ``megatron-dagger plan`` finds to fit H100s; none has run
 
 from __future__ import annotations
 
+from typing import Literal
+
 from megatron_dagger.config import (
     BetaConfig,
     DaggerConfig,
@@ -18,6 +20,7 @@ from megatron_dagger.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    Precision,
     RolloutConfig,
     RunConfig,
     SamplingConfig,
@@ -56,6 +59,22 @@ QWEN3_8B = ModelConfig(  # Qwen3-8B, its rotary base raised from 1e6 and its lim
     rotary_base=5_000_000,
     tie_embeddings=False,
 )
+QWEN3_30B_A3B = ModelConfig(  # Qwen3-30B-A3B-Instruct-2507
+    family="qwen3_moe",
+    num_layers=48,
+    hidden_size=2048,
+    ffn_hidden_size=6144,
+    num_attention_heads=32,
+    num_query_groups=4,
+    kv_channels=128,
+    vocab_size=151_936,
+    max_position_embeddings=262_144,
+    rotary_base=10_000_000,
+    tie_embeddings=False,
+    num_moe_experts=128,
+    moe_ffn_hidden_size=768,
+    moe_router_topk=8,
+)
 
 
 def qwen3_4b_swegym_8h100() -> RunConfig:
@@ -64,7 +83,7 @@ def qwen3_4b_swegym_8h100() -> RunConfig:
     Begin with ``tools/convert.py hf-to-megatron Qwen3-4B-Instruct-2507 checkpoints/qwen3_4b_instruct_2507
     --tensor-parallel 8 --dtype bfloat16``, or name another checkpoint: ``init_checkpoint=PATH``.
     """
-    return _recipe("qwen3_4b_swegym_8h100", QWEN3_4B, "checkpoints/qwen3_4b_instruct_2507", nodes=1)
+    return _recipe("qwen3_4b_swegym_8h100", QWEN3_4B, "checkpoints/qwen3_4b_instruct_2507", _parallel(nodes=1))
 
 
 def qwen3_8b_swegym_8h100() -> RunConfig:
@@ -74,7 +93,7 @@ def qwen3_8b_swegym_8h100() -> RunConfig:
     ``tools/convert.py hf-to-megatron Qwen3-8B checkpoints/qwen3_8b --tensor-parallel 8 --dtype bfloat16``, or name
     another checkpoint: ``init_checkpoint=PATH``.
     """
-    return _recipe("qwen3_8b_swegym_8h100", QWEN3_8B, "checkpoints/qwen3_8b", nodes=1)
+    return _recipe("qwen3_8b_swegym_8h100", QWEN3_8B, "checkpoints/qwen3_8b", _parallel(nodes=1))
 
 
 def qwen3_4b_swegym_4x8h100() -> RunConfig:
@@ -82,7 +101,7 @@ def qwen3_4b_swegym_4x8h100() -> RunConfig:
 
     Begins as ``qwen3_4b_swegym_8h100`` does. Rollouts use one node: the student is one engine.
     """
-    return _recipe("qwen3_4b_swegym_4x8h100", QWEN3_4B, "checkpoints/qwen3_4b_instruct_2507", nodes=4)
+    return _recipe("qwen3_4b_swegym_4x8h100", QWEN3_4B, "checkpoints/qwen3_4b_instruct_2507", _parallel(nodes=4))
 
 
 def qwen3_8b_swegym_4x8h100() -> RunConfig:
@@ -90,29 +109,60 @@ def qwen3_8b_swegym_4x8h100() -> RunConfig:
 
     Begins as ``qwen3_8b_swegym_8h100`` does. Rollouts use one node: the student is one engine.
     """
-    return _recipe("qwen3_8b_swegym_4x8h100", QWEN3_8B, "checkpoints/qwen3_8b", nodes=4)
+    return _recipe("qwen3_8b_swegym_4x8h100", QWEN3_8B, "checkpoints/qwen3_8b", _parallel(nodes=4))
 
 
-def _recipe(name: str, model: ModelConfig, init_checkpoint: str, *, nodes: int) -> RunConfig:
+def qwen3_30b_a3b_swegym_4x8h100() -> RunConfig:
+    """Qwen3-30B-A3B-Instruct-2507 on SWE-Gym; 64k tokens, BF16, experts over 8 GPUs, four nodes of 8 H100s.
+
+    Begin with ``tools/convert.py hf-to-megatron Qwen3-30B-A3B-Instruct-2507 checkpoints/qwen3_30b_a3b_instruct_2507
+    --tensor-parallel 4 --dtype bfloat16``, or name another checkpoint: ``init_checkpoint=PATH``. Rollouts use one
+    node: the student is one engine.
+    """
+    parallel = _parallel(nodes=4, tensor=4, experts=8)  # there are four KV heads
+    return _recipe(
+        "qwen3_30b_a3b_swegym_4x8h100",
+        QWEN3_30B_A3B,
+        "checkpoints/qwen3_30b_a3b_instruct_2507",
+        parallel,
+        precision="bf16",
+        recompute="full",
+    )
+
+
+def _parallel(*, nodes: int, tensor: int = 8, experts: int = 1) -> ParallelConfig:
+    return ParallelConfig(
+        world_size=nodes * GPUS_PER_NODE,
+        nodes=nodes,
+        tensor_model_parallel_size=tensor,  # with 4, a row of 64k tokens of a dense model does not fit
+        sequence_parallel=True,
+        expert_model_parallel_size=experts,
+    )
+
+
+def _recipe(
+    name: str,
+    model: ModelConfig,
+    init_checkpoint: str,
+    parallel: ParallelConfig,
+    *,
+    precision: Precision = "fp8_tensorwise",  # blocks of 128 do not divide 9728 / TP8
+    recompute: Literal["none", "full"] = "none",
+) -> RunConfig:
     return RunConfig(
         name=name,
         swe=SweConfig(train="SWE-Gym/SWE-Gym", train_dataset="swe-gym", train_split="train", heldout_of_train=HELD_OUT),
         model=model,
         init_checkpoint=init_checkpoint,
         training=TrainingConfig(
-            parallel=ParallelConfig(
-                world_size=nodes * GPUS_PER_NODE,
-                nodes=nodes,
-                tensor_model_parallel_size=8,  # with 4, a row of 64k tokens does not fit
-                sequence_parallel=True,
-            ),
+            parallel=parallel,
             optimizer=OptimizerConfig(lr=3e-6, decay="constant", warmup_steps=0),
-            precision="fp8_tensorwise",  # blocks of 128 do not divide 9728 / TP8
+            precision=precision,
             epochs=3,
             sequence_length=TOKENS,
             packing="separate",
             global_batch_tokens=BATCH_TOKENS,
-            recompute="none",
+            recompute=recompute,
             checkpoint_interval=50,
             deadline_s=12 * 3600.0,
         ),

@@ -14,7 +14,7 @@ from megatron_dagger.config import ConfigError, RunConfig, build, override, to_d
 from megatron_dagger.dagger.beta import beta
 from megatron_dagger.planning import GPUS, Assumptions, Change, Gpu, Plan, make_plan, nearest_that_fits
 from megatron_dagger.planning.memory import GIB
-from megatron_dagger.planning.parameters import total_parameters
+from megatron_dagger.planning.parameters import active_parameters, total_parameters
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,6 +69,7 @@ def report(
         "nearest": list(change.settings) if change else None,
         "gpu": asdict(gpu),
         "parameters": total_parameters(config.model),
+        "active_parameters": active_parameters(config.model),
         "training_gib": [
             {"stage": m.stage, "parameters": m.parameters, **{part: getattr(m, part) / GIB for part in _PARTS}}
             for m in made.memory.training
@@ -110,8 +111,13 @@ def _print(config: RunConfig, gpu: Gpu, assumed: Assumptions, made: Plan) -> Non
     training, parallel = config.training, config.training.parallel
     layout = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
     layout += f" x DP{parallel.data_parallel_size}" + (", sequence parallel" if parallel.sequence_parallel else "")
+    size = f"{total_parameters(config.model) / 1e9:.2f}B parameters"
+    if config.model.num_moe_experts is not None:
+        size += f", {active_parameters(config.model) / 1e9:.2f}B of them active,"
+        layout += f", experts EP{parallel.expert_model_parallel_size} x ETP{parallel.expert_tensor_parallel_size}"
+        layout += f" x DP{parallel.expert_data_parallel_size}"
     console.print(
-        f"{config.name}: {total_parameters(config.model) / 1e9:.2f}B parameters on {parallel.world_size} x {gpu.name}\n"
+        f"{config.name}: {size} on {parallel.world_size} x {gpu.name}\n"
         f"training: {training.precision}, {layout}, recompute {training.recompute}, rows of "
         f"{training.sequence_length} tokens, {training.micro_batches} per GPU and step\n"
         f"serving: {config.rollout.engine.dtype}, one engine on {config.rollout.engine.tensor_parallel_size} GPUs"

@@ -54,6 +54,12 @@ class ParallelConfig:
     def data_parallel_size(self) -> int:
         return self.world_size // self.model_parallel_size
 
+    @property
+    def expert_data_parallel_size(self) -> int:
+        """The ranks of a pipeline stage that hold the same experts."""
+        stage = self.world_size // self.pipeline_model_parallel_size
+        return stage // (self.expert_model_parallel_size * self.expert_tensor_parallel_size)
+
     def check_model(self, model: ModelConfig) -> None:
         """Raise ConfigError if the model cannot be laid out so."""
         for name in ("num_attention_heads", "num_query_groups"):

@@ -6,6 +6,17 @@ from dataclasses import dataclass, fields
 
 from megatron_dagger.config.base import require
 
+_SHARES = (
+    "mfu",
+    "mfu_fp8",
+    "experts_share",
+    "prefill_mfu",
+    "bandwidth_share",
+    "turns_share",
+    "tokens_share",
+    "reply_share",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
@@ -14,11 +25,13 @@ class Assumptions:
     # memory
     reserve_gib: float = 4.0  # per GPU: CUDA context, NCCL and cuBLAS buffers, what the loader holds for a moment
     fragmentation: float = 0.08  # of the activations: what the caching allocator cannot use
+    expert_load: float = 1.5  # tokens of the busiest expert-parallel rank, of the mean (1: balanced); EP 1 has no such
     label_share: float = 0.5  # of a packed row's tokens, at most: logits are computed for label tokens only
     serving_gib: float = 3.0  # per GPU of an engine: its activations and CUDA graphs
     # the share of the peak
     mfu: float = 0.4  # training's matrix products in BF16 and fp32 and its attention, communication included
     mfu_fp8: float = 0.25  # matrix products in FP8, of FP8's peak
+    experts_share: float = 0.6  # of these two, in experts' products: many and small, and their tokens are exchanged
     prefill_mfu: float = 0.4  # of prompts
     bandwidth_share: float = 0.7  # of the memory's bandwidth, in decoding
     decode_step_s: float = 0.008  # of every decoding step besides: launches, all-reduces, sampling
@@ -34,7 +47,8 @@ class Assumptions:
         for field in fields(self):
             value = getattr(self, field.name)
             require(value >= 0, f"assumption {field.name} must not be negative, got {value}")
-        for name in ("mfu", "mfu_fp8", "prefill_mfu", "bandwidth_share", "turns_share", "tokens_share", "reply_share"):
+        require(self.expert_load >= 1, f"assumption expert_load must be at least 1, got {self.expert_load}")
+        for name in _SHARES:
             value = getattr(self, name)
             require(0 < value <= 1, f"assumption {name} is a share and must lie in (0, 1], got {value}")
         for name in ("agreement", "label_share", "fragmentation"):

@@ -9,10 +9,10 @@ from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.config.rollout import EngineConfig
 from megatron_dagger.config.training import TrainingConfig
 from megatron_dagger.planning import activations
-from megatron_dagger.planning.activations import FP32
 from megatron_dagger.planning.assumptions import Assumptions
 from megatron_dagger.planning.gpus import Gpu
 from megatron_dagger.planning.parameters import rank_parameters, worker_parameters
+from megatron_dagger.planning.saved import FP32
 
 GIB = 1 << 30
 _MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
@@ -54,6 +54,7 @@ class ServingMemory:
 
     parameters: int
     weights: float
+    experts: float  # of the weights
     working: float
     kv_cache: float  # what is left for it, or what the settings give it
     kv_bytes_per_token: float
@@ -78,20 +79,23 @@ class ServingMemory:
         return self.full_sequences >= 1 and self.total <= self.capacity
 
 
-def state_bytes(training: TrainingConfig, parameters: int) -> tuple[float, float, float]:
-    """Weights, gradients, optimizer state of a rank with so many parameters.
+def state_bytes(training: TrainingConfig, parameters: int, experts: int = 0) -> tuple[float, float, float]:
+    """Weights, gradients, optimizer state of a rank with so many parameters, of which so many are experts'.
 
     Weights in the training precision, gradients in fp32 (``grad_reduce_in_fp32``), AdamW's two moments in
     fp32 and, with BF16 weights, their main copy in fp32: 6 + 12 / d bytes a parameter, d the data-parallel
     size, with the distributed optimizer, else 18 (Megatron-LM, ``training/theoretical_memory_usage.py``).
     In fp32 the weights are their own main copy: 8 + 8 / d, else 16. Moments of fewer bytes and offloading
-    count in the optimizer's part.
+    count in the optimizer's part. Experts have buffers and an optimizer of their own, whose state is cut over the
+    ranks that hold the same experts (``_get_param_groups_and_buffers`` for ``expert_parallel_buffers``, with the
+    group ``intra_expt_dp``, in Megatron-Core's ``optimizer/__init__.py``).
     """
-    low, config = training.precision != "fp32", training.optimizer
-    share = training.parallel.data_parallel_size if config.distributed else 1
-    state = (4.0 if low else 0.0) + 2 * _MOMENT_BYTES[config.moments]
-    here = state * (1 - config.cpu_offload_fraction) / share
-    return (2.0 if low else 4.0) * parameters, 4.0 * parameters, here * parameters
+    low, config, parallel = training.precision != "fp32", training.optimizer, training.parallel
+    state = ((4.0 if low else 0.0) + 2 * _MOMENT_BYTES[config.moments]) * (1 - config.cpu_offload_fraction)
+    held = float(parameters)
+    if config.distributed:
+        held = (parameters - experts) / parallel.data_parallel_size + experts / parallel.expert_data_parallel_size
+    return (2.0 if low else 4.0) * parameters, 4.0 * parameters, state * held
 
 
 def training_memory(
@@ -99,16 +103,16 @@ def training_memory(
 ) -> TrainingMemory:
     """What a rank of stage ``stage`` holds at the worst moment of a round."""
     parameters = rank_parameters(model, training.parallel, stage)
-    weights, gradients, optimizer = state_bytes(training, parameters.total)
+    weights, gradients, optimizer = state_bytes(training, parameters.total, parameters.experts)
     engine = training.precision != "fp32"
     kept, working = _activations(model, training, assumed, stage, engine=engine)
     wasted = 1 + assumed.fragmentation
     return TrainingMemory(
         stage=stage,
         parameters=parameters.total,
-        weights=weights - (2.0 * parameters.matrices if training.fp8_param_gather else 0.0),
+        weights=weights - (2.0 * parameters.linears if training.fp8_param_gather else 0.0),
         # TELinear caches a weight in FP8 and its transpose between micro-batches: one byte each
-        fp8_weights=2.0 * parameters.matrices if training.precision.startswith("fp8") else 0.0,
+        fp8_weights=2.0 * parameters.linears if training.precision.startswith("fp8") else 0.0,
         gradients=gradients,
         optimizer=optimizer,
         activations=kept * wasted,
@@ -124,10 +128,10 @@ def _activations(
     """What is kept at most, and what is there besides at the worst moment."""
     length = training.sequence_length
     layers = activations.in_flight_layers(model, training, stage)
-    kept = layers * activations.layer_bytes(model, training, engine=engine)
-    in_layer = activations.recomputed_bytes(model, training, engine=engine) + activations.gradient_bytes(
-        model, training
-    )
+    load = assumed.expert_load
+    kept = layers * activations.layer_bytes(model, training, engine=engine, expert_load=load)
+    in_layer = activations.recomputed_bytes(model, training, engine=engine, expert_load=load)
+    in_layer += activations.gradient_bytes(model, training, expert_load=load)
     if stage < training.parallel.pipeline_model_parallel_size - 1:
         return kept, in_layer
     labels = label_positions(training, assumed)
@@ -162,13 +166,14 @@ def serving_memory(model: ModelConfig, engine: EngineConfig, gpu: Gpu, assumed: 
     parameters = worker_parameters(model, engine.tensor_parallel_size)
     size = dtype_bytes(engine)
     matrix = 1 + FP32 / 128**2 if engine.quantization == "fp8" else size  # a byte, and a scale per 128 x 128
-    weights = matrix * parameters.matrices + size * (parameters.vocabulary + parameters.small)
+    weights = matrix * parameters.linears + size * (parameters.vocabulary + parameters.small)
     working = assumed.serving_gib * GIB
     asked = engine.kv_cache_memory_mib
     capacity = gpu.memory_gib * GIB * (engine.gpu_memory_utilization if asked is None else 1.0)
     return ServingMemory(
         parameters=parameters.total,
         weights=weights,
+        experts=matrix * parameters.experts,
         working=working,
         kv_cache=max(0.0, capacity - weights - working) if asked is None else float(asked << 20),
         kv_bytes_per_token=kv_bytes_per_token(model, engine),

@@ -1,7 +1,8 @@
-"""How many parameters a rank of the trainer, or a worker of the engine, holds: exact, for dense models.
+"""How many parameters a rank of the trainer, or a worker of the engine, holds: exact.
 
 The shapes are those of Megatron-Core's GPTModel: Q, K and V in one matrix, gate and up projection in another,
-norms on every tensor-parallel rank; with tied embeddings and a pipeline the last stage has a copy.
+norms and routers on every tensor-parallel rank; with tied embeddings and a pipeline the last stage has a copy.
+Experts are cut over ranks of their own: whole ones over expert parallelism, each one over expert tensor parallelism.
 """
 
 from __future__ import annotations
@@ -16,30 +17,58 @@ _VLLM_VOCAB_MULTIPLE = 64  # vllm.model_executor.layers.vocab_parallel_embedding
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Parameters of one rank: ``matrices`` of the layers (FP8 takes these), ``vocabulary`` and ``small`` ones."""
+    """Parameters of one rank: of the layers' linears ``matrices`` and ``experts`` (FP8 takes both), and others."""
 
     matrices: int
+    experts: int
     vocabulary: int
-    small: int  # norms and biases
+    small: int  # norms, biases and routers
+
+    @property
+    def linears(self) -> int:
+        return self.matrices + self.experts
 
     @property
     def total(self) -> int:
-        return self.matrices + self.vocabulary + self.small
+        return self.linears + self.vocabulary + self.small
 
 
-def layer_matrices(model: ModelConfig) -> int:
-    """The weights of a layer's four matrices, over all tensor-parallel ranks."""
+def dense_matrices(model: ModelConfig) -> int:
+    """The weights of a layer's linears that every token meets, over all tensor-parallel ranks."""
     queries = model.num_attention_heads * model.kv_channels
     keys = model.num_query_groups * model.kv_channels
     attention = model.hidden_size * (queries + 2 * keys) + queries * model.hidden_size
-    return attention + 3 * model.hidden_size * model.ffn_hidden_size
+    return attention + (0 if model.num_moe_experts else 3 * model.hidden_size * model.ffn_hidden_size)
+
+
+def layer_experts(model: ModelConfig) -> int:
+    """The weights of a layer's experts, all of them."""
+    return (model.num_moe_experts or 0) * expert_matrices(model)
+
+
+def expert_matrices(model: ModelConfig) -> int:
+    """The weights of one expert: gate, up and down."""
+    return 3 * model.hidden_size * (model.moe_ffn_hidden_size or 0)
+
+
+def router_weights(model: ModelConfig) -> int:
+    return (model.num_moe_experts or 0) * model.hidden_size
 
 
 def total_parameters(model: ModelConfig) -> int:
     """The model's parameters as published: nothing padded, tied embeddings counted once."""
+    return _parameters(model, layer_experts(model))
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Those that a token meets: of the experts ``moe_router_topk``."""
+    return _parameters(model, model.moe_router_topk * expert_matrices(model))
+
+
+def _parameters(model: ModelConfig, experts: int) -> int:
     tables = 1 if model.tie_embeddings else 2
     vocabulary = tables * model.vocab_size * model.hidden_size
-    per_layer = layer_matrices(model) + _layer_small(model, 1)
+    per_layer = dense_matrices(model) + experts + _layer_small(model, 1)
     return model.num_layers * per_layer + model.hidden_size + vocabulary
 
 
@@ -49,28 +78,35 @@ def rank_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) ->
     layers, first, last = model.num_layers // stages, stage == 0, stage == stages - 1
     own_output = last and not (model.tie_embeddings and first)
     table = padded_vocab_size(model, tp) // tp * model.hidden_size
+    expert_ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     return Parameters(
-        matrices=layers * layer_matrices(model) // tp,
+        matrices=layers * dense_matrices(model) // tp,
+        experts=layers * layer_experts(model) // expert_ranks,
         vocabulary=table * (first + own_output),
         small=layers * _layer_small(model, tp) + (model.hidden_size if last else 0),
     )
 
 
 def worker_parameters(model: ModelConfig, tensor_parallel_size: int) -> Parameters:
-    """What each tensor-parallel worker of vLLM holds; with fewer KV heads than workers, each has a copy of one."""
+    """What each tensor-parallel worker of vLLM holds; with fewer KV heads than workers, each has a copy of one.
+
+    As many of the experts' weights whether these are cut over the workers or, with ``enable_expert_parallel``, dealt
+    out whole (``FusedMoEParallelConfig.make``).
+    """
     tp = tensor_parallel_size
     copies = max(tp, model.num_query_groups) - model.num_query_groups  # of KV heads, over all workers
     rows = -(-model.vocab_size // _VLLM_VOCAB_MULTIPLE) * _VLLM_VOCAB_MULTIPLE
-    layer = layer_matrices(model) + 2 * copies * model.kv_channels * model.hidden_size
+    layer = dense_matrices(model) + 2 * copies * model.kv_channels * model.hidden_size
     return Parameters(
         matrices=model.num_layers * layer // tp,
+        experts=model.num_layers * layer_experts(model) // tp,
         vocabulary=-(-rows // tp) * model.hidden_size * (1 if model.tie_embeddings else 2),
         small=model.num_layers * _layer_small(model, tp) + model.hidden_size,
     )
 
 
 def _layer_small(model: ModelConfig, tp: int) -> int:
-    """Norms, which are whole on every rank, and Qwen2's biases of Q, K and V."""
+    """Norms and the router, which are whole on every rank, and Qwen2's biases of Q, K and V."""
     norms = 2 * model.hidden_size + (2 * model.kv_channels if model.family.startswith("qwen3") else 0)
     heads = model.num_attention_heads + 2 * model.num_query_groups
-    return norms + (heads * model.kv_channels // tp if model.family == "qwen2" else 0)
+    return norms + router_weights(model) + (heads * model.kv_channels // tp if model.family == "qwen2" else 0)

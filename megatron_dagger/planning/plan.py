@@ -90,9 +90,6 @@ class Plan:
 def memory_of(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Memory:
     """The memory of both phases; ConfigError for settings that the trainer or the engine refuses on a GPU."""
     check_supported(config.model, config.training, cuda=True)
-    require(
-        config.model.num_moe_experts is None, f"model.family={config.model.family}: plans are for dense models only"
-    )
     gpu.flops(config.training.precision)
     _check_engine(config)
     stages = range(config.training.parallel.pipeline_model_parallel_size)
@@ -129,4 +126,8 @@ def _check_engine(config: RunConfig) -> None:
         copied = heads == "num_query_groups" and tp % count == 0
         require(count % tp == 0 or copied, f"{name} does not divide model.{heads}={count}")
     per_node = parallel.world_size // parallel.nodes
+    if model.num_moe_experts is not None:
+        size, quantization = model.moe_ffn_hidden_size or 0, config.rollout.engine.quantization
+        require(size % tp == 0, f"{name} does not divide model.moe_ffn_hidden_size={size}")
+        require(quantization == "none", f"rollout.engine.quantization={quantization} is for dense models; use none")
     require(tp <= per_node, f"{name} is more than the {per_node} GPUs of a node: the student is one engine on one node")

@@ -22,6 +22,7 @@ _COSTS = {  # of one change, or of each doubling or halving
     _PARALLEL + "sequence_parallel": 1.0,
     _PARALLEL + "tensor_model_parallel_size": 1.5,
     _PARALLEL + "pipeline_model_parallel_size": 2.0,
+    _PARALLEL + "expert_model_parallel_size": 1.0,
     _PARALLEL + "virtual_pipeline_model_parallel_size": 1.0,
     "training.optimizer.distributed": 1.0,
     "training.recompute": 1.25,  # each of none, selective, full
@@ -92,20 +93,22 @@ def _training(config: RunConfig) -> Iterator[tuple[float, dict[str, object]]]:
     per_node = parallel.world_size // parallel.nodes
     tensor = _sizes(parallel.tensor_model_parallel_size, per_node)
     pipeline = _sizes(parallel.pipeline_model_parallel_size, parallel.world_size)
-    for tp, pp, sequence, virtual, recompute, distributed, length in itertools.product(
+    for tp, pp, ep, sequence, virtual, recompute, distributed, length in itertools.product(
         tensor,
         pipeline,
+        _expert(config),
         {parallel.sequence_parallel, True},
         {parallel.virtual_pipeline_model_parallel_size, None},
         _RECOMPUTE[_RECOMPUTE.index(training.recompute) :],
         {training.optimizer.distributed, True},
         _halvings(training.sequence_length),
     ):
-        if sequence and tp == 1:
+        if (sequence and tp == 1) or parallel.world_size % (pp * ep * parallel.expert_tensor_parallel_size):
             continue
         wanted: dict[str, object] = {
             _PARALLEL + "tensor_model_parallel_size": tp,
             _PARALLEL + "pipeline_model_parallel_size": pp,
+            _PARALLEL + "expert_model_parallel_size": ep,
             _PARALLEL + "sequence_parallel": sequence,
             _PARALLEL + "virtual_pipeline_model_parallel_size": virtual,
             "training.recompute": recompute,
@@ -113,6 +116,16 @@ def _training(config: RunConfig) -> Iterator[tuple[float, dict[str, object]]]:
             "training.sequence_length": length,
         }
         yield _changes(config, wanted)
+
+
+def _expert(config: RunConfig) -> list[int]:
+    """Sizes of expert parallelism: smaller ones too, for where a longer pipeline leaves a stage fewer ranks."""
+    parallel, experts = config.training.parallel, config.model.num_moe_experts
+    first = parallel.expert_model_parallel_size
+    if experts is None:
+        return [first]
+    smaller = [first >> halvings for halvings in range(1, first.bit_length()) if first % (1 << halvings) == 0]
+    return [size for size in _sizes(first, min(experts, parallel.world_size)) + smaller if experts % size == 0]
 
 
 def _serving(config: RunConfig) -> Iterator[tuple[float, dict[str, object]]]:

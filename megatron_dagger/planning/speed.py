@@ -10,7 +10,7 @@ from megatron_dagger.planning.assumptions import Assumptions
 from megatron_dagger.planning.episodes import Episodes
 from megatron_dagger.planning.gpus import Gpu
 from megatron_dagger.planning.memory import ServingMemory, dtype_bytes
-from megatron_dagger.planning.parameters import layer_matrices
+from megatron_dagger.planning.parameters import dense_matrices, expert_matrices, router_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,18 @@ def flops_per_token(model: ModelConfig, sequence: float, head_share: float = 1.0
 
     Narayanan et al. (arXiv 2104.04473), appendix: a product of (m, k) and (k, n) takes 2 m k n, the backward
     pass twice the forward. ``sequence`` is the length that attention runs over, of which a causal one
-    needs half; the output layer is computed for ``head_share`` of the tokens.
+    needs half; the output layer is computed for ``head_share`` of the tokens; of the experts a token meets
+    ``moe_router_topk`` (``num_experts_routed_to`` in Megatron-LM's ``num_floating_point_operations``).
     """
-    weights = model.num_layers * layer_matrices(model) + head_share * model.vocab_size * model.hidden_size
-    return 6.0 * weights + attention_flops_per_token(model, sequence, causal=causal)
+    layers = model.num_layers * (dense_matrices(model) + router_weights(model))
+    weights = layers + head_share * model.vocab_size * model.hidden_size
+    attention = attention_flops_per_token(model, sequence, causal=causal)
+    return 6.0 * weights + experts_flops_per_token(model) + attention
+
+
+def experts_flops_per_token(model: ModelConfig) -> float:
+    """Of ``flops_per_token``, those of the experts that a token is sent to; 0 for a dense model."""
+    return 6.0 * model.num_layers * model.moe_router_topk * expert_matrices(model)
 
 
 def attention_flops_per_token(model: ModelConfig, sequence: float, *, causal: bool = True) -> float:
@@ -62,6 +70,7 @@ def training_speed(config: RunConfig, gpu: Gpu, assumed: Assumptions, sample: fl
 
     Full recomputation runs the layers' forward pass once more: a third more FLOPs (arXiv 2205.05198, section 5).
     A pipeline of p stages idles for (p - 1) / (v m) of the time that m micro-batches take (arXiv 2104.04473, 2.2).
+    Ranks that share a layer's experts wait for the busiest of them.
     """
     model, training = config.model, config.training
     parallel = training.parallel
@@ -70,7 +79,10 @@ def training_speed(config: RunConfig, gpu: Gpu, assumed: Assumptions, sample: fl
     total = flops_per_token(model, sample, share)
     mfu = assumed.mfu_fp8 if training.precision.startswith("fp8") else assumed.mfu
     attention_rate = assumed.mfu * gpu.flops("fp32" if training.precision == "fp32" else "bf16")
-    seconds = (total - attention) / (mfu * gpu.flops(training.precision)) + attention / attention_rate
+    experts = experts_flops_per_token(model)
+    load = assumed.expert_load if parallel.expert_model_parallel_size > 1 else 1.0
+    products = total - attention - experts + experts * load / assumed.experts_share
+    seconds = products / (mfu * gpu.flops(training.precision)) + attention / attention_rate
     seconds *= 4 / 3 if training.recompute == "full" else 1
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     seconds *= 1 + (parallel.pipeline_model_parallel_size - 1) / (virtual * training.micro_batches)
@@ -84,9 +96,10 @@ def rollout_speed(
     answered within that time.
 
     A decoding step reads the weights and the keys and values of all running sequences once: it is bound by the
-    memory's bandwidth. While a turn is written, each of the others brings one prompt, of which the prefix cache
-    has all but the observation; prompts are bound by FLOPs. Between turns an episode is in its sandbox. The
-    number of episodes that the engine works on at a time follows from these (Little's law).
+    memory's bandwidth. Of E experts, n tokens that choose k each at random meet E (1 - (1 - k / E)^n). While a turn
+    is written, each of the others brings one prompt, of which the prefix cache has all but the observation; prompts
+    are bound by FLOPs. Between turns an episode is in its sandbox. The number of episodes that the engine works on
+    at a time follows from these (Little's law).
     """
     engine, model = config.rollout.engine, config.model
     tp, context = engine.tensor_parallel_size, episodes.tokens / 2
@@ -100,7 +113,8 @@ def rollout_speed(
 
     def turn_s(running: float) -> float:
         """A turn in the engine while ``running`` sequences are in it."""
-        read = memory.weights + running * context * memory.kv_bytes_per_token
+        asleep = (1 - model.moe_router_topk / (model.num_moe_experts or 1)) ** running if memory.experts else 0.0
+        read = memory.weights - asleep * memory.experts + running * context * memory.kv_bytes_per_token
         return episodes.reply * (assumed.decode_step_s + read / bandwidth) + running * prefill_s
 
     low, high = 0.0, float(most)  # turn_s grows with running: one point balances both sides

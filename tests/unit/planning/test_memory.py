@@ -10,7 +10,7 @@ from megatron_dagger.planning.activations import in_flight_layers, layer_bytes, 
 from megatron_dagger.planning.memory import GIB, kv_bytes_per_token, serving_memory, state_bytes, training_memory
 from megatron_dagger.planning.plan import memory_of
 from recipes import RECIPES, find_recipe
-from recipes.qwen3 import QWEN3_4B, QWEN3_8B
+from recipes.qwen3 import QWEN3_4B, QWEN3_8B, QWEN3_30B_A3B
 
 BF16 = TrainingConfig(precision="bf16", sequence_length=4096, global_batch_tokens=64 * 4096)
 
@@ -79,6 +79,45 @@ def test_fp8_keeps_two_more_bytes_a_weight_and_smaller_inputs():
     assert fp8.weights - kept.weights == kept.fp8_weights == fp8.fp8_weights
 
 
+def test_experts_state_is_cut_over_the_ranks_that_hold_the_same():
+    training = replace(BF16, parallel=layout(world_size=32, tp=4, sequence_parallel=True, expert_model_parallel_size=8))
+    shared, experts = state_bytes(training, 1000), state_bytes(training, 1000, experts=1000)
+    assert (sum(shared), sum(experts)) == (1000 * (6 + 12 / 8), 1000 * (6 + 12 / 4))
+
+
+def test_more_expert_parallelism_takes_weights_away_and_no_tokens_where_they_are_balanced():
+    def memory(ep, expert_load=1.0):
+        parallel = layout(tp=4, sequence_parallel=True, expert_model_parallel_size=ep)
+        training = replace(BF16, parallel=parallel)
+        return training_memory(QWEN3_30B_A3B, training, GPUS["h100"], Assumptions(expert_load=expert_load), 0)
+
+    assert memory(8).weights < memory(1).weights / 5
+    assert memory(8).optimizer == pytest.approx(memory(1).optimizer)  # cut over as many ranks, one way or the other
+    assert memory(8).activations == memory(1).activations == memory(1, expert_load=2.0).activations
+    assert memory(8, expert_load=2.0).activations > 1.4 * memory(8).activations
+
+
+def test_recomputing_the_experts_leaves_about_a_dense_layers_attention():
+    parallel = layout(tp=4, sequence_parallel=True, expert_model_parallel_size=8)
+    kept = {
+        modules: layer_bytes(
+            QWEN3_30B_A3B,
+            replace(BF16, parallel=parallel, recompute="selective", recompute_modules=modules),
+            engine=True,
+        )
+        * 4
+        / BF16.sequence_length
+        for modules in ((), ("moe_act",), ("moe",), ("moe", "layernorm"))
+    }
+    topk, hidden, ffn = 8, 2048, 768
+    sizes = list(kept.values())
+    assert sizes == sorted(sizes, reverse=True)
+    assert kept[()] - kept["moe_act",] == 2 * topk * ffn
+    dispatched, router = topk * (2 * hidden + 3 * 2 * ffn + 4), topk * (8 + 4 + 8) + 128 * (1 + 4)
+    assert kept[()] - kept["moe",] == dispatched + router
+    assert kept["moe",] - kept["moe", "layernorm"] == 2 * hidden
+
+
 def test_the_canary_needs_logits_of_a_whole_row():
     long = replace(BF16, sequence_length=65_536, global_batch_tokens=64 * 65_536, recompute="full")
     memory = training_memory(QWEN3_4B, long, GPUS["h100"], Assumptions(label_share=0.01, fragmentation=0), 0)
@@ -95,6 +134,13 @@ def test_kv_cache_of_known_models():
     assert memory.full_sequences == (memory.kv_cache // memory.kv_bytes_per_token) // 65_536 == 5
     given = serving_memory(QWEN3_8B, replace(engine, kv_cache_memory_mib=9 * 1024), GPUS["h100"], Assumptions())
     assert (given.kv_cache, given.full_sequences) == (9 * GIB, 1)
+
+
+def test_an_engine_holds_all_experts():
+    engine = EngineConfig(dtype="bfloat16", tensor_parallel_size=4, kv_cache_memory_mib=None)
+    memory = serving_memory(QWEN3_30B_A3B, engine, GPUS["h100"], Assumptions())
+    assert memory.weights == pytest.approx(2 * 30.5e9 / 4, rel=0.01)
+    assert memory.experts == 2 * 48 * 128 * 3 * 2048 * 768 / 4
 
 
 def test_an_engine_in_fp8_has_half_the_matrices():

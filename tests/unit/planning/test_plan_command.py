@@ -15,6 +15,13 @@ def test_a_recipe_that_fits(capsys):
         assert word in out.out
 
 
+def test_experts_are_told_of(capsys):
+    assert main(["plan", "qwen3_30b_a3b_swegym_4x8h100"]) == 0
+    out = capsys.readouterr().out
+    for word in ("30.53B parameters, 3.35B of them active", "experts EP8 x ETP1 x DP4", "expert_load=1.5"):
+        assert word in " ".join(out.split())
+
+
 def test_json_has_it_all(capsys):
     assert main(["plan", "smollm2_135m_repair_1gpu", "dagger.rounds=1", "--json", "--assume", "mfu=0.3"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -45,6 +52,8 @@ def test_a_recipe_that_cannot_fit_is_refused_with_reason_and_way_out(capsys):
         (["nosuch"], "unknown recipe"),
         (["quickstart", "--assume", "mfuu=1"], "did you mean mfu"),
         (["quickstart", "--assume", "mfu=7"], "must lie in"),
+        (["quickstart", "--assume", "expert_load=0.5"], "expert_load must be at least 1"),
+        (["qwen3_30b_a3b_swegym_4x8h100", "rollout.engine.quantization=fp8"], "is for dense models"),
         (["qwen3_4b_swegym_8h100", "--gpu", "a100"], "a100 has no FP8"),
         (["qwen3_4b_swegym_8h100", "training.bf16_layers_at_ends=40"], "must lie between 0 and a stage's 36 layers"),
         (["qwen3_4b_swegym_8h100", "rollout.engine.tensor_parallel_size=3"], "does not divide"),

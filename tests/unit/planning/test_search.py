@@ -47,6 +47,22 @@ def test_a_single_change_is_preferred():
     assert len(change.settings) == 1
 
 
+def test_experts_are_spread_where_they_do_not_fit():
+    whole = ["training.parallel.expert_model_parallel_size=1"]
+    change = nearest("qwen3_30b_a3b_swegym_4x8h100", *whole)
+    assert change is not None
+    assert change.settings == ("training.parallel.expert_model_parallel_size=4",)
+    assert change.memory.problems() == []
+
+
+def test_a_longer_pipeline_takes_ranks_from_the_experts():
+    spread = ["training.parallel.expert_model_parallel_size=32"]  # over all ranks of the one stage
+    change = nearest("qwen3_30b_a3b_swegym_4x8h100", *spread, reserve_gib=45.0)
+    assert change is not None
+    parallel = change.config.training.parallel
+    assert (parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size) == (2, 16)
+
+
 def test_a_shorter_sequence_is_the_last_resort_and_takes_the_episodes_limit_along():
     change = nearest("smollm2_135m_repair_1gpu", "training.recompute=full", reserve_gib=75.0)
     assert change is not None

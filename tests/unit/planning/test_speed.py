@@ -10,6 +10,7 @@ from megatron_dagger.planning.episodes import Episodes, mean_sample, row_tokens,
 from megatron_dagger.planning.memory import serving_memory
 from megatron_dagger.planning.speed import flops_per_token, rollout_speed, training_speed
 from recipes import find_recipe
+from recipes.qwen3 import QWEN3_30B_A3B
 
 H100, ASSUMED = GPUS["h100"], Assumptions()
 
@@ -40,6 +41,39 @@ def test_flops_are_narayanans():
     head = 6 * vocabulary * hidden  # theirs is not recomputed either
     ours = (flops_per_token(model, sequence, causal=False) - head) * 4 / 3 + head
     assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_a_token_costs_its_own_experts():
+    """Megatron-LM's ``num_floating_point_operations``: of the experts, topk; we count the router as well."""
+    model = QWEN3_30B_A3B
+    dense = replace(
+        model,
+        family="qwen3",
+        num_moe_experts=None,
+        moe_ffn_hidden_size=None,
+        ffn_hidden_size=model.moe_router_topk * model.moe_ffn_hidden_size,
+    )
+    router = 6 * model.num_layers * model.num_moe_experts * model.hidden_size
+    assert flops_per_token(model, 4096) - router == pytest.approx(flops_per_token(dense, 4096))
+
+
+def test_ranks_wait_for_the_busiest_experts():
+    base = override(find_recipe("qwen3_30b_a3b_swegym_4x8h100")(), ["training.recompute=none"])
+    busy, even = (training_speed(base, H100, Assumptions(expert_load=load), 16_384.0) for load in (2.0, 1.0))
+    assert busy.flops_per_token == even.flops_per_token
+    assert 1 < even.tokens_per_s / busy.tokens_per_s < 2
+    alone = override(base, ["training.parallel.expert_model_parallel_size=1"])
+    assert training_speed(alone, H100, Assumptions(expert_load=2.0), 16_384.0) == even
+
+
+def test_few_sequences_wake_few_experts():
+    lone, many = (
+        rollout(override(find_recipe("qwen3_30b_a3b_swegym_4x8h100")(), [f"rollout.concurrent_episodes={n}"]))
+        for n in (1, 64)
+    )
+    dense = rollout(config("rollout.concurrent_episodes=1"))
+    assert lone.turns_per_s > 0.9 * dense.turns_per_s  # 3.3B active of 30.5B read about as a 4B model
+    assert many.turns_per_s < 64 * lone.turns_per_s
 
 
 def test_full_recomputation_costs_a_third_and_a_pipeline_its_bubble():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dagger.config import EngineConfig, ModelConfig, ParallelConfig, TrainingConfig, to_dict
+from megatron_dagger.config import EngineConfig, ModelConfig, ParallelConfig, TrainingConfig, YarnConfig, to_dict
 from megatron_dagger.policies.vllm_student import VllmStudent
 from megatron_dagger.training.launch import launch
 from megatron_dagger.types import State
@@ -18,7 +18,8 @@ from megatron_dagger.weights.transports import Offer
 
 ROOT = Path(__file__).resolve().parents[2]
 TIED = ModelConfig(num_layers=2, vocab_size=1000, init_std=0.2)  # large weights: log-probs far from uniform
-UNTIED = replace(TIED, tie_embeddings=False)
+YARN = YarnConfig(factor=8.0, original_max_position_embeddings=64)  # a fifth of the tokens
+UNTIED = replace(TIED, tie_embeddings=False, max_position_embeddings=512, yarn=YARN)
 TP2 = ParallelConfig(world_size=2, tensor_model_parallel_size=2)
 PP2 = ParallelConfig(world_size=2, pipeline_model_parallel_size=2)
 ONE = ParallelConfig()

@@ -1,7 +1,7 @@
 """Megatron trains and saves, vLLM takes over and serves: the same weights, the same log-probs.
 
 Real checkpoints, written by Megatron-Core under several parallel layouts; the real engine, started
-once for tied and once for untied embeddings. The vocabulary (1000) is padded in Megatron.
+once for tied and once for untied embeddings with YaRN. The vocabulary (1000) is padded in Megatron.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_dagger.weights.canary import Canary
 from megatron_dagger.weights.digest import canonical_digests
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
-from tests.integration.served import TOLERANCE, Written, start, state
+from tests.integration.served import TOLERANCE, YARN, Written, start, state
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -229,8 +229,8 @@ def test_what_the_bridge_uses_of_vllms_insides_is_still_there(student):
     assert student._thread.run(output_layer, timeout_s=60), "the tied output layer is no longer the embedding"
 
 
-def test_untied_embeddings_saved_under_tensor_parallelism_are_served(tied_student, written):
-    """It ends the tied engine and starts another in the same process."""
+def test_untied_embeddings_and_yarn_saved_under_tensor_parallelism_are_served(tied_student, written):
+    """It ends the tied engine and starts another in the same process. The tokens are more than RoPE was made for."""
     tied_student.close()
     with pytest.raises(PolicyError, match="the engine is gone: it was closed"):
         asyncio.run(tied_student.act(state(0)))
@@ -243,6 +243,9 @@ def test_untied_embeddings_saved_under_tensor_parallelism_are_served(tied_studen
         got = served(untied, where)
         assert np.abs(got - where.logprobs()).max() < TOLERANCE
         assert np.abs(got - transformers_logprobs(where)).max() < TOLERANCE
+        unscaled = transformers_logprobs(dataclasses.replace(where, model=dataclasses.replace(where.model, yarn=None)))
+        beyond = len(unscaled) - YARN.original_max_position_embeddings
+        assert np.abs(got - unscaled)[-beyond:].mean() > 100 * TOLERANCE, "the scaling must matter here"
         with pytest.raises(WeightSyncError, match=r"another model.*|lacks 'output_layer.weight'"):
             untied.sync(written["one"].checkpoint(), 1, written["one"].digests())
         assert np.abs(served(untied, where) - where.logprobs()).max() < TOLERANCE

@@ -19,6 +19,7 @@ from megatron_dagger.training.local_modules import TreeAttention, TreeParams
 from megatron_dagger.training.packing import PackedRow
 
 BLOCK = 128
+_MOST_COMPILED = 32
 
 
 class TreeFlexAttention(TreeAttention):
@@ -39,8 +40,16 @@ class TreeFlexAttention(TreeAttention):
 
 @cache
 def _kernel(compiled: bool) -> Any:
-    """FlexAttention; compiled once for rows of all lengths."""
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    """FlexAttention; compiled for rows of all lengths.
+
+    Three times, in fact (the first row's length, one block alone, all others), and as often again without
+    gradients, where layers are recomputed: two short of what Dynamo allows, beyond which it silently computes
+    with all scores in memory. Hence the limit, and an error beyond it.
+    """
+    if not compiled:
+        return flex_attention
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_COMPILED)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def block_mask(row: PackedRow, device: torch.device) -> BlockMask:

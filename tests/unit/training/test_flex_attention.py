@@ -1,12 +1,15 @@
 """Attention by block mask: the mask against the definition, place by place, and the output against TreeAttention's."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_mask
 
+from megatron_dagger.training import flex_attention
 from megatron_dagger.training.flex_attention import BLOCK, TreeFlexAttention, block_mask, blocks
 from megatron_dagger.training.local_modules import TreeAttention, tree_params
 from megatron_dagger.training.packing import pack
@@ -61,3 +64,27 @@ def test_the_output_is_that_of_attention_run_by_run(seed):
         for kind in (TreeFlexAttention, TreeAttention)
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_many_lengths_are_compiled_a_few_times(monkeypatch):
+    """By Dynamo, and then computed as it is: a GPU's kernels are not made here, but as often."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    kernel = flex_attention._kernel.__wrapped__(True)
+    assert torch._dynamo.config.recompile_limit > 8
+    monkeypatch.setattr(flex_attention, "_kernel", lambda _: kernel)
+    for count in (4, 3, 1, 2, 6, 5):
+        length = count * BLOCK
+        tokens = np.zeros(length // 2, np.int32)
+        labels = (StateLabel(position=9, tokens=tokens[9:]), StateLabel(position=20, tokens=tokens[:7] + 1))
+        params = tree_params(packed := pack([LabelledEpisode(tokens=tokens, labels=labels)], length).row(0), CPU)
+        params.block_mask = block_mask(packed, CPU)
+        inputs = [torch.randn(length, 1, heads, SIZE) for heads in (HEADS, GROUPS, GROUPS)]
+        ours, theirs = (
+            kind(SimpleNamespace(kv_channels=SIZE), 1, None, "self")(*inputs, packed_seq_params=params)
+            for kind in (TreeFlexAttention, TreeAttention)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 3, "a row's length must not be compiled in"

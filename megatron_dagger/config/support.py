@@ -14,7 +14,7 @@ def check_supported(model: ModelConfig, training: TrainingConfig, *, cuda: bool)
     if model.num_moe_experts is not None:
         _check_experts(model, training, cuda=cuda)
     _check_optimizer(training, cuda=cuda)
-    _check_recompute(model, training)
+    _check_recompute(model, training, cuda=cuda)
     _check_fp8(model, training, cuda=cuda)
     masked = training.packing == "shared_prefix" and uses_transformer_engine(training, cuda=cuda)
     if (masked or _is_fp8(training)) and training.sequence_length % training.row_multiple:
@@ -85,15 +85,19 @@ def _check_optimizer(training: TrainingConfig, *, cuda: bool) -> None:
         )
     if not config.distributed:
         raise ConfigError(f"{asked} needs the distributed optimizer; set training.optimizer.distributed=true")
+    if config.moments != "fp32" and config.cpu_offload_fraction > 0:
+        raise ConfigError(f"{asked} with {fraction}: Megatron-Core offloads moments in fp32 only; set one of the two")
 
 
-def _check_recompute(model: ModelConfig, training: TrainingConfig) -> None:
+def _check_recompute(model: ModelConfig, training: TrainingConfig, *, cuda: bool) -> None:
     if training.recompute != "selective":
         return
     modules = set(training.recompute_modules)
     experts = sorted(modules & {"moe", "moe_act"})
     if experts and model.num_moe_experts is None:
         raise ConfigError(f"training.recompute_modules has {experts[0]}, and family {model.family} has no experts")
+    if "moe_act" in modules and not uses_transformer_engine(training, cuda=cuda):
+        raise ConfigError("training.recompute_modules has moe_act, which needs Transformer Engine's experts; use moe")
     outputs = sorted(modules & {"layernorm", "moe_act"})
     if outputs and training.precision == "fp8_delayed":
         raise ConfigError(

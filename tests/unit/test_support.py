@@ -68,12 +68,22 @@ def test_a_layout_that_cannot_be_is_refused_with_the_reason(model, parallel, mes
             {"precision": "fp8_delayed", "recompute": "selective", "recompute_modules": ("layernorm",)},
             "cannot recompute layernorm with precision=fp8_delayed",
         ),
+        (
+            {"precision": "bf16", "optimizer": OptimizerConfig(cpu_offload_fraction=0.5, moments="bf16")},
+            "offloads moments in fp32 only; set one of the two",
+        ),
         ({"recompute": "selective", "recompute_modules": ("moe",)}, "has moe, and family qwen3 has no experts"),
     ],
 )
 def test_what_megatron_refuses_is_refused_with_the_way_out(training, message):
     with pytest.raises(ConfigError, match=message):
         check({}, {}, cuda=True, packing="separate", **training)
+
+
+def test_only_transformer_engines_experts_recompute_their_activation():
+    with pytest.raises(ConfigError, match="which needs Transformer Engine's experts; use moe"):
+        check(EXPERTS, {}, recompute="selective", recompute_modules=("moe_act",))
+    check(EXPERTS, {}, cuda=True, precision="bf16", recompute="selective", recompute_modules=("moe_act",))
 
 
 def test_lower_precision_needs_a_gpu():

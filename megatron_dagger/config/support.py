@@ -123,9 +123,31 @@ def _check_fp8(model: ModelConfig, training: TrainingConfig, *, cuda: bool) -> N
             f"training.bf16_layers_at_ends={ends}: delayed scaling cannot leave layers out; use fp8_tensorwise or "
             "fp8_blockwise"
         )
+    if fp8:
+        _check_fp8_widths(model, training)
     most = model.num_layers // training.parallel.pipeline_model_parallel_size
     if not 0 <= ends <= most:
         raise ConfigError(f"training.bf16_layers_at_ends={ends} must lie between 0 and a stage's {most} layers")
+
+
+def _check_fp8_widths(model: ModelConfig, training: TrainingConfig) -> None:
+    """Transformer Engine's conditions on the products (``assert_dim_for_fp8_exec``, ``assert_dim_for_all_gather``)."""
+    parallel = training.parallel
+    dense, experts = model.ffn_hidden_size // parallel.tensor_model_parallel_size, model.moe_ffn_hidden_size
+    heads = model.num_attention_heads // parallel.tensor_model_parallel_size
+    widths = {
+        "model.hidden_size": model.hidden_size,
+        "model.kv_channels of a rank's heads": heads * model.kv_channels,
+        "a rank's share of the MLP": experts // parallel.expert_tensor_parallel_size if experts else dense,
+    }
+    blocks = training.precision == "fp8_blockwise" and parallel.sequence_parallel  # gathered in FP8
+    for name, width in widths.items():
+        multiple = 128 if blocks and name == "model.hidden_size" else 16
+        if width % multiple:
+            raise ConfigError(
+                f"training.precision={training.precision} needs {name} to be a multiple of {multiple}, and it is "
+                f"{width}; use bf16, or another layout"
+            )
 
 
 def _is_fp8(training: TrainingConfig) -> bool:

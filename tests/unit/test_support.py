@@ -80,6 +80,32 @@ def test_what_megatron_refuses_is_refused_with_the_way_out(training, message):
         check({}, {}, cuda=True, packing="separate", **training)
 
 
+@pytest.mark.parametrize(
+    ("model", "parallel", "precision", "message"),
+    [
+        ({"ffn_hidden_size": 392}, {}, "delayed", "a rank's share of the MLP to be a multiple of 16, and it is 392"),
+        ({"hidden_size": 136}, {}, "tensorwise", "model.hidden_size to be a multiple of 16, and it is 136"),
+        (
+            {"kv_channels": 24, "num_query_groups": 4},
+            TP2 | {"world_size": 4, "tensor_model_parallel_size": 4},
+            "tensorwise",
+            "heads to be a multiple of 16, and it is 24",
+        ),
+        (
+            {"hidden_size": 192},
+            TP2 | {"sequence_parallel": True},
+            "blockwise",
+            "model.hidden_size to be a multiple of 128",
+        ),
+        (EXPERTS | {"moe_ffn_hidden_size": 24}, {}, "blockwise", "a rank's share of the MLP to be a multiple of 16"),
+    ],
+)
+def test_widths_that_fp8_cannot_multiply_are_refused(model, parallel, precision, message):
+    with pytest.raises(ConfigError, match=message):
+        check(model, parallel, cuda=True, precision=f"fp8_{precision}")
+    check(model, {"world_size": 4}, cuda=True, precision="bf16")
+
+
 def test_only_transformer_engines_experts_recompute_their_activation():
     with pytest.raises(ConfigError, match="which needs Transformer Engine's experts; use moe"):
         check(EXPERTS, {}, recompute="selective", recompute_modules=("moe_act",))

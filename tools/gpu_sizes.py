@@ -108,7 +108,7 @@ QWEN3_1_7B = ModelConfig(
     max_position_embeddings=40960,
 )
 QWEN3_4B = replace(QWEN3_1_7B, num_layers=36, hidden_size=2560, ffn_hidden_size=9728, num_attention_heads=32)
-MOE = {"family": "qwen3_moe", "num_moe_experts": 8, "moe_ffn_hidden_size": 256}
+MOE: dict[str, Any] = {"family": "qwen3_moe", "num_moe_experts": 8, "moe_ffn_hidden_size": 256}
 SIZES = {
     "1.7b": Settings(
         small=SMALL,

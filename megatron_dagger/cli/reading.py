@@ -98,7 +98,11 @@ def _matching(arguments: argparse.Namespace) -> Iterator[Trajectory]:
     matching = (episode for episode in found if not (arguments.failed and episode.solved))
     first = next(matching, None)
     if first is None:
-        raise ConfigError(f"no such episode among the {len(keys)} of round {arguments.round_index}; show --list")
+        others = ", ".join(map(str, store.rounds())) or "none"
+        raise ConfigError(
+            f"no such episode among the {len(keys)} of round {arguments.round_index}: `show --list` lists them; "
+            f"rounds that have episodes: {others}"
+        )
     yield first
     yield from matching
 
@@ -127,6 +131,9 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _episodes(arguments: argparse.Namespace) -> DataStore:
+    from megatron_dagger.cli.world import open_run
+
+    open_run(arguments.run_dir)  # an error says what is no run
     store = _store(arguments.run_dir, "evaluations.zarr" if arguments.evaluation else "data.zarr")
     if store is None:
         raise ConfigError(f"{arguments.run_dir} has no {'evaluated ' * arguments.evaluation}episodes yet")

@@ -52,7 +52,7 @@ def create_run(config: RunConfig, run_dir: Path) -> RunConfig:
     if existing != config:
         raise ConfigError(
             f"{path} belongs to a run with other settings; resume it with `megatron-dagger run {run_dir}` "
-            "(no recipe), or choose another --out"
+            "(no recipe), or name another directory"
         )
     return existing
 

@@ -32,8 +32,9 @@ def set_environment(config: EngineConfig) -> None:
     """Set what vLLM and torch read when they are imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if config.enforce_eager:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else helpers are compiled for 10 s
+    if config.enforce_eager and not os.path.exists("/dev/nvidiactl"):
+        # Else helpers are compiled for 10 s. A trainer's ranks inherit it, and compile their attention on GPUs.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def import_vllm(config: EngineConfig, given_up: Callable[[], bool] = lambda: False) -> None:

@@ -95,8 +95,10 @@ class VllmTarget:
         """On the CPU vLLM packs a copy of the output layer; where that is the embedding, pack it again."""
         if self._fresh or not current_platform.is_cpu():
             return
-        for module in self._model.modules():
-            if isinstance(module, ParallelLMHead):
+        modules = list(self._model.modules())
+        embeddings = [m.weight for m in modules if isinstance(m, VocabParallelEmbedding) and not _is_head(m)]
+        for module in modules:
+            if _is_head(module) and any(module.weight is weight for weight in embeddings):
                 module.cpu_linear = _unpacked_linear  # the old packed copy is freed before there is a new one
                 module.quant_method.process_weights_after_loading(module)
 
@@ -200,6 +202,10 @@ def _experts_are_packed_again(layer: torch.nn.Module) -> Iterator[None]:
         method.moe_kernel = method.moe_kernel or kernel
 
 
+def _is_head(module: torch.nn.Module) -> bool:
+    return isinstance(module, ParallelLMHead)
+
+
 def _unpacked_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.nn.functional.linear(hidden, weight, bias)
 
@@ -213,7 +219,7 @@ def _packs_a_copy(layer: torch.nn.Module) -> bool:
 
 def _serves_them_as_they_are(layer: torch.nn.Module) -> bool:
     method = getattr(layer, "quant_method", None)
-    if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+    if isinstance(layer, VocabParallelEmbedding) and not _is_head(layer):
         return isinstance(method, UnquantizedEmbeddingMethod)
     if isinstance(method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)):
         return bool(current_platform.is_cuda())

@@ -78,7 +78,7 @@ HOSTILE: dict[str, tuple[str, Check | StopReason]] = {
     "endless output": ("yes", lambda result: len(result.output) < 2 * LIMITS.output_bytes),
     "background daemon": (f"setsid nohup {SLEEPER}9999 > /dev/null 2>&1 & true", lambda result: not sleepers()),
     "network": ("tail -n +3 /proc/net/dev | grep -v lo:", lambda result: result.output == ""),
-    "Docker's socket": ("find / -type s -not -path '/proc/*'", lambda result: result.output == ""),
+    "Docker's socket": ("find / -type s 2> /dev/null", lambda result: result.output == ""),
     "devices": ("mknod /tmp/d b 254 0 && head -c 9 /tmp/d", lambda result: result.exit_code != 0),
     "mount": ("mkdir -p /tmp/m && mount -t proc proc /tmp/m", lambda result: result.exit_code != 0),
     "kernel": ("echo 1 > /proc/sys/kernel/panic || echo b > /proc/sysrq-trigger", lambda r: r.exit_code != 0),

@@ -7,9 +7,10 @@
     tools/convert.py inspect out/megatron
     tools/convert.py gguf-to-hf SmolLM2-135M-Instruct.Q4_1.gguf out/smollm2
 
-Memory is that of a few tensors, whatever the size of the model. A conversion appears under its name when
-it is whole; the same command again goes on with one that was interrupted. Tokenizer and other small files
-are carried along. No code from a checkpoint is run.
+Memory is that of a few tensors, whatever the size of the model; only gguf-to-hf holds all of it, in float32.
+A conversion appears under its name when it is whole; the same command again goes on with one that was
+interrupted, and begins anew if the source or a setting is another. Tokenizer and other small files are carried
+along; an optimizer's state is not. No code from a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ sys.path.insert(0, str(ROOT))
 from megatron_dagger.config import ConfigError, ModelConfig, to_dict  # noqa: E402
 from megatron_dagger.observability.progress import track  # noqa: E402
 from megatron_dagger.store import atomic  # noqa: E402
+from megatron_dagger.store.resumable import fingerprint, unfinished  # noqa: E402
 from megatron_dagger.weights import families  # noqa: E402
-from megatron_dagger.weights.checkpoints import HF_FILES, MARKER, Checkpoint, open_checkpoint  # noqa: E402
+from megatron_dagger.weights.checkpoints import HF_FILES, MARKER, Checkpoint, MegatronFiles, open_checkpoint  # noqa: E402
 from megatron_dagger.weights.digest import canonical_digests  # noqa: E402
 from megatron_dagger.weights.errors import CheckpointReadError, WeightMapError  # noqa: E402
 from megatron_dagger.weights.hf_files import CONFIG, carry_along, write_hf  # noqa: E402
@@ -57,7 +59,10 @@ def hf_to_megatron(given: argparse.Namespace) -> int:
 
 def reshard(given: argparse.Namespace) -> int:
     source = open_checkpoint(given.source, _model(given))
-    return _to_megatron(given, source, given.files or given.source / HF_FILES)
+    code = _to_megatron(given, source, given.files or given.source / HF_FILES)
+    if isinstance(source, MegatronFiles) and source.weights.has_optimizer:
+        print("the optimizer's state was left out: a training from these weights begins at step 0")
+    return code
 
 
 def gguf_to_hf(given: argparse.Namespace) -> int:
@@ -69,7 +74,7 @@ def gguf_to_hf(given: argparse.Namespace) -> int:
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     model, tensors = ModelConfig.from_hf(loaded.config.to_dict()), loaded.state_dict()
     names = families.canonical_names(model)
-    with _output(given.target) as folder:
+    with _output(given) as folder:
         with _counted(tensors.__getitem__, len(names), "writing") as read:
             write_hf(folder, model, read, given.dtype or "float32", most_bytes=given.shard_mib << 20)
         AutoTokenizer.from_pretrained(**where).save_pretrained(str(folder))
@@ -81,7 +86,7 @@ def megatron_to_hf(given: argparse.Namespace) -> int:
     source = open_checkpoint(given.source, _model(given))
     dtype = given.dtype or source.dtype()
     total = len(families.canonical_names(source.model))
-    with _output(given.target) as folder:
+    with _output(given) as folder:
         with _counted(source.read, total, "writing") as read:
             write_hf(folder, source.model, read, dtype, most_bytes=given.shard_mib << 20)
         files = given.files or given.source / HF_FILES
@@ -142,7 +147,7 @@ def _to_megatron(given: argparse.Namespace, source: Checkpoint, files: Path) -> 
         return table.from_canonical(name, parts, model, padded_rows=layout.padded_vocab_size if entry.padded else None)
 
     total = len(table.layouts(model))
-    with _output(given.target) as folder:
+    with _output(given) as folder:
         with _counted(build, total, "writing") as read:
             write_megatron(folder, model, read, layout, dtype, most_bytes=given.shard_mib << 20)
         if files.is_dir():
@@ -191,18 +196,11 @@ def _counted(read: Callable[[str], Any], total: int, what: str) -> Iterator[Call
         yield counted
 
 
-@contextmanager
-def _output(target: Path) -> Iterator[Path]:
-    """A directory for unfinished work beside ``target``, which becomes ``target`` when the block ends well."""
-    if target.exists():
-        raise FileExistsError(f"{target} is there already; remove it, or name another")
-    folder = target.parent / f".{target.name}.partial"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(f"{atomic.TEMPORARY_PREFIX}*"):
-        path.unlink()
-    yield folder
-    atomic.sync_tree(folder)
-    atomic.publish_directory(folder, target)
+def _output(given: argparse.Namespace) -> AbstractContextManager[Path]:
+    """Where to write what becomes ``given.target``; all other arguments decide what that is."""
+    settings = {name: value for name, value in vars(given).items() if name not in ("run", "target")}
+    job = {name: fingerprint(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    return unfinished(given.target, {"command": given.run.__name__, **job})
 
 
 def _model(given: argparse.Namespace) -> ModelConfig | None:
@@ -241,11 +239,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("megatron-to-hf", megatron_to_hf, "write safetensors, index and config.json of a Megatron checkpoint")
     writes(sub)
     model(sub)
-    sub = command("reshard", reshard, "write a Megatron checkpoint in the chunks of another layout")
+    text = "write a Megatron checkpoint in the chunks of another layout: the weights, not the optimizer's state"
+    sub = command("reshard", reshard, text)
     writes(sub)
     parallel(sub)
     model(sub)
-    sub = command("gguf-to-hf", gguf_to_hf, "write a dequantised GGUF file as a Hugging Face checkpoint")
+    sub = command("gguf-to-hf", gguf_to_hf, "write a GGUF file, dequantised in memory, as a Hugging Face checkpoint")
     writes(sub)
     sub = command("verify", verify, "compare two checkpoints of any kind, tensor by tensor; exit code 1 if they differ")
     sub.add_argument("target", type=Path, help="the other checkpoint")

@@ -111,6 +111,7 @@ class HfCheckpoint:
 def write_hf(directory: Path, model: ModelConfig, read: Read, dtype: str, *, most_bytes: int = 5 << 30) -> None:
     """Write config.json and the safetensors files of ``model`` into ``directory``; goes on where it was.
 
+    What is in ``directory`` must be of the same weights and arguments (``store.resumable`` sees to it).
     ``read`` gives a canonical tensor by its name; it is cast to ``dtype``. The index comes last.
     """
     shapes = families.canonical_names(model)

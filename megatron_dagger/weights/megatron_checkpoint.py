@@ -29,7 +29,8 @@ from megatron_dagger.weights.tensor_archive import ArchiveError, locate
 if TYPE_CHECKING:
     import torch
 
-_NOT_WEIGHTS = ("optimizer.", "optimizer_state.", "opt_param_scheduler", "rng_state", "rerun_state_machine")
+_OPTIMIZER = ("optimizer.", "optimizer_state.")
+_NOT_WEIGHTS = (*_OPTIMIZER, "opt_param_scheduler", "rng_state", "rerun_state_machine")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,11 @@ class MegatronCheckpoint:
         self._maps: dict[Path, mmap.mmap] = {}
         self._views: dict[tuple[str, Chunk], torch.Tensor] = {}  # a chunk is asked for with every block of it
         self._chunks_of: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}  # by stored name, then ``Source.lead``
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether an optimizer's state lies beside the weights."""
+        return any(name.startswith(_OPTIMIZER) for name in self.tensors)
 
     def sources(self, model: ModelConfig) -> list[Source]:
         """The model's Megatron tensors in the model's order, each with its place.

@@ -48,6 +48,7 @@ def write_megatron(
 ) -> None:
     """Write the checkpoint into ``directory``, its index last; goes on where it was.
 
+    What is in ``directory`` must be of the same weights and arguments (``store.resumable`` sees to it).
     ``read`` gives a whole Megatron tensor by its global name (as in ``Family.layouts``), padding rows
     included; it is cast to ``dtype``.
     """

@@ -94,20 +94,6 @@ def test_what_is_in_it_and_what_differs(models, tmp_path):
     assert done.returncode == 1 and "different models" in done.stdout
 
 
-def test_an_interrupted_conversion_goes_on_where_it_was(models, tmp_path):
-    source, target, partial = models / "qwen3-kv2-tied" / "megatron", tmp_path / "it", tmp_path / ".it.partial"
-    partial.mkdir()
-    (partial / ".tmp-left-behind").write_text("half of a file")
-    converted("megatron-to-hf", source, tmp_path / "whole")
-    finished = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    (partial / "model.safetensors").write_bytes(finished)
-    written = (partial / "model.safetensors").stat().st_mtime_ns
-    converted("megatron-to-hf", source, target)
-    assert not partial.exists()
-    assert (target / "model.safetensors").stat().st_mtime_ns == written, "what was whole is not written again"
-    assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -29,6 +29,7 @@ from megatron_dagger.weights.desk import Desk
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
 from megatron_dagger.weights.transports import Offer
+from megatron_dagger.weights.transports.host import this_host
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ class _Resident:
     def __init__(self, rounds: ResidentRounds, trainer: Trainer, source: SourceLayout) -> None:
         self.rounds, self.trainer = rounds, trainer
         self.target = TargetLayout(tensor_parallel_size=rounds.engine.tensor_parallel_size)
-        self.desk = Desk(rounds.run_dir, source) if parallel.is_rank_zero() else None
+        hosts = [""] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(hosts, this_host())
+        self.desk = Desk(rounds.run_dir, source, hosts) if parallel.is_rank_zero() else None
         self.version: int | None = None  # of the weights in memory
 
     def run(self) -> None:
@@ -115,4 +118,4 @@ class _Resident:
         except WeightSyncError as error:  # the engine has the checkpoint to fall back on
             logger.warning("an engine did not take the weights: %s", error)
         else:
-            logger.info("an engine took weights %s", self.version)
+            logger.info("an engine took weights %s (%s)", self.version, offer.kind)

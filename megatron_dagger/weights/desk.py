@@ -4,6 +4,9 @@ Source rank 0 keeps a store and writes where it is to ``RUN/trainer.json``. An e
 the weights draws a number there and waits for the Offer of that number; the trainer, while it has nothing else
 to do, answers one after the other. Each gets a transfer of its own: one that is killed in the middle costs its
 transfer and nobody else's. What cannot be had here can be had from the checkpoint.
+
+There are two rows of numbers. An engine on the host that all source ranks are on draws for a transfer through the
+host's memory, any other for one over the network.
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ import datetime
 import json
 import os
 import socket
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 
@@ -24,6 +29,7 @@ from megatron_dagger.store.atomic import read_json, write_json
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.layouts import SourceLayout
 from megatron_dagger.weights.transports import Offer
+from megatron_dagger.weights.transports.host import SOCKETS, this_host
 from megatron_dagger.weights.transports.live import free_address
 
 HOST = "MEGATRON_DAGGER_TRAINER_HOST"  # by which other nodes know the trainer's first one
@@ -36,38 +42,53 @@ _READY_S = 5.0  # between a training's last file and its offer
 _POLL_S = 0.1
 _SERVING, _NOTHING = "serving", "none"
 
+Kind = Literal["host", "live"]
+
 
 class Desk:
-    """The trainer's end, on source rank 0; Offers are for sources laid out like ``source``."""
+    """The trainer's end, on source rank 0; Offers are for sources laid out like ``source``.
 
-    def __init__(self, run_dir: Path, source: SourceLayout):
+    ``hosts``: what ``this_host`` is for each source rank.
+    """
+
+    def __init__(self, run_dir: Path, source: SourceLayout, hosts: Sequence[str]):
         self._source = source
         self._host = _own_host()
         self._store = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
         self._store.set(_SERVING, _NOTHING)
         self._version = _NOTHING
-        self._answered = 0  # of those who want this version
-        write_json(run_dir / _FILE, {"address": f"{self._host}:{self._store.port}"})
+        self._answered: dict[Kind, int] = {}  # of those who want this version
+        address = f"{self._host}:{self._store.port}"
+        write_json(run_dir / _FILE, {"address": address, "host": hosts[0] if len(set(hosts)) == 1 else None})
 
     @contextmanager
     def serving(self, version: int) -> Iterator[None]:
         """In the block engines may ask for this version of the weights."""
-        self._version, self._answered = str(version), 0
-        self._store.set(_SERVING, self._version)
-        try:
-            yield
-        finally:
-            self._version = _NOTHING
-            self._store.set(_SERVING, _NOTHING)
+        with tempfile.TemporaryDirectory(
+            prefix="megatron-dagger-weights-", dir=SOCKETS, ignore_cleanup_errors=True
+        ) as self._sockets:
+            self._version, self._answered = str(version), {"host": 0, "live": 0}
+            self._store.set(_SERVING, self._version)
+            try:
+                yield
+            finally:
+                self._version, self._answered = _NOTHING, {}
+                self._store.set(_SERVING, _NOTHING)
 
     def next_offer(self) -> Offer | None:
-        """The Offer that the next engine in the row is told of, to be carried out now by all source ranks."""
-        if self._version == _NOTHING or self._store.add(_drawn(self._version), 0) <= self._answered:
-            return None
-        self._answered += 1
-        offer = Offer(kind="live", address=free_address(self._host), source=self._source, deadline_s=_TRANSFER_S)
-        self._store.set(_offer(self._version, self._answered), json.dumps(to_dict(offer)))
-        return offer
+        """The Offer that the next engine in a row is told of, to be carried out now by all source ranks."""
+        for kind, answered in self._answered.items():
+            if self._store.add(_drawn(self._version, kind), 0) > answered:
+                self._answered[kind] += 1
+                offer = self._offer(kind)
+                self._store.set(_told(self._version, kind, answered + 1), json.dumps(to_dict(offer)))
+                return offer
+        return None
+
+    def _offer(self, kind: Kind) -> Offer:
+        """With sockets, or a port, that no other transfer has."""
+        address = tempfile.mkdtemp(dir=self._sockets) if kind == "host" else free_address(self._host)
+        return Offer(kind=kind, address=address, source=self._source, deadline_s=_TRANSFER_S)
 
 
 def ask(run_dir: Path, version: int, *, deadline_s: float = _ANSWER_S) -> Offer:
@@ -76,7 +97,9 @@ def ask(run_dir: Path, version: int, *, deadline_s: float = _ANSWER_S) -> Offer:
     path = run_dir / _FILE
     if not path.exists():
         raise WeightSyncError("the run has no trainer that lives through its rounds")
-    host, _, port = str(read_json(path)["address"]).rpartition(":")
+    trainer = read_json(path)
+    host, _, port = str(trainer["address"]).rpartition(":")
+    kind: Kind = "host" if trainer.get("host") == this_host() else "live"
     connecting = datetime.timedelta(seconds=min(_CONNECT_S, deadline_s))
     try:
         store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=connecting)
@@ -86,7 +109,7 @@ def ask(run_dir: Path, version: int, *, deadline_s: float = _ANSWER_S) -> Offer:
             if time.monotonic() > end:
                 raise WeightSyncError(f"the trainer at {host}:{port} offers version {serves} of the weights")
             time.sleep(_POLL_S)
-        offer = store.get(_offer(wanted, store.add(_drawn(wanted), 1)))
+        offer = store.get(_told(wanted, kind, store.add(_drawn(wanted, kind), 1)))
     except RuntimeError as error:  # torch's errors; ours is one too
         if isinstance(error, WeightSyncError):
             raise
@@ -94,12 +117,12 @@ def ask(run_dir: Path, version: int, *, deadline_s: float = _ANSWER_S) -> Offer:
     return build(Offer, json.loads(offer))
 
 
-def _drawn(version: str) -> str:
-    return f"drawn-{version}"
+def _drawn(version: str, kind: Kind) -> str:
+    return f"drawn-{kind}-{version}"
 
 
-def _offer(version: str, number: int) -> str:
-    return f"offer-{version}-{number}"
+def _told(version: str, kind: Kind, number: int) -> str:
+    return f"offer-{kind}-{version}-{number}"
 
 
 def _own_host() -> str:

@@ -61,7 +61,7 @@ def test_weights_go_live_through_all_rounds_and_a_killed_worker_comes_back(undis
     assert (told["state"], told["done"]) == ("done", len(losses(run, 1)))
     assert (run / "metrics.jsonl").read_text().count("\n") == 6
     rank = (run / "logs/train/rank-0.log").read_text()
-    assert rank.count("an engine took weights 0") >= 2
-    assert rank.count("an engine took weights 1") == 2
+    assert rank.count("an engine took weights 0 (host)") >= 2
+    assert rank.count("an engine took weights 1 (host)") == 2
     assert "come from the checkpoint" not in logs["first"].read_text()
     assert not [pid for log in run.glob("logs/**/*.log") for pid in writers(log)]

@@ -298,7 +298,7 @@ def test_trainer_workers_and_teacher_live_through_all_rounds_and_a_preemption(
     assert cluster.job(run.job)["Restarts"] == "1"
     rank = (run.path / "logs/train/rank-0.log").read_text()
     assert "resuming after step" in rank
-    assert "an engine took weights 1" in rank
+    assert "an engine took weights 1 (host)" in rank
     assert (run.path / "report.html").exists()
 
 

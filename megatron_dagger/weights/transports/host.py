@@ -24,9 +24,18 @@ from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.transports import Agreement
 from megatron_dagger.weights.transports.buckets import Segment
 
+SOCKETS = Path("/tmp")  # not TMPDIR: a socket's path has 107 bytes at most
+
 _BUFFERS = 2
 _RETRY_S = 0.02
 _MOST_BYTES_OF_A_MESSAGE = 1 << 16
+
+
+def this_host() -> str:
+    """Equal in two processes if they can share memory: they run on one kernel and see the same folder of sockets."""
+    folder = SOCKETS.stat()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{folder.st_dev}:{folder.st_ino}"
 
 
 def socket_path(directory: str, source_rank: int) -> str:
@@ -44,17 +53,25 @@ class HostSender:
         self._peers: dict[int, socket.socket] = {}
         self._awaited = {copy.target_rank for copy in agreement.plan.by_source.get(source_rank, [])}
         self._stack = contextlib.ExitStack()
+        path, size = socket_path(offer.address, source_rank), _BUFFERS * agreement.wire.bucket_bytes
+        try:
+            handle = self._share(path, size)
+        except (OSError, RuntimeError) as error:
+            self._stack.close()
+            raise WeightSyncError(f"source rank {source_rank} cannot share memory through {path}: {error}") from error
+        self._greeting = {"plan": agreement.digest(), "bytes": size, **handle}
+
+    def _share(self, path: str, size: int) -> dict[str, Any]:
+        """Make the buffers, and the socket by which they are had; what to tell those who come."""
         self._listener = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        path = socket_path(offer.address, source_rank)
         _unlink(path)
         self._listener.bind(path)
         self._stack.callback(_unlink, path)
         self._listener.listen(len(self._awaited))
-        size = _BUFFERS * agreement.wire.bucket_bytes
-        share = _cuda_memory if device.type == "cuda" else _shared_memory
-        memory, handle, self._descriptors = share(size, device, self._stack)
+        share = _cuda_memory if self._device.type == "cuda" else _shared_memory
+        memory, handle, self._descriptors = share(size, self._device, self._stack)
         self._buffers = memory.view(_BUFFERS, -1)
-        self._greeting = {"plan": agreement.digest(), "bytes": size, **handle}
+        return handle
 
     def _accept(self) -> None:
         """Wait until all targets have come."""

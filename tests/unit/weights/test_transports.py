@@ -184,6 +184,14 @@ def test_an_engine_that_never_comes_is_an_error_within_the_deadline(kind, tmp_pa
     assert time.monotonic() - began < 10
 
 
+def test_a_trainer_that_cannot_share_its_memory_fails_the_transfer_and_not_itself(tmp_path):
+    model, tensors = case()
+    offer = Offer(kind="host", address=str(tmp_path / "nowhere"), source=ONE)
+    agreement = Agreement(model=model, target=TargetLayout(), dtype="float32", offer=offer)
+    with pytest.raises(WeightSyncError, match=r"source rank 0 cannot share memory through .*nowhere"):
+        send_weights(agreement, 0, as_torch(megatron_ranks(model, ONE, tensors)[0]), CPU)
+
+
 SENDER = """
 import os, pickle, sys, torch
 from megatron_dagger.weights.transports import Offer

@@ -47,7 +47,7 @@ class MegatronFiles:
     def __init__(self, directory: Path, model: ModelConfig | None = None):
         self.directory = Path(directory)
         self.weights = MegatronCheckpoint(self.directory)
-        self.model = model or _model_of(self.directory)
+        self.model = model or model_of(self.directory)
         self._sources = self.weights.sources(self.model)
         layouts = families.lookup(self.model).layouts(self.model).values()
         self._places = {
@@ -78,7 +78,8 @@ def open_checkpoint(directory: Path, model: ModelConfig | None = None) -> Checkp
     raise CheckpointReadError(f"{directory} holds neither {METADATA_FILE} (Megatron) nor {CONFIG} (Hugging Face)")
 
 
-def _model_of(directory: Path) -> ModelConfig:
+def model_of(directory: Path) -> ModelConfig:
+    """What a Megatron checkpoint says it is of. Raises CheckpointReadError if it does not say."""
     marker, config = directory / MARKER, directory / HF_FILES / CONFIG
     if marker.is_file():
         return build(ModelConfig, json.loads(marker.read_text())["model"])

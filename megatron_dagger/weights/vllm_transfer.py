@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,12 +31,13 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from megatron_dagger.config import ModelConfig, build
+from megatron_dagger.config import ConfigError, ModelConfig, build
+from megatron_dagger.weights.checkpoints import model_of
 from megatron_dagger.weights.digest import Shares
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.families.fp8 import Quantization
 from megatron_dagger.weights.layouts import TargetLayout
-from megatron_dagger.weights.transports import Agreement, Offer
+from megatron_dagger.weights.transports import Agreement, Offer, checkpoint_offer
 from megatron_dagger.weights.transports.open import open_transport
 from megatron_dagger.weights.vllm_target import VllmTarget
 
@@ -123,14 +125,17 @@ class BridgeEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 class MegatronLoader(BaseModelLoader):
-    """Starts a model from a Megatron checkpoint. ``model_loader_extra_config``: ``offer`` and ``model`` as dicts."""
+    """Starts a model from a Megatron checkpoint.
+
+    ``model_loader_extra_config``: ``checkpoint``, the directory of one that says what model it is of; or ``offer``
+    and ``model`` as dicts.
+    """
 
     def download_model(self, model_config: Any) -> None:
         """The checkpoint is there."""
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-        extra = self.load_config.model_loader_extra_config
-        offer, architecture = build(Offer, extra["offer"]), build(ModelConfig, extra["model"])
+        offer, architecture = _source(self.load_config.model_loader_extra_config)
         parallel = get_current_vllm_config().parallel_config
         rank = _rank_in_engine(parallel)
         agreement = _agreement(architecture, _target_layout(parallel, 1), model_config, offer)
@@ -149,6 +154,19 @@ class WorkerExtension:
 
     def transfer_state(self) -> TransferState:
         return self.weight_transfer_engine.transfer_state
+
+
+def _source(extra: Any) -> tuple[Offer, ModelConfig]:
+    """What a loader's extra config says. Raises ConfigError or CheckpointReadError."""
+    match extra:
+        case {"offer": offer, "model": model}:
+            return build(Offer, offer), build(ModelConfig, model)
+        case {"checkpoint": str(directory)}:
+            own = model_of(Path(directory))
+            return checkpoint_offer(Path(directory), own), own
+    raise ConfigError(
+        f'load_format={LOAD_FORMAT} needs model_loader_extra_config={{"checkpoint": DIRECTORY}}, got {extra!r}'
+    )
 
 
 def _target_layout(parallel: ParallelConfig, replicas: int) -> TargetLayout:

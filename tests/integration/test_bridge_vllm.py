@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 
+from megatron_dagger.config import ConfigError
 from megatron_dagger.policies.base import PolicyError
 from megatron_dagger.policies.vllm_engine import Sampling
 from megatron_dagger.policies.vllm_student import VllmStudent
@@ -251,6 +252,14 @@ def test_untied_embeddings_and_yarn_saved_under_tensor_parallelism_are_served(ti
         assert np.abs(served(untied, where) - where.logprobs()).max() < TOLERANCE
     finally:
         untied.close()
+
+
+@pytest.mark.parametrize("extra", [{}, {"checkpoint": 1}, {"model": {}}, "'{"])
+def test_a_loader_that_is_told_of_no_checkpoint_says_what_it_needs(extra):
+    from megatron_dagger.weights.vllm_transfer import _source
+
+    with pytest.raises(ConfigError, match=r"needs model_loader_extra_config=.*DIRECTORY.*, got "):
+        _source(extra)
 
 
 @pytest.mark.slow

@@ -6,23 +6,24 @@ engine is what takes the time, and faults before the first engine's start are ha
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 
-from megatron_dagger.agents.tokenizer import train_tokenizer
-from megatron_dagger.config import ModelConfig
+from megatron_dagger.config import build
 from megatron_dagger.observability.metrics import read_lines
 from megatron_dagger.observability.status import status
 from megatron_dagger.store.aggregated import DataStore
-from megatron_dagger.store.atomic import write_json
 from megatron_dagger.store.lock import LockedError, flocked
-from tests.integration.tiny_run import ARGUMENTS, DEADLINE_S, assert_same, environment, writers
+from megatron_dagger.weights.canary import Canary
+from tests.integration.tiny_run import ARGUMENTS, DEADLINE_S, assert_same, environment, manifest, writers
 from tools.ports import free_port
 from tools.slurm_cluster import fitted
 from tools.slurm_packages import lacking
@@ -333,32 +334,43 @@ def test_a_run_beside_the_servers_of_its_teacher_which_die_and_on_a_disk_that_fi
         assert_same(run.path, undisturbed, rounds=[0])
 
 
-def served_by_vllm(batch_environment, folder, port):
-    """A teacher's server: vLLM's own, of a small model with random weights."""
-    folder.mkdir()
-    model = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=128, vocab_size=600)
-    write_json(folder / "config.json", model.hf_config())
-    train_tokenizer([(ROOT / "README.md").read_text()], model.vocab_size, folder)
+def served_by_vllm(batch_environment, run, port):
+    """A teacher's server: vLLM's own, of another run's student, straight from its last checkpoint."""
+    checkpoint = f'{{"checkpoint":"{run}/rounds/0001/train/checkpoint"}}'  # without blanks: a word of the shell
     # `vllm serve`, by its module: the command of the build for CPUs does not start.
-    serve = f"{sys.executable} -m vllm.entrypoints.openai.api_server --model {folder} --load-format dummy --port {port}"
-    options = "--host 127.0.0.1 --served-model-name small --dtype float32 --max-model-len 4096 --enforce-eager"
+    serve = f"{sys.executable} -m vllm.entrypoints.openai.api_server --model {run}/student --port {port}"
+    weights = f"--load-format megatron --model-loader-extra-config {checkpoint} --dtype float32"
+    options = "--host 127.0.0.1 --served-model-name small --enforce-eager"
     return {
         **batch_environment,
-        "SERVE": f"{serve} {options}",
+        "SERVE": f"{serve} {weights} {options}",
         "MEGATRON_DAGGER_TEACHER_URLS": f"http://127.0.0.1:{port}/v1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process of its own for a worker: each imports it all anew
     }
 
 
-def test_vllm_serves_the_teacher_beside_a_run(cluster, batch_environment, tmp_path):
-    """Its weights are random: the labels are worth nothing, and all the same everything is done with them."""
-    file = fitted(ROOT / "slurm/with_teacher_servers.sbatch", tmp_path)
-    served = {**served_by_vllm(batch_environment, tmp_path / "teacher", free_port()), "ROUNDS": "0"}
+def served_logprobs(port, tokens):
+    asked = {"model": "small", "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        rows = json.load(reply)["choices"][0]["prompt_logprobs"]
+    return [row[str(token)]["logprob"] for row, token in zip(rows[1:], tokens[1:], strict=True)]
+
+
+def test_vllm_serves_the_teacher_beside_a_run(cluster, batch_environment, undisturbed, tmp_path):
+    """It has learned little: the labels are worth little, and all the same everything is done with them."""
+    file, port = fitted(ROOT / "slurm/with_teacher_servers.sbatch", tmp_path), free_port()
+    served = {**served_by_vllm(batch_environment, undisturbed, port), "ROUNDS": "0"}
     few = ("dagger.sft_tasks=2", "dagger.evaluation_tasks=1", "rollout.limits.max_turns=3", "training.max_steps=2")
     asked = ("teacher.urls=[http://localhost:9/v1]", "teacher.model=small", "teacher.sampling.max_tokens=16")
     run = Run(cluster, tmp_path, served, file, *few, *asked)
     run.submit()
+    run.wait(lambda: any(path.stat().st_size for path in run.path.glob("teacher/*.jsonl")), "the first reply")
+    canary = build(Canary, manifest(undisturbed, 1)["canary"])
+    assert canary.problem(served_logprobs(port, canary.tokens), "float32") is None
     run.wait_for_end("COMPLETED")
 
     episodes = list(DataStore.open(run.path / "data.zarr").episodes(0))

@@ -35,7 +35,7 @@ class CheckpointTransport:
         if stored != {agreement.dtype}:
             raise WeightSyncError(
                 f"{checkpoint.directory} holds {' and '.join(sorted(stored))}, the engine wants {agreement.dtype}: "
-                "set rollout.engine.dtype to what is trained, or convert the checkpoint"
+                "set rollout.engine.dtype (vLLM's own --dtype) to what is trained, or convert the checkpoint"
             )
 
     def receive(self, copies: Sequence[Copy]) -> Iterator[tuple[Copy, torch.Tensor]]:

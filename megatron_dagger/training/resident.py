@@ -68,7 +68,10 @@ class _Resident:
         self.rounds, self.trainer = rounds, trainer
         self.target = TargetLayout(tensor_parallel_size=rounds.engine.tensor_parallel_size)
         hosts = [""] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(hosts, this_host())
+        # Between GPUs the network (NCCL): CUDA IPC is written, and has not been tried yet where each process sees
+        # its own GPUs only, as on a cluster.
+        shares = trainer.engine.device.type == "cpu"
+        torch.distributed.all_gather_object(hosts, this_host() if shares else "")
         self.desk = Desk(rounds.run_dir, source, hosts) if parallel.is_rank_zero() else None
         self.version: int | None = None  # of the weights in memory
 

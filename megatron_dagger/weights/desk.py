@@ -48,7 +48,7 @@ Kind = Literal["host", "live"]
 class Desk:
     """The trainer's end, on source rank 0; Offers are for sources laid out like ``source``.
 
-    ``hosts``: what ``this_host`` is for each source rank.
+    ``hosts``: what ``this_host`` is for each source rank, or "" where its memory is not to be shared.
     """
 
     def __init__(self, run_dir: Path, source: SourceLayout, hosts: Sequence[str]):
@@ -59,7 +59,7 @@ class Desk:
         self._version = _NOTHING
         self._answered: dict[Kind, int] = {}  # of those who want this version
         address = f"{self._host}:{self._store.port}"
-        write_json(run_dir / _FILE, {"address": address, "host": hosts[0] if len(set(hosts)) == 1 else None})
+        write_json(run_dir / _FILE, {"address": address, "host": hosts[0] or None if len(set(hosts)) == 1 else None})
 
     @contextmanager
     def serving(self, version: int) -> Iterator[None]:

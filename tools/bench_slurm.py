@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -203,6 +204,7 @@ def prepare(config: RunConfig) -> None:
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that jobs, cluster and folder go as well
     try:
         install()
         prepare(tiny_config())

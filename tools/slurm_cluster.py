@@ -107,9 +107,9 @@ class SlurmCluster:
         self._reaper: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> SlurmCluster:
-        if missing := lacking(accounting=self._accounting):
-            raise SlurmError(missing)
         try:
+            if missing := lacking(accounting=self._accounting):
+                raise SlurmError(missing)
             self._start()
         except BaseException:
             self.close()

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -172,6 +173,24 @@ def test_a_killed_maker_leaves_no_cluster_behind():
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not subprocess.run(["pgrep", "-f", folder], capture_output=True, check=False).stdout
+
+
+def test_a_terminated_benchmark_leaves_nothing_behind(batch_environment, undisturbed):
+    with tempfile.TemporaryDirectory() as folder:  # a short path: munge's socket will lie in it
+        bench = subprocess.Popen(
+            [sys.executable, "tools/bench_slurm.py"], cwd=ROOT, env={**batch_environment, "TMPDIR": folder}
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while not list(Path(folder).glob("slurm-*/slurm.conf")):
+                assert bench.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            bench.terminate()
+            bench.wait(60)
+            assert not list(Path(folder).iterdir())
+        finally:
+            bench.kill()
 
 
 def test_cancelled_killed_preempted_and_with_a_surviving_twin_it_comes_to_the_same_end(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -90,6 +91,7 @@ def launch(
             f"training.parallel.world_size={parallel.world_size} is no multiple of "
             f"training.parallel.nodes={parallel.nodes}"
         )
+    check_gpus(parallel, visible_gpus({**os.environ, **(env or {})}))
     log_dir.mkdir(parents=True, exist_ok=True)
     ranks: list[_Rank] = []
     listener = _listen() if parallel.nodes == 1 else None
@@ -117,6 +119,27 @@ def node_rank(parallel: ParallelConfig) -> int:
     if parallel.nodes == 1:
         return 0
     return int(os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", "0")))
+
+
+def visible_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int | None:
+    """How many of NVIDIA's GPUs a process with that environment sees on this host; None where it has none."""
+    if not (devices / "nvidiactl").exists():
+        return None
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return sum(re.match(r"\d|GPU-|MIG-", name.strip()) is not None for name in visible.split(",")) or None
+    return len(list(devices.glob("nvidia[0-9]*"))) or None
+
+
+def check_gpus(parallel: ParallelConfig, gpus: int | None) -> None:
+    """ConfigError where a node would have more ranks than its ``gpus``; None, on the CPU, is no limit."""
+    ranks = parallel.world_size // parallel.nodes
+    if gpus is not None and ranks > gpus:
+        raise ConfigError(
+            f"training.parallel.world_size={parallel.world_size} on training.parallel.nodes={parallel.nodes} is "
+            f"{ranks} ranks a node, but {gpus} GPUs are visible on this one; give world_size={parallel.nodes * gpus}, "
+            "or take more nodes"
+        )
 
 
 def _forks() -> bool:

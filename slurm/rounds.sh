@@ -2,7 +2,7 @@
 #
 # SLURM starts a copy of the sbatch file, so this one is found by the directory that the job runs in: the repository's
 # root. It wants SRUN (an array: how a step is started), serve_teacher wants SERVE and PAUSE, and run_rounds wants
-# NODES (how many collect and train) and ROUNDS.
+# NODES (how many collect and train).
 
 asked=no                               # yes: preempted, or shortly before the time limit
 step=
@@ -21,6 +21,10 @@ step() {                               # one step of the job; the end of the job
         while wait $step; code=$?; kill -0 $step 2>/dev/null; do :; done
         step=
     fi
+    go_on
+}
+
+go_on() {                              # or not: by the last command's code, and by whether we were asked to stop
     # Stopped as asked, and not by scancel: the rest of the run is still to be done. (Not by the code alone: srun
     # may kill a step's last task when its first has stopped.)
     if { [ $code = 75 ] || [ $asked = yes ]; } && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T | head -n1)" = RUNNING ]; then
@@ -37,11 +41,13 @@ serve_teacher() {                      # options of its step; SERVE on each of i
 }
 
 run_rounds() {                         # RUN and the words of `megatron-dagger create`
-    local run=$1 round one=(--nodes=1 --ntasks=1) all=(--nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1)
+    local run=$1 rounds round one=(--nodes=1 --ntasks=1) all=(--nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1)
     local collect='exec megatron-dagger rollout "$@" --worker $SLURM_PROCID/$SLURM_NTASKS'
 
-    step "${one[@]}" megatron-dagger create "$@" "dagger.rounds=$ROUNDS" "training.parallel.nodes=$NODES"
-    for round in $(seq 0 "$ROUNDS"); do
+    rounds=$("${SRUN[@]}" "${one[@]}" megatron-dagger create "$@" "training.parallel.nodes=$NODES")
+    code=$?
+    go_on
+    for round in $rounds; do
         step "${all[@]}" bash -c "$collect" collect "$run" --round "$round"    # a worker a node, each its share
         step "${one[@]}" megatron-dagger rollout "$run" --round "$round"       # what is missing, and the seal
         step "${all[@]}" megatron-dagger train "$run" --round "$round"         # ranks on all nodes

@@ -81,7 +81,6 @@ class Bench:
             "VENV": str(folder),
             "PYTHONPATH": str(ROOT),
             "MEGATRON_DAGGER_CACHE": str(cache_dir()),
-            "ROUNDS": str(ROUNDS[-1]),
             "SERVE": "sleep infinity",
             "MASTER_ADDR": "127.0.0.1",  # the nodes' names are this host's only
             "GLOO_SOCKET_IFNAME": "lo",

@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--take-over", action="store_true", help=TAKE_OVER)
     run.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings that differ from the recipe's")
 
-    create = add_run("create", _create, "Write a run's settings to its directory; its stages can then be jobs.")
+    create = add_run("create", _create, "Write a run's settings, and print its rounds; its stages can then be jobs.")
     given = create.add_mutually_exclusive_group(required=True)
     given.add_argument("--recipe", help="the settings to start from (see `recipes`)")
     given.add_argument("--config", type=Path, metavar="FILE", help="resolved settings in YAML; - for stdin")
@@ -150,7 +150,8 @@ def _create(arguments: argparse.Namespace) -> int:
         config = _recipe(arguments.recipe)
     else:
         config = load_yaml(RunConfig, Path("/dev/stdin") if str(arguments.config) == "-" else arguments.config)
-    create_run(override(config, arguments.settings), arguments.run_dir)
+    config = create_run(override(config, arguments.settings), arguments.run_dir)
+    print(*range(config.dagger.rounds + 1))
     return 0
 
 

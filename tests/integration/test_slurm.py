@@ -129,14 +129,14 @@ class Run:
         """The job's processes of our command line; not what they fork and start."""
         return [pid for pid in self.cluster.job_processes(self.job) if "megatron_dagger.cli.main" in words(pid)]
 
-    def preempt(self, logs="train-0000"):
-        """A job of a higher partition wants all of both nodes, for a moment, while the ranks are in a step."""
-        rank = self.rank(0, logs)
-        os.kill(rank, signal.SIGSTOP)  # or a quick machine may have trained to the end before it is asked
+    def preempt(self, held=None):
+        """A job of a higher partition wants all of both nodes, for a moment, while ``held`` (a rank) is in a step."""
+        held = held or self.rank(0)
+        os.kill(held, signal.SIGSTOP)  # or a quick machine may have done it all before it is asked
         urgent = "--partition=high", "--nodes=2", "--exclusive", "--mem=0", "--output=/dev/null", "--wrap=true"
         job = self.cluster.submit(*urgent)
         self.wait_for_words("SIGUSR1: stopping; the same command goes on from here")
-        os.kill(rank, signal.SIGCONT)
+        os.kill(held, signal.SIGCONT)
         self.cluster.wait_for(job, "COMPLETED", deadline_s=60)
 
 
@@ -263,8 +263,7 @@ def test_cancelled_killed_preempted_and_with_a_surviving_twin_it_comes_to_the_sa
 def test_two_nodes_collect_and_train_and_are_preempted_to_the_same_end(
     cluster, batch_environment, undisturbed, tmp_path
 ):
-    two_rounds = {**batch_environment, "ROUNDS": "1"}
-    run = Run(cluster, tmp_path, two_rounds, "slurm/multi_node.sbatch", "dagger.evaluate_rounds=last")
+    run = Run(cluster, tmp_path, batch_environment, "slurm/multi_node.sbatch", "dagger.evaluate_rounds=last")
 
     # One of its nodes does not come up: the job fails and names it, and the next one waits for the node.
     cluster.kill_daemon("n2")
@@ -288,6 +287,7 @@ def test_two_nodes_collect_and_train_and_are_preempted_to_the_same_end(
         assert "2/2 episodes" in (run.path / f"logs/worker-{number}.log").read_text()
         assert f"job {run.job} on n{number + 1}" in text
     assert (run.path / "report.html").exists()
+    assert not (run.path / "rounds/0002").exists(), "the rounds are those of the settings"
 
 
 def served_by_the_expert(batch_environment, port):
@@ -303,16 +303,20 @@ def served_by_the_expert(batch_environment, port):
 ASKED = ("teacher.urls=[http://localhost:9/v1]", "teacher.model=expert")
 
 
+def teachers(cluster):
+    """The servers of the expert."""
+    return [pid for pid in cluster.job_processes() if words(pid)[2:3] == ["tests.unit.policies.endpoint_server"]]
+
+
 def test_trainer_workers_and_teacher_live_through_all_rounds_and_a_preemption(
     cluster, batch_environment, undisturbed, tmp_path
 ):
     """The file as it is, but for the size of the nodes."""
     file = fitted(ROOT / "slurm/resident.sbatch", tmp_path)
-    served = {**served_by_the_expert(batch_environment, free_port()), "ROUNDS": "1"}
-    run = Run(cluster, tmp_path, served, file, *ASKED)
+    run = Run(cluster, tmp_path, served_by_the_expert(batch_environment, free_port()), file, *ASKED)
     run.submit()
     run.wait(lambda: run.steps(1) >= 1, "the training of round 1")
-    run.preempt("train")
+    run.preempt(run.rank(0, "train"))
     run.wait_for_end("COMPLETED")
     assert_same(run.path, undisturbed)
     assert cluster.job(run.job)["Restarts"] == "1"
@@ -327,18 +331,15 @@ def test_a_run_beside_the_servers_of_its_teacher_which_die_and_on_a_disk_that_fi
 ):
     """The file as it is, but for the size of the nodes, with the expert behind the API as what is served."""
     file = fitted(ROOT / "slurm/with_teacher_servers.sbatch", tmp_path)
-    served = {**served_by_the_expert(batch_environment, free_port()), "ROUNDS": "0"}
-    run = Run(cluster, tmp_path, served, file, *ASKED)
-
-    def server():
-        return [pid for pid in cluster.job_processes() if words(pid)[2:3] == ["tests.unit.policies.endpoint_server"]]
+    served = served_by_the_expert(batch_environment, free_port())
+    run = Run(cluster, tmp_path, served, file, *ASKED, "dagger.rounds=0")
 
     with small_disk(run.path, "48m"):
         run.submit()
         run.wait(lambda: any(path.stat().st_size for path in run.path.glob("teacher/*.jsonl")), "the first reply")
-        (first,) = server()
+        (first,) = teachers(cluster)
         os.kill(first, signal.SIGKILL)
-        run.wait(lambda: server() not in ([], [first]), "another server")
+        run.wait(lambda: teachers(cluster) not in ([], [first]), "another server")
         assert not (run.path / "rounds/0000/collect.json").exists()
         run.wait_for_steps(1)
         fill(run.path / "ballast")
@@ -382,10 +383,10 @@ def served_logprobs(port, tokens):
 def test_vllm_serves_the_teacher_beside_a_run(cluster, batch_environment, undisturbed, tmp_path):
     """It has learned little: the labels are worth little, and all the same everything is done with them."""
     file, port = fitted(ROOT / "slurm/with_teacher_servers.sbatch", tmp_path), free_port()
-    served = {**served_by_vllm(batch_environment, undisturbed, port), "ROUNDS": "0"}
+    served = served_by_vllm(batch_environment, undisturbed, port)
     few = ("dagger.sft_tasks=2", "dagger.evaluation_tasks=1", "rollout.limits.max_turns=3", "training.max_steps=2")
     asked = ("teacher.urls=[http://localhost:9/v1]", "teacher.model=small", "teacher.sampling.max_tokens=16")
-    run = Run(cluster, tmp_path, served, file, *few, *asked)
+    run = Run(cluster, tmp_path, served, file, "dagger.rounds=0", *few, *asked)
     run.submit()
     run.wait(lambda: any(path.stat().st_size for path in run.path.glob("teacher/*.jsonl")), "the first reply")
     canary = build(Canary, manifest(undisturbed, 1)["canary"])

@@ -3,7 +3,8 @@
 SWE-Gym with 100 tasks held out, 64k tokens and 100 turns, 5 rounds of 512 tasks, 3 passes over the data, lr 3e-6
 constant without warm-up, batches of about 16 episodes; the student samples at temperature 0.7 and top-p 0.9 and is
 evaluated greedily; containers have 4 processors and 16 GB. The teacher, Qwen3-Coder-30B-A3B-Instruct, is asked at
-``teacher.urls``: on 8 GPUs it is served on four of them while a round is collected, with the student on the others.
+``teacher.urls``: on 8 GPUs it is served on four of them while a round is collected, with the student on the others
+(``slurm/single_node_with_teacher.sbatch``); on four nodes, wherever it is served (``slurm/multi_node.sbatch``).
 
 Layouts are those that ``megatron-dagger plan`` finds to fit H100s; none has run on one.
 """
@@ -99,7 +100,7 @@ def qwen3_8b_swegym_8h100() -> RunConfig:
 def qwen3_4b_swegym_4x8h100() -> RunConfig:
     """Qwen3-4B-Instruct-2507 on SWE-Gym; 64k tokens, FP8, four nodes of 8 H100s.
 
-    Begins as ``qwen3_4b_swegym_8h100`` does. Rollouts use one node: the student is one engine.
+    Begins as ``qwen3_4b_swegym_8h100`` does. Each node that collects has an engine of its own.
     """
     return _recipe("qwen3_4b_swegym_4x8h100", QWEN3_4B, "checkpoints/qwen3_4b_instruct_2507", _parallel(nodes=4))
 
@@ -107,7 +108,7 @@ def qwen3_4b_swegym_4x8h100() -> RunConfig:
 def qwen3_8b_swegym_4x8h100() -> RunConfig:
     """Qwen3-8B on SWE-Gym; 64k tokens, FP8, four nodes of 8 H100s.
 
-    Begins as ``qwen3_8b_swegym_8h100`` does. Rollouts use one node: the student is one engine.
+    Begins as ``qwen3_8b_swegym_8h100`` does. Each node that collects has an engine of its own.
     """
     return _recipe("qwen3_8b_swegym_4x8h100", QWEN3_8B, "checkpoints/qwen3_8b", _parallel(nodes=4))
 

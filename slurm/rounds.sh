@@ -37,20 +37,29 @@ serve_teacher() {                      # options of its step; SERVE on each of i
     local serve='while :; do "$@"; echo "$SLURMD_NODENAME: the server ended with code $?" >&2; sleep '$PAUSE'; done'
     "${SRUN[@]}" "$@" bash -c "$serve" serve $SERVE &
     serving=$!
-    trap 'kill $serving; wait $serving' EXIT
+    trap stop_teacher EXIT
+}
+
+stop_teacher() {
+    trap - EXIT
+    while kill $serving 2>/dev/null; do sleep 0.5; done    # srun drops it while it launches
+}
+
+collect() {                            # RUN and a round; an sbatch file may have its own way
+    local share='exec megatron-dagger rollout "$@" --worker $SLURM_PROCID/$SLURM_NTASKS'
+    step "${all[@]}" bash -c "$share" share "$1" --round "$2"           # a worker a node, each its share
+    step "${one[@]}" megatron-dagger rollout "$1" --round "$2"          # what is missing, and the seal
 }
 
 run_rounds() {                         # RUN and the words of `megatron-dagger create`
     local run=$1 rounds round one=(--nodes=1 --ntasks=1) all=(--nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1)
-    local collect='exec megatron-dagger rollout "$@" --worker $SLURM_PROCID/$SLURM_NTASKS'
 
     rounds=$("${SRUN[@]}" "${one[@]}" megatron-dagger create "$@" "training.parallel.nodes=$NODES")
     code=$?
     go_on
     for round in $rounds; do
-        step "${all[@]}" bash -c "$collect" collect "$run" --round "$round"    # a worker a node, each its share
-        step "${one[@]}" megatron-dagger rollout "$run" --round "$round"       # what is missing, and the seal
-        step "${all[@]}" megatron-dagger train "$run" --round "$round"         # ranks on all nodes
+        collect "$run" "$round"
+        step "${all[@]}" megatron-dagger train "$run" --round "$round"  # ranks on all nodes
         step "${one[@]}" megatron-dagger evaluate "$run" --round "$round"
     done
     step "${one[@]}" megatron-dagger report "$run"

@@ -25,6 +25,7 @@ from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.lock import LockedError, flocked
 from megatron_dagger.weights.canary import Canary
 from tests.integration.tiny_run import ARGUMENTS, DEADLINE_S, assert_same, environment, manifest, writers
+from tools import slurm_processes
 from tools.ports import free_port
 from tools.slurm_cluster import fitted
 from tools.slurm_packages import lacking
@@ -323,6 +324,35 @@ def test_trainer_workers_and_teacher_live_through_all_rounds_and_a_preemption(
     rank = (run.path / "logs/train/rank-0.log").read_text()
     assert "resuming after step" in rank
     assert "an engine took weights 1 (host)" in rank
+    assert (run.path / "report.html").exists()
+
+
+def test_the_teacher_and_the_training_have_a_nodes_gpus_in_turns_and_are_preempted(
+    cluster, batch_environment, undisturbed, tmp_path
+):
+    """The file as it is, but for the size of the node."""
+    file = fitted(ROOT / "slurm/single_node_with_teacher.sbatch", tmp_path)
+    halves = {"TEACHER_GPUS": "0,1", "STUDENT_GPUS": "2,3"}
+    served = {**served_by_the_expert(batch_environment, free_port()), **halves}
+    run = Run(cluster, tmp_path, served, file, *ASKED, "dagger.rounds=0")
+
+    def gpus(processes):
+        return {slurm_processes.variable(pid, "CUDA_VISIBLE_DEVICES") for pid in processes}
+
+    run.submit()
+    run.wait(lambda: any(path.stat().st_size for path in run.path.glob("teacher/*.jsonl")), "the first reply")
+    (server,) = teachers(cluster)
+    assert (gpus([server]), gpus(run.drivers())) == ({"0,1"}, {"2,3"})
+    run.preempt(server)
+    run.wait_for_restart(1)
+    assert not (run.path / "rounds/0000/collect.json").exists(), "it was in the middle of the collection"
+    run.wait_for_steps(1)
+    rank = run.rank(0)
+    os.kill(rank, signal.SIGSTOP)
+    assert (teachers(cluster), gpus(run.drivers())) == ([], {"0,1,2,3"})
+    os.kill(rank, signal.SIGCONT)
+    run.wait_for_end("COMPLETED")
+    assert_same(run.path, undisturbed, rounds=[0])
     assert (run.path / "report.html").exists()
 
 

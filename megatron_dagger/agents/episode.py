@@ -18,7 +18,7 @@ import numpy as np
 from megatron_dagger.agents.chat import ChatRenderer
 from megatron_dagger.config import LimitsConfig
 from megatron_dagger.envs.base import Env, EnvironmentBroken, Observation
-from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.policies.base import PolicyError, PolicyGone
 from megatron_dagger.types import Action, Executor, Message, State, StopReason, Trajectory, Turn
 
 FORMAT_ERROR = "error: reply with one shell command"
@@ -42,16 +42,21 @@ class Actor(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EpisodeKey:
-    """Names an episode within a run, and seeds every draw in it."""
+    """Names an episode within a run, and seeds every draw in it.
+
+    ``broke`` times it was tried before: all is drawn anew, under the same name.
+    """
 
     run_seed: int
     round_index: int
     task_id: str
     attempt: int = 0
+    broke: int = 0
 
     def seed(self, turn: int, purpose: str = "sample") -> int:
         """A 63-bit seed that depends on nothing but this key, the turn and the purpose."""
         text = f"{self.run_seed}:{self.round_index}:{self.task_id}:{self.attempt}:{turn}:{purpose}"
+        text += f":{self.broke}" if self.broke else ""
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -65,7 +70,10 @@ class EpisodeRunner:
     threads: ThreadPool
 
     async def run(self, make_env: Callable[[], Env], actor: Actor, key: EpisodeKey, beta: float = 1.0) -> Trajectory:
-        """Run one episode to its end; a broken one is returned as well, with its reason."""
+        """Run one episode to its end; a broken one is returned as well, with its reason.
+
+        Raises PolicyGone: where nobody can act any more, that is no ending of this episode.
+        """
         started = time.monotonic()
         record = _Record()
         solved = False
@@ -78,6 +86,8 @@ class EpisodeRunner:
             details |= env.report()
         except EnvironmentBroken as error:
             reason, details = error.reason, {"error": str(error)}
+        except PolicyGone:
+            raise
         except PolicyError as error:
             reason, details = StopReason.POLICY_ERROR, {"error": str(error)}
         finally:

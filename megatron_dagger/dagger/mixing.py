@@ -1,20 +1,24 @@
 """Who acts in each turn, and the teacher's label for every state that is visited.
 
 A whole turn is the student's or the teacher's, never a part of one. Where the teacher acts, its
-executed action is the label: one call, not two. The draws depend only on the episode's key.
+executed action is the label: one call, not two. The draws depend only on the episode's key. A state for
+which the teacher has no action stays without a label; the student acts there, if there is one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_dagger.agents.episode import Decision, EpisodeKey
 from megatron_dagger.config import DaggerConfig
-from megatron_dagger.policies.base import Policy
-from megatron_dagger.types import Executor, State
+from megatron_dagger.policies.base import NoAction, Policy
+from megatron_dagger.types import Action, Executor, State
+
+logger = logging.getLogger(__name__)
 
 TeacherActs = Callable[[int], bool]  # turn -> whether the teacher acts
 
@@ -23,7 +27,7 @@ TeacherActs = Callable[[int], bool]  # turn -> whether the teacher acts
 class MixtureActor:
     """Student and teacher by turns, as ``teacher_acts`` says; the teacher labels every state.
 
-    ``student`` may be None where the teacher acts in every turn (round 0).
+    ``student`` may be None where the teacher acts in every turn (round 0); then NoAction is raised on.
     """
 
     student: Policy | None
@@ -31,11 +35,23 @@ class MixtureActor:
     teacher_acts: TeacherActs
 
     async def decide(self, state: State, turn: int) -> Decision:
-        if self.student is None or self.teacher_acts(turn):
+        if self.student is None:
             action = await self.teacher.act(state)
             return Decision(executor=Executor.TEACHER, action=action, label=action)
-        action, label = await asyncio.gather(self.student.act(state), self.teacher.act(state))
-        return Decision(executor=Executor.STUDENT, action=action, label=label)
+        if not self.teacher_acts(turn):
+            action, label = await asyncio.gather(self.student.act(state), self._label(state))
+            return Decision(executor=Executor.STUDENT, action=action, label=label)
+        label = await self._label(state)
+        if label is None:
+            return Decision(executor=Executor.STUDENT, action=await self.student.act(state), label=None)
+        return Decision(executor=Executor.TEACHER, action=label, label=label)
+
+    async def _label(self, state: State) -> Action | None:
+        try:
+            return await self.teacher.act(state)
+        except NoAction as error:
+            logger.warning("a state has no label: %s", error)
+            return None
 
 
 @dataclass(frozen=True, kw_only=True)

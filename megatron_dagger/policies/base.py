@@ -8,7 +8,19 @@ from megatron_dagger.types import Action, State
 
 
 class PolicyError(RuntimeError):
-    """The policy could not answer (engine gone, endpoint down, deadline passed)."""
+    """The policy could not answer: a request failed, a deadline passed."""
+
+
+class NoAction(PolicyError):
+    """It has none for this state, however often it is asked: its answers hold none, or the state is too long for it."""
+
+
+class PolicyGone(PolicyError):
+    """It answers nobody any more: its engine has ended, its endpoint is down or refuses. No episode can go on."""
+
+
+class BudgetSpent(RuntimeError):
+    """The policy could answer but must not: what it may cost is used up."""
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dagger.config import TeacherConfig
-from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.policies.base import NoAction, PolicyError
 from megatron_dagger.policies.replicas import Replicas
 from megatron_dagger.policies.replies import Malformed, Reply, ReplyStore, request_key
 from megatron_dagger.types import Action, State
@@ -45,8 +45,8 @@ class EndpointPolicy:
     async def act(self, state: State) -> Action:
         """The teacher's action in a state.
 
-        Raises PolicyError if no replica answers within ``patience_s``, if the endpoint refuses the request, or
-        if its answers hold no action; BudgetSpent if it would have to be asked and must not.
+        Raises NoAction if its answers hold none, which is kept, so that it is the same after a restart; else as
+        Replicas.ask.
         """
         problem: Malformed | None = None
         for attempt in range(self._config.malformed_retries + 1):
@@ -57,7 +57,7 @@ class EndpointPolicy:
                 problem = error
                 continue
             return Action(text=text, tokens=self._encode(text))
-        raise PolicyError(
+        raise NoAction(
             f"the teacher gave no action in {self._config.malformed_retries + 1} answers, the last time: {problem}"
         )
 

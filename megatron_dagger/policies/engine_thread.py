@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.policies.base import PolicyError, PolicyGone
 from megatron_dagger.policies.vllm_engine import Completion, Sampling, VllmEngine
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class EngineThread:
             raise PolicyError("the engine was not started: call start() first")
         with self._lock:
             if self._failure is not None:
-                raise PolicyError(f"the engine is gone: {self._failure}") from self._failure
+                raise PolicyGone(f"the engine is gone: {self._failure}") from self._failure
             self._queue.put(item)
 
     # What follows runs on the engine's thread.
@@ -222,7 +222,7 @@ class EngineThread:
             if isinstance(item, (_Request, _Call)):
                 waiting.append(item)
         for item in waiting:
-            _fail(item.future, PolicyError(f"the engine is gone: {self._failure}"))
+            _fail(item.future, PolicyGone(f"the engine is gone: {self._failure}"))
 
 
 def _fail(future: Future[Any], error: Exception) -> None:

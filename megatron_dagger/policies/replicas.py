@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from typing import Any, TypeVar
 import httpx
 
 from megatron_dagger.config import TeacherConfig
-from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.policies.base import BudgetSpent, NoAction, PolicyError, PolicyGone
 from megatron_dagger.policies.replies import ReplyStore
 
 logger = logging.getLogger(__name__)
@@ -26,12 +28,10 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0  # that a failing replica is left alone, doubled each time
 _LONGEST_AWAY_S = 10.0  # the same where nobody answers: one that is starting is to be found soon
 _WORTH_ANOTHER_TRY = {408, 409, 425, 429, 500, 502, 503, 504}
+_REFUSES_ALL = {401, 402, 404}  # the key, the account or the model's name is wrong
+_TOO_LONG = re.compile(r"context[ _](length|window)|maximum model length|too long", re.IGNORECASE)
 T = TypeVar("T")
 Parse = Callable[[str, dict[str, Any]], T]  # what the replica at an address answered
-
-
-class BudgetSpent(RuntimeError):
-    """The teacher's token or money budget is used up."""
 
 
 @dataclass
@@ -49,12 +49,14 @@ class Replicas:
         self._config, self._replies = config, replies
         self._replicas = [_Replica(url.rstrip("/")) for url in config.urls]
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._answered = -math.inf  # when a request was last answered
 
     async def ask(self, path: str, request: dict[str, Any], parse: Parse[T]) -> T:
         """What ``parse`` makes of the first answer of a replica to a POST of ``request`` to its ``path``.
 
-        Raises PolicyError if no replica answers within ``patience_s``, if one refuses the request, or if
-        ``parse`` raises one; BudgetSpent if nothing may be asked any more.
+        Raises PolicyGone if no replica answers anything within ``patience_s`` or one refuses whatever it is asked,
+        NoAction if the request is too long for the model, PolicyError if it alone is not answered, is refused for
+        another reason or ``parse`` raises one; BudgetSpent if nothing may be asked any more.
         """
         self._open()
         async with self._places:
@@ -66,8 +68,11 @@ class Replicas:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop = loop
-            self._client = httpx.AsyncClient(timeout=self._config.request_timeout_s)
-            self._places = asyncio.Semaphore(self._config.concurrent_requests)
+            most = self._config.concurrent_requests  # the places are what is waited for, never a connection
+            timeout = httpx.Timeout(self._config.request_timeout_s, pool=None)
+            limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
+            self._client = httpx.AsyncClient(timeout=timeout, limits=limits)
+            self._places = asyncio.Semaphore(most)
 
     def _check_budget(self) -> None:
         config, prompt, completion = self._config, self._replies.prompt_tokens, self._replies.completion_tokens
@@ -100,7 +105,7 @@ class Replicas:
                 response = await self._client.post(f"{replica.url}/{path}", json=request, headers=self._headers())
                 if response.status_code not in _WORTH_ANOTHER_TRY:
                     answer = parse(replica.url, _body(replica.url, response))
-                    replica.failures = 0
+                    replica.failures, self._answered = 0, time.monotonic()
                     return answer
                 problem = f"{replica.url} answered {response.status_code}"
             except httpx.TransportError as error:
@@ -109,7 +114,9 @@ class Replicas:
                 replica.waiting -= 1
             if replica.failures == failures:  # else another request that was under way with it has failed first
                 self._leave_alone(replica, problem, longest_s)
-        raise PolicyError(f"no teacher answered within {self._config.patience_s:.0f} s; the last: {problem}")
+        alive = self._answered > end - self._config.patience_s / 2  # others were answered: it is this request
+        why = f"no teacher answered within {self._config.patience_s:.0f} s; the last: {problem}"
+        raise PolicyError(why) if alive else PolicyGone(why)
 
     def _leave_alone(self, replica: _Replica, problem: str, longest_s: float) -> None:
         pause = min(_FIRST_PAUSE_S * 2**replica.failures, longest_s) * random.uniform(0.5, 1.0)
@@ -123,9 +130,12 @@ class Replicas:
 
 
 def _body(url: str, response: httpx.Response) -> dict[str, Any]:
-    """The JSON object in an answer that is final. Raises PolicyError where it is a refusal or something else."""
+    """The JSON object in an answer that is final; raises as ``Replicas.ask`` where it is something else."""
     if response.status_code != 200:
-        raise PolicyError(f"{url} refused the request with {response.status_code}: {response.text[:500]}")
+        refused = f"{url} refused the request with {response.status_code}: {response.text[:500]}"
+        if response.status_code in _REFUSES_ALL:
+            raise PolicyGone(refused)
+        raise NoAction(refused) if _TOO_LONG.search(response.text) else PolicyError(refused)
     try:
         body = response.json()
     except ValueError as error:

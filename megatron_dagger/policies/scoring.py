@@ -8,6 +8,7 @@ token is, and a token that is another one here is an error, for all later ones w
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from megatron_dagger.config import ConfigError, TeacherConfig
-from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.policies.base import PolicyError, PolicyGone
 from megatron_dagger.policies.replicas import Replicas
 from megatron_dagger.policies.replies import Reply, ReplyStore, request_key
 from megatron_dagger.types import Executor, Trajectory, Turn
+
+logger = logging.getLogger(__name__)
 
 WAY_OUT = "set teacher.score_student_turns=false"
 _HALF_A_CHARACTER = "\ufffd"  # how a token decodes that is a part of one
@@ -35,7 +38,8 @@ class TeacherScores:
     async def score(self, trajectory: Trajectory) -> Trajectory:
         """The episode with the log-probs, natural logarithm, of each of the student's turns at temperature 1.
 
-        Raises ConfigError where the server gives none or has another vocabulary, else as Replicas.ask.
+        An episode that it refuses (one too long for it) stays as it is. Raises ConfigError where the server gives
+        no log-probs or has another vocabulary, PolicyGone and BudgetSpent as Replicas.ask.
         """
         turns = trajectory.turns
         last = max((n for n, turn in enumerate(turns) if turn.executor is Executor.STUDENT), default=-1)
@@ -50,7 +54,13 @@ class TeacherScores:
             "temperature": 0.0,
             "prompt_logprobs": 0,
         }
-        scores, usage = await self._replicas.ask("completions", request, _parse)
+        try:
+            scores, usage = await self._replicas.ask("completions", request, _parse)
+        except PolicyGone:
+            raise
+        except PolicyError as error:
+            logger.warning("%s has no log-probs of the teacher: %s", trajectory.task_id, error)
+            return trajectory
         if len(scores) != len(tokens):
             raise ConfigError(f"the teacher was asked about {len(tokens)} tokens and scored {len(scores)}; {WAY_OUT}")
         await asyncio.to_thread(self._replies.put, request_key(request), usage)  # it counts against the budget

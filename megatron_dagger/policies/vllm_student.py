@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dagger.config import EngineConfig, ModelConfig, SamplingConfig
-from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.policies.base import PolicyError, PolicyGone
 from megatron_dagger.policies.engine_thread import EngineThread
 from megatron_dagger.policies.vllm_engine import Completion, Sampling, VllmEngine
 from megatron_dagger.policies.vllm_imports import import_vllm, set_environment
@@ -248,7 +248,7 @@ class VllmStudent:
 
     def _check_serving(self) -> None:
         if self._not_serving is not None:
-            raise PolicyError(f"the student does not serve: {self._not_serving}")
+            raise PolicyGone(f"the student does not serve: {self._not_serving}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import pytest
 from megatron_dagger.agents.episode import EpisodeKey
 from megatron_dagger.config import DaggerConfig
 from megatron_dagger.dagger.mixing import MixtureActor, SoloActor, mixture, per_turn, student_prefix
+from megatron_dagger.policies.base import NoAction
 from megatron_dagger.policies.scripted import ReplayPolicy
 from megatron_dagger.types import Executor, Message, State
 
@@ -77,6 +78,25 @@ def test_teacher_labels_every_state_and_is_asked_once():
     assert by_student.executor is Executor.STUDENT
     assert (by_student.action.text, by_student.label.text) == ("s", "t")
     assert (student.calls, teacher.calls) == (1, 2)
+
+
+class Speechless:
+    """A teacher that has no action."""
+
+    name = "speechless"
+
+    async def act(self, state):
+        raise NoAction("the conversation is too long")
+
+
+def test_a_state_without_a_label_is_the_students_and_in_round_zero_an_error():
+    actor = MixtureActor(student=Counting("s"), teacher=Speechless(), teacher_acts=lambda turn: turn == 0)
+    for turn in (0, 1):
+        decision = asyncio.run(actor.decide(state(), turn))
+        assert (decision.executor, decision.action.text, decision.label) == (Executor.STUDENT, "s", None)
+    alone = MixtureActor(student=None, teacher=Speechless(), teacher_acts=lambda turn: True)
+    with pytest.raises(NoAction):
+        asyncio.run(alone.decide(state(), 0))
 
 
 def test_solo_actor_asks_no_teacher():

@@ -16,7 +16,7 @@ from megatron_dagger.envs.base import EnvironmentBroken
 from megatron_dagger.envs.repo_repair.env import SYSTEM_MESSAGE, RepairEnv, plain_words
 from megatron_dagger.envs.repo_repair.expert import RepairExpert
 from megatron_dagger.envs.repo_repair.repository import read_repository
-from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.policies.base import PolicyError, PolicyGone
 from megatron_dagger.policies.scripted import ReplayPolicy
 from megatron_dagger.types import Action, Executor, StopReason
 
@@ -196,6 +196,13 @@ def test_what_breaks_is_typed_and_never_clean(renderer, make_env):
 
     episode = run(renderer, make_env, Broken())
     assert (episode.stop_reason, episode.stop_reason.is_clean) == (StopReason.POLICY_ERROR, False)
+
+    class Gone:
+        async def decide(self, state, turn):
+            raise PolicyGone("the engine is gone")
+
+    with pytest.raises(PolicyGone):  # of no use to the next episode either
+        run(renderer, make_env, Gone())
 
     class BrokenEnv:
         def reset(self):

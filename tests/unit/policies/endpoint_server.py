@@ -20,11 +20,15 @@ PATHS = ("/v1/chat/completions", "/v1/completions")
 
 
 class ChatServer(ThreadingHTTPServer):
-    """``answer(request)`` gives a reply's text, a status or a whole body; ``requests`` and ``headers``: what came."""
+    """``answer(request)`` gives a reply's text, a status, a whole body or both of these.
+
+    ``requests`` and ``headers``: what came.
+    """
 
     daemon_threads = True
+    request_queue_size = 128
 
-    def __init__(self, answer: Callable[[dict], str | int | dict], port: int = 0):
+    def __init__(self, answer: Callable[[dict], str | int | dict | tuple[int, dict]], port: int = 0):
         super().__init__(("127.0.0.1", port), _Handler)
         self.answer, self.requests, self.headers, self.delay_s = answer, [], [], 0.0
         self.most_at_once = self.at_once = 0
@@ -48,11 +52,18 @@ class _Handler(BaseHTTPRequestHandler):
         answer = server.answer(request) if self.path in PATHS else 404
         with server.lock:
             server.at_once -= 1
-        status = answer if isinstance(answer, int) else 200
         usage = {"prompt_tokens": 100, "completion_tokens": 10}
-        body = {"choices": [{"message": {"role": "assistant", "content": answer}}], "usage": usage}
-        body = answer if isinstance(answer, dict) else body
-        data = json.dumps(body if status == 200 else {"error": f"status {status}"}).encode()
+        match answer:
+            case int():
+                status, body = answer, {"error": f"status {answer}"}
+            case tuple():
+                status, body = answer
+            case dict():
+                status, body = 200, answer
+            case _:
+                status = 200
+                body = {"choices": [{"message": {"role": "assistant", "content": answer}}], "usage": usage}
+        data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

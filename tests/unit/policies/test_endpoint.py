@@ -15,9 +15,8 @@ pytest.importorskip("httpx")
 from megatron_dagger.cli.environments import last_line
 from megatron_dagger.config import ConfigError, SamplingConfig, TeacherConfig
 from megatron_dagger.envs.repo_repair.expert import next_command
-from megatron_dagger.policies.base import Policy, PolicyError
+from megatron_dagger.policies.base import BudgetSpent, NoAction, Policy, PolicyError, PolicyGone
 from megatron_dagger.policies.endpoint import EndpointPolicy
-from megatron_dagger.policies.replicas import BudgetSpent
 from megatron_dagger.policies.replies import Reply, ReplyStore
 from megatron_dagger.types import Message, State
 from tests.unit.policies.endpoint_server import ChatServer, chat_server, expert
@@ -92,6 +91,14 @@ def test_no_more_requests_at_once_than_allowed_and_the_replicas_share_them(tmp_p
     assert min(len(one.requests), len(two.requests)) >= 8
 
 
+def test_more_than_a_hundred_requests_at_once_wait_for_no_connection(tmp_path):
+    with chat_server(lambda request: "a") as server:
+        server.delay_s = 1.5
+        act(policy(tmp_path, server, concurrent_requests=120), *(state(str(i)) for i in range(120)))
+    assert server.most_at_once > 100
+    assert len(server.requests) == 120
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_busy_endpoint_is_asked_again(tmp_path, status):
     answers = iter([status, status, "at last"])
@@ -133,15 +140,42 @@ def test_one_that_stays_away_is_an_error_within_the_patience(tmp_path):
     with chat_server(lambda request: "a") as server:
         pass
     began = time.monotonic()
-    with pytest.raises(PolicyError, match=r"no teacher answered within 1 s.*ConnectError"):
+    with pytest.raises(PolicyGone, match=r"no teacher answered within 1 s.*ConnectError"):
         act(policy(tmp_path, server, patience_s=1.0), state("x"))
     assert time.monotonic() - began < 5
 
 
 def test_a_refusal_is_an_error_at_once_and_says_why(tmp_path):
-    with chat_server(lambda request: 401) as server, pytest.raises(PolicyError, match=r"refused.*401.*status 401"):
+    with chat_server(lambda request: 401) as server, pytest.raises(PolicyGone, match=r"refused.*401.*status 401"):
         act(policy(tmp_path, server), state("x"))
     assert len(server.requests) == 1
+
+
+def test_a_request_that_alone_is_never_answered_is_no_sign_that_the_teacher_is_gone(tmp_path):
+    def answer(request):
+        return 500 if request["messages"][-1]["content"] == "endless" else "a"
+
+    async def both(teacher):
+        async def others():
+            for number in range(12):
+                await teacher.act(state(str(number)))
+                await asyncio.sleep(0.1)
+
+        return await asyncio.gather(teacher.act(state("endless")), others(), return_exceptions=True)
+
+    with chat_server(answer) as server:
+        error, others = asyncio.run(both(policy(tmp_path, server, patience_s=1.0)))
+    assert (type(error), others) == (PolicyError, None)
+
+
+TOO_LONG = {"error": {"message": "This model's maximum context length is 8192 tokens. However, you requested 9000"}}
+
+
+@pytest.mark.parametrize(("body", "error"), [(TOO_LONG, NoAction), ({"error": "no such option"}, PolicyError)])
+def test_a_conversation_too_long_for_the_teacher_has_no_action_and_another_refusal_is_an_error(tmp_path, body, error):
+    with chat_server(lambda request: (400, body)) as server, pytest.raises(PolicyError, match="400") as refused:
+        act(policy(tmp_path, server), state("x"))
+    assert (refused.type, len(server.requests)) == (error, 1)
 
 
 def test_an_answer_without_an_action_is_asked_for_again_with_another_seed(tmp_path):
@@ -149,8 +183,11 @@ def test_an_answer_without_an_action_is_asked_for_again_with_another_seed(tmp_pa
     with chat_server(lambda request: next(answers)) as server:
         assert act(policy(tmp_path, server), state("x"))[0].text == "view @2"
         assert len({request["seed"] for request in server.requests}) == 3
-    with chat_server(lambda request: "") as server, pytest.raises(PolicyError, match="no action in 4 answers"):
-        act(policy(tmp_path / "other", server), state("x"))
+    with chat_server(lambda request: "") as server:
+        for _ in range(2):  # what is kept is read again after a restart: there is none, and nothing is asked
+            with pytest.raises(NoAction, match="no action in 4 answers"):
+                act(policy(tmp_path / "other", server), state("x"))
+        assert len(server.requests) == 4
 
 
 @pytest.mark.parametrize(

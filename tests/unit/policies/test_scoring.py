@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_dagger.config import ConfigError, TeacherConfig
-from megatron_dagger.policies.replicas import BudgetSpent, Replicas
+from megatron_dagger.policies.base import BudgetSpent
+from megatron_dagger.policies.replicas import Replicas
 from megatron_dagger.policies.replies import ReplyStore
 from megatron_dagger.policies.scoring import TeacherScores
 from megatron_dagger.types import Executor
@@ -70,6 +71,11 @@ def test_only_the_students_turns_are_scored_in_one_request_up_to_the_last_of_the
 def test_where_log_probs_would_mean_nothing_the_reason_is_said(tmp_path, answer, message):
     with chat_server(answer) as server, pytest.raises(ConfigError, match=message):
         score(server.url, tmp_path)
+
+
+def test_an_episode_that_the_server_refuses_stays_without(tmp_path):
+    with chat_server(lambda request: 400) as server:
+        assert score(server.url, tmp_path) is EPISODE
 
 
 def test_there_must_be_a_server_to_ask():

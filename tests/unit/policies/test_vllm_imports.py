@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.policies.base import PolicyError, PolicyGone
 from megatron_dagger.policies.engine_thread import EngineThread
 
 STOPPED_WHILE_IMPORTING = """
@@ -71,7 +71,7 @@ def test_what_failed_in_advance_is_told_at_the_start():
 def test_a_start_in_the_background_that_failed_is_told_to_who_asks_something():
     thread = EngineThread(build=lambda: pytest.fail("it was built"), ahead=absent)
     thread.begin()
-    with pytest.raises(PolicyError, match="the engine is gone: no such module"):
+    with pytest.raises(PolicyGone, match="the engine is gone: no such module"):
         thread.run(lambda engine: None, timeout_s=5)
 
 

@@ -99,7 +99,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _of_run(
     arguments: argparse.Namespace,
 ) -> tuple[list[SweTask], list[dict[str, Any]], Path, Sequence[Trajectory]]:
-    """A sealed evaluation: of each held-out task the patch in its episode."""
+    """A sealed evaluation: of each held-out task the patch in its episode, if it has one."""
     from megatron_dagger.store.aggregated import DataStore
 
     require(arguments.predictions is None, "grade: give RUN or --predictions, not both")
@@ -114,7 +114,9 @@ def _of_run(
     episodes = [episode for episode in store.episodes(index) if episode.task_id in by_id]
     require(bool(episodes), f"{path}: round {index} has no episode of a held-out task")
     directory = arguments.out or _default(arguments, f"round-{index:04d}")
-    return [by_id[e.task_id] for e in episodes], [prediction(e) for e in episodes], directory, episodes
+    given_up = sorted(store.given_up(index).tasks() & by_id.keys())  # they count, with no prediction
+    tasks = [by_id[task] for task in (*(e.task_id for e in episodes), *given_up)]
+    return tasks, [prediction(e) for e in episodes], directory, episodes
 
 
 def _of_file(

@@ -1,7 +1,8 @@
 """Collecting a round: the mixture acts on the round's tasks, every state is labelled, episodes commit.
 
 An episode is committed as soon as it has ended; what is committed is never run again. A broken one
-(its sandbox or engine failed) is tried anew and never becomes data.
+(its sandbox or engine failed) never becomes data: it is tried anew with other draws, and after ``TRIES`` its
+task is given up for this round, which the store keeps. Where too many are, the run stops instead.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ import asyncio
 import functools
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 
 from megatron_dagger.agents.episode import Actor, EpisodeKey, EpisodeRunner
 from megatron_dagger.config import RunConfig, SamplingConfig
+from megatron_dagger.dagger.worker import ended
 from megatron_dagger.dagger.world import EpisodeStore, Score, World
+from megatron_dagger.store.given_up import GivenUp
 from megatron_dagger.types import Trajectory
 
 logger = logging.getLogger(__name__)
 
 TRIES = 3  # of an episode that breaks
+TOO_MANY, TOO_LARGE_SHARE = 3, 0.1  # of a stage's tasks given up: that many, and more than this share
 COMMIT_EPISODES = 8  # at most so many finished episodes wait for their commit
 
 
@@ -55,10 +60,14 @@ async def run_episodes(
     *,
     beta: float,
     stage: str,
+    everybodys: int,
     score: Score | None = None,
 ) -> int:
-    """Run one episode for each task that has none committed yet, and ``score`` it; the number that broke."""
-    done = {task for task, _ in store.committed(round_index)}
+    """Run one episode for each task that has not ended yet, and ``score`` it; the number that broke.
+
+    ``everybodys``: how many tasks the stage has, with the other workers'. Raises TooManyBroken.
+    """
+    done = ended(store, round_index)
     waiting = [task for task in tasks if task not in done]
     runner = EpisodeRunner(
         renderer=world.renderer,
@@ -67,7 +76,7 @@ async def run_episodes(
         threads=world.threads,
     )
     broken = solved = 0
-    ended: list[Trajectory] = []
+    clean: list[Trajectory] = []
     with world.track(
         f"round {round_index} {stage}",
         len(tasks),
@@ -77,18 +86,35 @@ async def run_episodes(
         stage=stage,
     ) as progress:
         try:
-            async for trajectory, tries in _ending(world, runner, round_index, waiting, actor, beta, score):
-                broken += tries - 1
-                solved += trajectory.solved
-                ended.append(trajectory)
-                if len(ended) >= COMMIT_EPISODES:
-                    store.append(ended)
-                    ended = []
-                progress.advance(note=f"{solved} solved")
+            async with aclosing(_ending(world, runner, round_index, waiting, actor, beta, score)) as endings:
+                async for trajectory, tries in endings:
+                    broken += tries - trajectory.stop_reason.is_clean
+                    if trajectory.stop_reason.is_clean:
+                        solved += trajectory.solved
+                        clean.append(trajectory)
+                    else:
+                        _give_up(store.given_up(round_index), trajectory, tasks, everybodys)
+                    if len(clean) >= COMMIT_EPISODES:
+                        store.append(clean)
+                        clean = []
+                    progress.advance(note=f"{solved} solved")
         finally:  # also when this process is asked to stop, or another episode cannot be run
-            if ended:
-                store.append(ended)
+            if clean:
+                store.append(clean)
     return broken
+
+
+def _give_up(given_up: GivenUp, last: Trajectory, tasks: Sequence[str], everybodys: int) -> None:
+    """Give up the task of ``last``, or none of ``tasks`` and raise TooManyBroken."""
+    given_up.add(last)
+    number = len(given_up.tasks())
+    if number == everybodys or (number >= TOO_MANY and number > TOO_LARGE_SHARE * everybodys):
+        given_up.withdraw(tasks)  # the environment is to be mended; then they are tried again
+        raise TooManyBroken(
+            f"{number} of {everybodys} tasks broke {TRIES} times each, the last of them {last.task_id} with "
+            f"{last.stop_reason}: {last.details.get('error')}"
+        )
+    logger.warning("%s is given up for this round", last.task_id)
 
 
 async def _ending(
@@ -99,23 +125,21 @@ async def _ending(
     actor: Callable[[EpisodeKey], Actor],
     beta: float,
     score: Score | None,
-) -> AsyncIterator[tuple[Trajectory, int]]:
-    """Clean episodes in the order in which they end, with the number of tries each took."""
+) -> AsyncGenerator[tuple[Trajectory, int], None]:
+    """Each task's episode, in the order in which they end, and its tries; one that is not clean broke in all."""
     at_once = world.config.rollout.concurrent_episodes
     places = asyncio.Semaphore(at_once)  # given in the order of the tasks
 
     async def one(number: int, task: str) -> tuple[Trajectory, int]:
-        key = EpisodeKey(run_seed=world.config.seed, round_index=round_index, task_id=task)
         async with places:
             world.prefetch(tasks[number + 1 : number + 1 + at_once])
-            for attempt in range(1, TRIES + 1):
+            for broke in range(TRIES):
+                key = EpisodeKey(run_seed=world.config.seed, round_index=round_index, task_id=task, broke=broke)
                 trajectory = await runner.run(functools.partial(world.make_env, task), actor(key), key, beta)
                 if trajectory.stop_reason.is_clean:
-                    return trajectory if score is None else await score(trajectory), attempt
+                    return trajectory if score is None else await score(trajectory), broke + 1
                 logger.warning("%s broke (%s): %s", task, trajectory.stop_reason, trajectory.details.get("error"))
-        raise TooManyBroken(
-            f"{task} broke {TRIES} times, last with {trajectory.stop_reason}: {trajectory.details.get('error')}"
-        )
+        return trajectory, TRIES
 
     running = [asyncio.create_task(one(number, task)) for number, task in enumerate(tasks)]
     try:

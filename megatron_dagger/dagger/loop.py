@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from typing import Any
 
 from megatron_dagger.agents.episode import Actor, EpisodeKey
 from megatron_dagger.config import build
@@ -15,7 +16,7 @@ from megatron_dagger.dagger.aggregation import summarise
 from megatron_dagger.dagger.beta import beta
 from megatron_dagger.dagger.collect import round_tasks, run_episodes
 from megatron_dagger.dagger.mixing import MixtureActor, SoloActor, mixture
-from megatron_dagger.dagger.worker import Worker, are_committed, ends_stage, recorded_by_workers
+from megatron_dagger.dagger.worker import Worker, ends_stage, have_ended, recorded_by_workers
 from megatron_dagger.dagger.world import World, train_dir, train_manifest
 from megatron_dagger.evaluation.success import success
 from megatron_dagger.observability.metrics import read_lines
@@ -47,7 +48,7 @@ async def collect(world: World, round_index: int, worker: Worker | None = None) 
     everybodys = round_tasks(config, world.train_tasks, round_index)
     tasks = worker.share(everybodys) if worker else everybodys
     student = None
-    if round_index and not are_committed(world.data, round_index, tasks):
+    if round_index and not have_ended(world.data, round_index, tasks):
         sync(world, round_index - 1)
         student = world.student().with_sampling(config.rollout.sampling)
 
@@ -66,6 +67,7 @@ async def collect(world: World, round_index: int, worker: Worker | None = None) 
             config.rollout.sampling,
             beta=share,
             stage="collect",
+            everybodys=len(everybodys),
             score=world.score,
         )
     duration_s = time.monotonic() - started
@@ -79,6 +81,7 @@ async def collect(world: World, round_index: int, worker: Worker | None = None) 
     values = summarise(world.data.episodes(round_index)) | {
         "beta": share,
         "broken_episodes": broken + workers_broken,
+        "given_up": len(world.data.given_up(round_index).tasks()),
         "weight_version": round_index - 1,
         "digest": manifest.digest,
         "duration_s": workers_s + duration_s,
@@ -119,21 +122,33 @@ async def evaluate(world: World, round_index: int, worker: Worker | None = None)
     heldout = list(itertools.islice(world.heldout_tasks, config.dagger.evaluation_tasks))
     trained = list(itertools.islice(world.train_tasks, config.dagger.evaluation_train_tasks))
     tasks = worker.share(heldout + trained) if worker else heldout + trained
-    if not are_committed(world.evaluations, round_index, tasks):
+    if not have_ended(world.evaluations, round_index, tasks):
         sync(world, round_index)
         sampling = config.evaluation_sampling
         actor = SoloActor(policy=world.student().with_sampling(sampling))
         await run_episodes(
-            world, world.evaluations, round_index, tasks, lambda key: actor, sampling, beta=0.0, stage="evaluate"
+            world,
+            world.evaluations,
+            round_index,
+            tasks,
+            lambda key: actor,
+            sampling,
+            beta=0.0,
+            stage="evaluate",
+            everybodys=len(heldout + trained),
         )
     if not await ends_stage(worker, world.evaluations, round_index, heldout + trained, config.rollout.stage_deadline_s):
         return
     world.evaluations.seal(round_index)
-    episodes = list(world.evaluations.episodes(round_index))
+    episodes, given_up = list(world.evaluations.episodes(round_index)), world.evaluations.given_up(round_index).tasks()
+
+    def of(tasks: list[str]) -> dict[str, Any]:
+        return success([e for e in episodes if e.task_id in set(tasks)], given_up=len(given_up.intersection(tasks)))
+
     values = {
         "weight_version": round_index,
-        "heldout": success([e for e in episodes if e.task_id in set(heldout)]),
-        "train": success([e for e in episodes if e.task_id in set(trained)]) if trained else None,
+        "heldout": of(heldout),
+        "train": of(trained) if trained else None,
         "duration_s": time.monotonic() - started,
     }
     write_json(report, {"round": round_index, **values})

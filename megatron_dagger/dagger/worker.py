@@ -77,13 +77,18 @@ async def ends_stage(
         return True
     if worker.seals:
         what = f"the other workers' episodes of round {round_index}"
-        await until(lambda: are_committed(store, round_index, tasks), deadline_s, what)
+        await until(lambda: have_ended(store, round_index, tasks), deadline_s, what)
     return worker.seals
 
 
-def are_committed(store: EpisodeStore, round_index: int, tasks: Sequence[str]) -> bool:
-    """Whether every task has its episode."""
-    return {task for task, _ in store.committed(round_index)}.issuperset(tasks)
+def ended(store: EpisodeStore, round_index: int) -> set[str]:
+    """The tasks of which nothing more is to be done: they have their episode, or are given up."""
+    return {task for task, _ in store.committed(round_index)} | store.given_up(round_index).tasks()
+
+
+def have_ended(store: EpisodeStore, round_index: int, tasks: Sequence[str]) -> bool:
+    """Whether every one of ``tasks`` is among ``ended``."""
+    return ended(store, round_index).issuperset(tasks)
 
 
 async def until(condition: Callable[[], bool], deadline_s: float, what: str) -> None:

@@ -25,14 +25,18 @@ def wilson_interval(solved: int, tasks: int, z: float = Z_95) -> tuple[float, fl
     return low if solved else 0.0, high if solved < tasks else 1.0  # which rounding misses
 
 
-def success(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """tasks, solved, success in [0, 1], its 95% interval, the median turns, the stop reasons."""
-    solved = sum(trajectory.solved for trajectory in trajectories)
-    low, high = wilson_interval(solved, len(trajectories))
+def success(trajectories: Sequence[Trajectory], *, given_up: int = 0) -> dict[str, Any]:
+    """tasks, solved, success in [0, 1], its 95% interval, the median turns, the stop reasons.
+
+    ``given_up`` more tasks have no episode that did not break: they count, as not solved.
+    """
+    solved, tasks = sum(trajectory.solved for trajectory in trajectories), len(trajectories) + given_up
+    low, high = wilson_interval(solved, tasks)
     return {
-        "tasks": len(trajectories),
+        "tasks": tasks,
         "solved": solved,
-        "success": solved / len(trajectories) if trajectories else 0.0,
+        "given_up": given_up,
+        "success": solved / tasks if tasks else 0.0,
         "ci_low": low,
         "ci_high": high,
         "median_turns": statistics.median(len(t.turns) for t in trajectories) if trajectories else 0,

@@ -200,11 +200,12 @@ function headline() {
 
 function table() {
   const with2 = (main, small) => [main, small ? make("small", {}, small) : ""];
+  const outOf = (s) => s && `${s.solved}/${s.tasks}${s.given_up ? `, ${s.given_up} given up` : ""}`;
   const columns = [
     ["round", (r) => [r.index]],
-    ["held out", (r) => with2(percent(r.evaluate?.heldout?.success, 1), r.evaluate?.heldout && `${r.evaluate.heldout.solved}/${r.evaluate.heldout.tasks}`)],
-    ["training tasks", (r) => with2(percent(r.evaluate?.train?.success, 1), r.evaluate?.train && `${r.evaluate.train.solved}/${r.evaluate.train.tasks}`)],
-    ["episodes", (r) => with2(count(r.collect?.episodes), r.collect?.broken_episodes ? `${r.collect.broken_episodes} broken` : "")],
+    ["held out", (r) => with2(percent(r.evaluate?.heldout?.success, 1), outOf(r.evaluate?.heldout))],
+    ["training tasks", (r) => with2(percent(r.evaluate?.train?.success, 1), outOf(r.evaluate?.train))],
+    ["episodes", (r) => with2(count(r.collect?.episodes), [r.collect?.broken_episodes && `${r.collect.broken_episodes} broken`, r.collect?.given_up && `${plural(r.collect.given_up, "task")} given up`].filter(Boolean).join(", "))],
     ["labelled turns", (r) => [count(r.collect?.labelled_turns)]],
     ["beta", (r) => [fixed(r.collect?.beta, 2)]],
     ["teacher's turns", (r) => [percent(r.collect?.teacher_turn_share, 1)]],

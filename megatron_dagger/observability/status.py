@@ -79,9 +79,9 @@ def _word(states: list[dict[str, Any]]) -> str:
 
 def _collect(v: dict[str, Any]) -> str:
     return (
-        f"{v.get('episodes')} episodes, {v.get('labelled_turns')} labelled turns, solved {v.get('solved')}, "
-        f"teacher share {_percent(v.get('teacher_turn_share'))}, agreement {_percent(v.get('agreement'))}"
-        f"{_broken(v)}{_took(v)}"
+        f"{v.get('episodes')} episodes, {v.get('labelled_turns')} labelled turns{_unlabelled(v)}, "
+        f"solved {v.get('solved')}, teacher share {_percent(v.get('teacher_turn_share'))}, "
+        f"agreement {_percent(v.get('agreement'))}{_broken(v)}{_took(v)}"
     )
 
 
@@ -100,7 +100,8 @@ def _evaluate(v: dict[str, Any]) -> str:
         if part:
             band = f"{_percent(part.get('ci_low'))} to {_percent(part.get('ci_high'))}"
             success = _percent(part.get("success"))
-            parts.append(f"{title} {success} ({part.get('solved')}/{part.get('tasks')}; {band})")
+            given_up = f"; {part['given_up']} given up, not solved" if part.get("given_up") else ""
+            parts.append(f"{title} {success} ({part.get('solved')}/{part.get('tasks')}; {band}{given_up})")
     return ", ".join(parts) + _took(v)
 
 
@@ -172,8 +173,14 @@ def _number(value: Any, digits: int = 3) -> str:
     return f"{value:,.{digits}f}" if isinstance(value, int | float) else "-"
 
 
+def _unlabelled(values: dict[str, Any]) -> str:
+    missing = (values.get("turns") or 0) - (values.get("labelled_turns") or 0)
+    return f" ({missing} without a label)" if missing else ""
+
+
 def _broken(values: dict[str, Any]) -> str:
-    return f", broken episodes left out: {values['broken_episodes']}" if values.get("broken_episodes") else ""
+    counts = {"broken episodes left out": "broken_episodes", "tasks given up": "given_up"}
+    return "".join(f", {title}: {values[name]}" for title, name in counts.items() if values.get(name))
 
 
 def _took(values: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 ::
 
     data.zarr/zarr.json          schema version, checked on opening
-    data.zarr/rounds/0003/       see rounds.py
+    data.zarr/rounds/0003/       see rounds.py; its given_up/: see given_up.py
 
 Invariants. Readers see committed episodes only. An episode is committed by one rename, a round is
 sealed by replacing one file, and every state in between reads as the state before: a process killed
@@ -25,6 +25,7 @@ from pathlib import Path
 from megatron_dagger.store.atomic import read_json, write_json
 from megatron_dagger.store.codec import encode
 from megatron_dagger.store.errors import StoreError
+from megatron_dagger.store.given_up import GivenUp
 from megatron_dagger.store.manifest import Manifest, digest_of
 from megatron_dagger.store.rounds import Key, Round
 from megatron_dagger.store.segments import group_metadata
@@ -91,6 +92,10 @@ class DataStore:
     def committed(self, round_index: int) -> set[Key]:
         """(task_id, attempt) of the round's committed episodes."""
         return self._round(round_index).keys()
+
+    def given_up(self, round_index: int) -> GivenUp:
+        """The tasks of which the round will have no episode; no part of its digest."""
+        return GivenUp(self._round(round_index).path / "given_up")
 
     def seal(self, round_index: int) -> Manifest:
         """Compact the round, write its manifest, make it read-only. Doing it again changes nothing.

@@ -144,11 +144,11 @@ def test_workers_one_by_one_and_summed_from_another_node(finished: Path, tmp_pat
     assert "Not running: job 41 on n0, process 7 on gpu-7 ended during worker-0 round 2 collect" in text
     assert "PolicyError: the engine is gone\nIts log: logs/worker-1.log" in text
 
-    values = {"round": 2, "episodes": 64, "broken_episodes": 3}
+    values = {"round": 2, "episodes": 63, "broken_episodes": 3, "given_up": 1, "turns": 9, "labelled_turns": 7}
     write_json(run / "rounds" / "0002" / "collect.json", values)
     text = status(run)
-    assert "collect   done     64 episodes" in text
-    assert "broken episodes left out: 3, job 41 on n0, job 41 on n1" in text
+    assert "collect   done     63 episodes, 7 labelled turns (2 without a label)" in text
+    assert "broken episodes left out: 3, tasks given up: 1, job 41 on n0, job 41 on n1" in text
 
 
 def test_a_failure_outside_of_a_stage_and_who_was_asked_to_stop(

@@ -1,0 +1,27 @@
+"""What of a run is graded."""
+
+import argparse
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("zarr")
+
+from megatron_dagger.cli import grade
+from megatron_dagger.store.aggregated import DataStore
+from megatron_dagger.types import StopReason
+from tests.synthetic import make_trajectory
+
+
+def test_a_heldout_task_that_was_given_up_counts_with_no_prediction(tmp_path, monkeypatch):
+    store = DataStore.create_or_open(tmp_path / "evaluations.zarr")
+    store.append([make_trajectory("a"), make_trajectory("trained")])
+    for task in ("b", "also-trained"):
+        store.given_up(0).add(make_trajectory(task, stop_reason=StopReason.OUT_OF_MEMORY))
+    store.seal(0)
+    heldout = [SimpleNamespace(instance_id=name) for name in ("a", "b")]
+    monkeypatch.setattr(grade, "_tasks", lambda arguments: heldout)
+    arguments = argparse.Namespace(run_dir=tmp_path, predictions=None, round_index=None, out=tmp_path / "grades")
+    tasks, predictions, _, episodes = grade._of_run(arguments)
+    assert tasks == heldout
+    assert [one["instance_id"] for one in predictions] == [episode.task_id for episode in episodes] == ["a"]

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from megatron_dagger.cli import admit, grade, plan, reading
 from megatron_dagger.cli.stopping import stops_when_asked
-from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, load_yaml, override
+from megatron_dagger.config import RunConfig, dump_yaml, load_yaml, override
 from megatron_dagger.dagger.worker import Worker
+from megatron_dagger.policies.base import BudgetSpent
 
 logger = logging.getLogger("megatron_dagger.cli.main")  # also where it runs as __main__
 
@@ -27,7 +28,8 @@ a run:
   megatron-dagger report runs/first                      one HTML page about all of it
 
 A killed run goes on where it was: repeat its command. Settings are changed by NAME=VALUE, for
-example `dagger.rounds=5 training.optimizer.lr=1e-3`; --print shows them all.
+example `dagger.rounds=5 training.optimizer.lr=1e-3`; --print shows them all. Those of an existing run that
+do not change what it computes (budgets, deadlines, urls): `megatron-dagger run RUN NAME=VALUE`.
 
 exit codes: 0 done, 1 a part failed, 2 settings, data or the machine are at fault, 75 stopped by SIGTERM or
 SIGUSR1 after saving what was done (a job's script requeues its job then)
@@ -56,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         logger.debug("the error came from here", exc_info=True)
         return 2
+    except BudgetSpent as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     except RuntimeError as error:  # a part failed under way: what was committed is kept
         sys.stderr.write(f"error: {type(error).__name__}: {error}\nthe same command again goes on from here\n")
         logger.debug("the error came from here", exc_info=True)
@@ -83,10 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--recipe", help="the settings to start from (see `recipes`); not needed to go on with a run")
     run.add_argument("--print", action="store_true", dest="only_print", help="print the resolved settings and stop")
     run.add_argument("--take-over", action="store_true", help=TAKE_OVER)
-    run.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings that differ from the recipe's")
+    run.add_argument(
+        "settings", nargs="*", metavar="NAME=VALUE", help="settings that differ from the recipe's, or are to be changed"
+    )
 
     create = add_run("create", _create, "Write a run's settings, and print its rounds; its stages can then be jobs.")
-    given = create.add_mutually_exclusive_group(required=True)
+    given = create.add_mutually_exclusive_group()  # neither: to change an existing run's
     given.add_argument("--recipe", help="the settings to start from (see `recipes`)")
     given.add_argument("--config", type=Path, metavar="FILE", help="resolved settings in YAML; - for stdin")
     create.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings that differ from these")
@@ -122,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @stops_when_asked()
 def _run(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.cli.world import create_run, open_run, world
+    from megatron_dagger.cli.world import change_run, create_run, world
     from megatron_dagger.dagger.loop import run_rounds
     from megatron_dagger.observability.logs import setup_logging
 
@@ -130,9 +137,8 @@ def _run(arguments: argparse.Namespace) -> int:
         config = override(_recipe(arguments.recipe), arguments.settings)
         config = config if arguments.only_print else create_run(config, arguments.run_dir)
     else:
-        if arguments.settings:
-            raise ConfigError("settings of an existing run cannot be changed; start another with --recipe")
-        config = open_run(arguments.run_dir)
+        only_check, take_over = arguments.only_print, arguments.take_over
+        config = change_run(arguments.run_dir, arguments.settings, only_check=only_check, take_over=take_over)
     if arguments.only_print:
         sys.stdout.write(dump_yaml(config))
         return 0
@@ -144,13 +150,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _create(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.cli.world import create_run
+    from megatron_dagger.cli.world import change_run, create_run
 
-    if arguments.recipe:
-        config = _recipe(arguments.recipe)
+    if arguments.recipe or arguments.config:
+        file = Path("/dev/stdin") if str(arguments.config) == "-" else arguments.config
+        config = _recipe(arguments.recipe) if arguments.recipe else load_yaml(RunConfig, file)
+        config = create_run(override(config, arguments.settings), arguments.run_dir)
     else:
-        config = load_yaml(RunConfig, Path("/dev/stdin") if str(arguments.config) == "-" else arguments.config)
-    config = create_run(override(config, arguments.settings), arguments.run_dir)
+        config = change_run(arguments.run_dir, arguments.settings)
     print(*range(config.dagger.rounds + 1))
     return 0
 

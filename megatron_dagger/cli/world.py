@@ -15,7 +15,8 @@ from megatron_dagger.agents.chat import ChatRenderer
 from megatron_dagger.agents.tokenizer import take_tokenizer
 from megatron_dagger.cli.environments import Environment, open_environment
 from megatron_dagger.cli.train import train_and_tell
-from megatron_dagger.config import ConfigError, RunConfig, dump_yaml, load_yaml
+from megatron_dagger.config import ConfigError, RunConfig, differing, dump_yaml, load_yaml, override
+from megatron_dagger.config.run import CHANGEABLE, fixed_differences
 from megatron_dagger.dagger.worker import Worker
 from megatron_dagger.dagger.world import Score, Student, World, train_manifest
 from megatron_dagger.observability.logs import DRIVER, log_file
@@ -41,7 +42,10 @@ def cache_dir() -> Path:
 
 
 def create_run(config: RunConfig, run_dir: Path) -> RunConfig:
-    """Write the resolved config to a new run directory, or check it against an existing one's."""
+    """Write the resolved config to a new run directory, or check it against an existing one's.
+
+    Settings that ``change_run`` can change stay as the existing run has them: a job's script may be an old one.
+    """
     path = run_dir / "config.yaml"
     if config.init_checkpoint is not None:
         config = replace(config, init_checkpoint=str(Path(config.init_checkpoint).resolve()))
@@ -49,12 +53,36 @@ def create_run(config: RunConfig, run_dir: Path) -> RunConfig:
         write_text(path, dump_yaml(config))
         return config
     existing = load_yaml(RunConfig, path)
-    if existing != config:
+    if others := fixed_differences(existing, config):
         raise ConfigError(
-            f"{path} belongs to a run with other settings; resume it with `megatron-dagger run {run_dir}` "
-            "(no recipe), or name another directory"
+            f"{path} belongs to a run with other settings ({', '.join(others)}); resume it with "
+            f"`megatron-dagger run {run_dir}` (no recipe), or name another directory"
+        )
+    if kept := differing(existing, config):
+        logger.warning(
+            "%s stays as it is in %s; `megatron-dagger run RUN NAME=VALUE` changes it", ", ".join(kept), path
         )
     return existing
+
+
+def change_run(
+    run_dir: Path, assignments: list[str], *, only_check: bool = False, take_over: bool = False
+) -> RunConfig:
+    """The config of an existing run with ``NAME=VALUE`` settings changed, and written to its directory so.
+
+    Raises ConfigError where a setting changes what the run computes, LockedError while it is worked on.
+    """
+    existing = open_run(run_dir)
+    config = override(existing, assignments)
+    if others := fixed_differences(existing, config):
+        raise ConfigError(
+            f"{', '.join(others)}: what an existing run computes cannot be changed; start another with --recipe. "
+            f"What can be: {', '.join(CHANGEABLE)}"
+        )
+    if config != existing and not only_check:
+        with claim(run_dir, take_over=take_over):
+            write_text(run_dir / "config.yaml", dump_yaml(config))
+    return config
 
 
 def open_run(run_dir: Path) -> RunConfig:

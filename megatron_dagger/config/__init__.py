@@ -1,6 +1,6 @@
 """Settings, without any engine: what recipes build and run directories hold."""
 
-from megatron_dagger.config.base import ConfigError, build, dump_yaml, load_yaml, override, to_dict
+from megatron_dagger.config.base import ConfigError, build, differing, dump_yaml, load_yaml, override, to_dict
 from megatron_dagger.config.dagger import AggregationConfig, BetaConfig, DaggerConfig
 from megatron_dagger.config.model import ModelConfig, YarnConfig
 from megatron_dagger.config.rollout import EngineConfig, LimitsConfig, RolloutConfig, SamplingConfig
@@ -30,6 +30,7 @@ __all__ = [
     "TrainingConfig",
     "YarnConfig",
     "build",
+    "differing",
     "dump_yaml",
     "load_yaml",
     "override",

@@ -74,6 +74,17 @@ def override(config: T, assignments: list[str]) -> T:
     return build(type(config), values)
 
 
+def differing(one: Any, other: Any) -> list[str]:
+    """The dotted names of the settings in which two configs of a class differ."""
+
+    def below(a: Any, b: Any, where: str) -> list[str]:
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            return [where] if a != b else []
+        return [name for key in a for name in below(a[key], b.get(key), f"{where}.{key}" if where else key)]
+
+    return below(to_dict(one), to_dict(other), "")
+
+
 def load_yaml(cls: type[T], path: Path) -> T:
     """Read a config that ``dump_yaml`` wrote."""
     return build(cls, yaml.safe_load(path.read_text()), where="")

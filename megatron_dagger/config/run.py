@@ -5,13 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_dagger.config.base import require
+from megatron_dagger.config.base import differing, require
 from megatron_dagger.config.dagger import DaggerConfig
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.config.rollout import RolloutConfig, SamplingConfig
 from megatron_dagger.config.swe import SweConfig
 from megatron_dagger.config.teacher import TeacherConfig
 from megatron_dagger.config.training import TrainingConfig
+
+# What a run may take of time, money and connections, and where it is told: its results do not depend on these.
+CHANGEABLE = (
+    "wandb_project",
+    "teacher.urls",
+    "teacher.api_key_env",
+    "teacher.concurrent_requests",
+    "teacher.request_timeout_s",
+    "teacher.patience_s",
+    "teacher.token_budget",
+    "teacher.money_budget",
+    "teacher.price_per_million_prompt_tokens",
+    "teacher.price_per_million_completion_tokens",
+    "training.deadline_s",
+    "rollout.stage_deadline_s",
+    "rollout.engine.start_deadline_s",
+    "rollout.engine.request_deadline_s",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,3 +95,10 @@ class RunConfig:
             f"rollout.limits.max_tokens={need} exceeds model.max_position_embeddings="
             f"{self.model.max_position_embeddings}",
         )
+
+
+def fixed_differences(existing: RunConfig, config: RunConfig) -> list[str]:
+    """The names of settings in which ``config`` differs and which the existing run must keep."""
+    teachers = bool(existing.teacher.urls) != bool(config.teacher.urls)  # the environment's expert, or a model
+    changeable = set(CHANGEABLE) - ({"teacher.urls"} if teachers else set())
+    return [name for name in differing(existing, config) if name not in changeable]

@@ -79,7 +79,7 @@ class Replicas:
         if config.token_budget is not None and prompt + completion >= config.token_budget:
             raise BudgetSpent(
                 f"the teacher has read and written {prompt + completion:,} tokens, teacher.token_budget is "
-                f"{config.token_budget:,}; what it answered is kept"
+                f"{config.token_budget:,}; {_more('teacher.token_budget')}"
             )
         money = (
             prompt * config.price_per_million_prompt_tokens + completion * config.price_per_million_completion_tokens
@@ -87,7 +87,7 @@ class Replicas:
         if config.money_budget is not None and money >= config.money_budget:
             raise BudgetSpent(
                 f"the teacher has cost {money:.2f}, teacher.money_budget is {config.money_budget:.2f}; "
-                "what it answered is kept"
+                f"{_more('teacher.money_budget')}"
             )
 
     async def _ask(self, path: str, request: dict[str, Any], parse: Parse[T]) -> T:
@@ -127,6 +127,10 @@ class Replicas:
     def _headers(self) -> dict[str, str]:
         key = os.environ.get(self._config.api_key_env)
         return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _more(name: str) -> str:
+    return f"what it answered is kept, and `megatron-dagger run RUN {name}=VALUE` goes on from here with more"
 
 
 def _body(url: str, response: httpx.Response) -> dict[str, Any]:

@@ -44,19 +44,19 @@ class Actor(Protocol):
 class EpisodeKey:
     """Names an episode within a run, and seeds every draw in it.
 
-    ``broke`` times it was tried before: all is drawn anew, under the same name.
+    Under the same name all can be drawn anew: ``draw`` is which draw it is.
     """
 
     run_seed: int
     round_index: int
     task_id: str
     attempt: int = 0
-    broke: int = 0
+    draw: int = 0
 
     def seed(self, turn: int, purpose: str = "sample") -> int:
         """A 63-bit seed that depends on nothing but this key, the turn and the purpose."""
         text = f"{self.run_seed}:{self.round_index}:{self.task_id}:{self.attempt}:{turn}:{purpose}"
-        text += f":{self.broke}" if self.broke else ""
+        text += f":{self.draw}" if self.draw else ""
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

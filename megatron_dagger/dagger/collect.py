@@ -1,7 +1,8 @@
 """Collecting a round: the mixture acts on the round's tasks, every state is labelled, episodes commit.
 
 An episode is committed as soon as it has ended; what is committed is never run again. A broken one
-(its sandbox or engine failed) never becomes data: it is tried anew with other draws, and after ``TRIES`` its
+(its sandbox or engine failed) never becomes data. It is tried once more as it was, for the machine may have been
+at fault and the data are then those of an undisturbed run, and after that with other draws. After ``TRIES`` its
 task is given up for this round, which the store keeps. Where too many are, the run stops instead.
 """
 
@@ -134,7 +135,8 @@ async def _ending(
         async with places:
             world.prefetch(tasks[number + 1 : number + 1 + at_once])
             for broke in range(TRIES):
-                key = EpisodeKey(run_seed=world.config.seed, round_index=round_index, task_id=task, broke=broke)
+                draw = max(0, broke - 1)
+                key = EpisodeKey(run_seed=world.config.seed, round_index=round_index, task_id=task, draw=draw)
                 trajectory = await runner.run(functools.partial(world.make_env, task), actor(key), key, beta)
                 if trajectory.stop_reason.is_clean:
                     return trajectory if score is None else await score(trajectory), broke + 1

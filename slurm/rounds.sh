@@ -42,7 +42,11 @@ serve_teacher() {                      # options of its step; SERVE on each of i
 
 stop_teacher() {
     trap - EXIT
-    while kill $serving 2>/dev/null; do sleep 0.5; done    # srun drops it while it launches
+    for _ in {1..120}; do                  # srun drops it while it launches
+        kill $serving 2>/dev/null || return 0
+        sleep 0.5
+    done
+    kill -KILL $serving
 }
 
 collect() {                            # RUN and a round; an sbatch file may have its own way

@@ -49,7 +49,7 @@ def curve(folder: Path, name: str, variant: Variant, size: Settings) -> dict[str
         training=variant.settings(size.small_training(), cuda=torch.cuda.is_available()),
         output_dir=str(folder / name / "0"),
     )
-    manifest = train(first, episodes)
+    manifest = train(first, lambda: episodes)
     assert manifest is not None
     again = replace(
         first,
@@ -58,7 +58,7 @@ def curve(folder: Path, name: str, variant: Variant, size: Settings) -> dict[str
         output_dir=str(folder / name / "1"),
         init_checkpoint=str(folder / name / "0" / manifest["checkpoint"]),
     )
-    train(again, episodes)
+    train(again, lambda: episodes)
     losses, resumed = ([line["loss"] for line in read(folder / name / part / "metrics.jsonl")] for part in "01")
     atomic.remove_tree(folder / name)
     return {"losses": losses, "resumed": resumed[0], "digests": len(manifest["digests"])}

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from typing import Self
 
 from megatron_dagger.envs.base import EnvironmentBroken
-from megatron_dagger.envs.sandbox.process import ProcessSandbox
+from megatron_dagger.envs.sandbox.process import ProcessSandbox, remove_left
 
 
 class SandboxPool:
-    """Gives out sandboxes made by ``factory``; safe to use from many threads."""
+    """Gives out sandboxes made by ``factory``; safe to use from many threads. Removes what killed processes left."""
 
     def __init__(self, factory: Callable[[], ProcessSandbox]):
+        remove_left()
         self._factory = factory
         self._idle: list[ProcessSandbox] = []
         self._lock = threading.Lock()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import select
@@ -29,6 +30,8 @@ from typing import Any, Self
 from megatron_dagger.envs.base import CommandResult, EnvironmentBroken
 
 SERVER = Path(__file__).with_name("server.py")
+HOME_PREFIX = "megatron-dagger-sandbox-"
+UNHELD_S = 60.0  # so old must a folder be that nobody holds, to count as left behind
 START_TIMEOUT_S = 60.0
 GRACE_S = 10.0  # beyond a command's own time, until the server itself counts as broken
 PR_SET_PDEATHSIG = 1
@@ -69,7 +72,9 @@ class ProcessSandbox:
         self._tool_dir = tool_dir
         self._preload = tuple(preload)
         self._python = python
-        self._home = Path(tempfile.mkdtemp(prefix="megatron-dagger-sandbox-"))
+        self._home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX))
+        self._holding = os.open(self._home, os.O_RDONLY)
+        fcntl.flock(self._holding, fcntl.LOCK_EX)  # until this process ends, however it does: see remove_left
         self._buffer = b""
         self._asking = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -152,6 +157,9 @@ class ProcessSandbox:
                     with contextlib.suppress(OSError):  # what was not sent has no reader any more
                         pipe.close()
         shutil.rmtree(self._home, ignore_errors=True)
+        holding, self._holding = self._holding, -1
+        if holding >= 0:
+            os.close(holding)
 
     def __enter__(self) -> Self:
         return self
@@ -213,6 +221,20 @@ class ProcessSandbox:
         except OSError:
             return ""
         return f": {text}" if text else ""
+
+
+def remove_left() -> None:
+    """Remove the folders of sandboxes whose process was killed: nobody holds their lock."""
+    for home in Path(tempfile.gettempdir()).glob(f"{HOME_PREFIX}*"):
+        with contextlib.suppress(OSError):  # somebody else's, held, or just gone
+            if time.time() - home.stat().st_mtime < UNHELD_S:
+                continue
+            holding = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(holding, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(home, ignore_errors=True)
+            finally:
+                os.close(holding)
 
 
 def _die_with_parent() -> None:

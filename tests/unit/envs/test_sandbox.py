@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -18,6 +19,7 @@ from megatron_dagger.envs.sandbox import (
     bubblewrap_works,
 )
 from megatron_dagger.envs.sandbox.docker import DockerLimits, DockerSandbox
+from megatron_dagger.envs.sandbox.process import HOME_PREFIX
 from megatron_dagger.types import StopReason
 from tests.docker_engine import IMAGE, processes_with
 
@@ -126,6 +128,21 @@ def test_isolation(bubblewrap, tmp_path):
     assert len(bubblewrap.run("ls /proc | grep -c '^[0-9]'").output.split()) == 1
     assert int(bubblewrap.run("ls /proc | grep -c '^[0-9]'").output) < 8
     assert bubblewrap.run("cat /proc/2/environ").exit_code != 0
+
+
+def test_what_killed_processes_left_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, young = (tmp_path / f"{HOME_PREFIX}{name}" for name in ("left", "young"))
+    (left / "work").mkdir(parents=True)
+    young.mkdir()
+    with ProcessSandbox(LIMITS) as held:
+        (home,) = set(tmp_path.iterdir()) - {left, young}
+        for path in (left, home):
+            os.utime(path, (0, 0))
+        SandboxPool(lambda: held).close()
+        assert set(tmp_path.iterdir()) == {young, home}
+        assert held.run("echo alive").output == "alive\n"
+    assert set(tmp_path.iterdir()) == {young}
 
 
 def test_fork_bomb_is_contained(bubblewrap):

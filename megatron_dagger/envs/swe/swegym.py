@@ -1,10 +1,14 @@
 """SWE-Gym's rows (full and Lite): SWE-bench's older schema, with images and test commands of their own.
 
-The test commands by repository are those of SWE-Gym's fork of the SWE-bench harness. Whether a script made
-of them judges a task rightly shows in its admission, by gold patch and no-op.
+The test commands by repository, their set-up and the log parsers are those of SWE-Gym's fork of the SWE-bench
+harness (harness/constants, make_eval_script_list, log_parsers), but for its installation of each package again,
+which would need a network. Whether a script made of them judges a task rightly shows in its admission, by gold
+patch and no-op.
 """
 
 from __future__ import annotations
+
+import re
 
 from megatron_dagger.config.base import ConfigError
 from megatron_dagger.envs.swe.pytest_script import eval_script, patched_files, quoted
@@ -24,7 +28,10 @@ TEST_COMMANDS = {
     "pydantic/pydantic": "pytest -rA --tb=short -vv -o console_output_style=classic --no-header",
     "python/mypy": "pytest -n0 -rA",
 }
-BY_NAME = frozenset({"python/mypy"})  # its tests are cases in data files: chosen by name, not by file
+SET_UP = {"conan-io/conan": "export PYTHONPATH=${PYTHONPATH:-}:$(pwd)"}
+# Its plugin prints a line a test, with colours, and no summary; the fork has a variant of this parser for it.
+LOG_PARSERS = {"pydantic/pydantic": "parse_log_pytest_v2"}
+_CASE = re.compile(r"\[case ([^\]]+)\]")  # of mypy's data files, whose tests are chosen by name, not by file
 WORKDIR = "/testbed"
 HELD_OUT = 100  # of its 2,438 tasks, in published runs
 
@@ -38,9 +45,9 @@ def swegym_task(row: Row) -> SweTask:
         known = ", ".join(sorted(TEST_COMMANDS))
         raise ConfigError(f"{row['instance_id']}: no test command is known for {row['repo']}; there are: {known}")
     fail_to_pass = ids_of(row["FAIL_TO_PASS"])
-    if repo in BY_NAME:
-        names = list(dict.fromkeys(test.rpartition("::")[2] for test in fail_to_pass))
-        chosen = f"-k {quoted([' or '.join(names)])}"
+    cases = list(dict.fromkeys(_CASE.findall(row["test_patch"]))) if repo == "python/mypy" else []
+    if cases:
+        chosen = f"-k {quoted([' or '.join(cases)])}"
     else:
         chosen = quoted([name for name in patched_files(row["test_patch"]) if name.endswith(".py")])
     return SweTask(
@@ -50,12 +57,12 @@ def swegym_task(row: Row) -> SweTask:
         image=swegym_image(row["instance_id"]),
         problem_statement=row["problem_statement"],
         eval_script=eval_script(
-            f"{TEST_COMMANDS[repo]} {chosen}",
+            "\n".join([*filter(None, [SET_UP.get(repo)]), f"{TEST_COMMANDS[repo]} {chosen}"]),
             workdir=WORKDIR,
             base_commit=row["base_commit"],
             test_patch=row["test_patch"],
         ),
-        log_parser="parse_log_pytest",
+        log_parser=LOG_PARSERS.get(repo, "parse_log_pytest"),
         version=row.get("version") or "",
         patch=row.get("patch") or "",
         fail_to_pass=fail_to_pass,

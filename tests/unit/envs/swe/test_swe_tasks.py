@@ -124,8 +124,18 @@ def test_swegym_rows_get_image_and_script():
     assert lines[lines.index(restore[0]) + 1] == restore[1]
     with pytest.raises(ConfigError, match="no test command is known for other/repo; there are: bokeh/bokeh, "):
         swegym_task({**GYM, "repo": "other/repo"})
-    mypy = {**GYM, "repo": "python/mypy", "FAIL_TO_PASS": ["mypy/test/testcheck.py::S::check.test::testA", "b::testB"]}
-    assert "pytest -n0 -rA -k 'testA or testB'\n" in swegym_task(mypy).eval_script
+
+
+def test_swegym_rows_are_judged_as_its_fork_of_the_harness_does():
+    data = "diff --git a/test-data/a.test b/test-data/a.test\n--- a/test-data/a.test\n+++ b/test-data/a.test\n"
+    data += "@@ -1 +1,3 @@\n [case testA]\n+[case testB]\n+x = 1\n"
+    mypy = {**GYM, "repo": "python/mypy", "test_patch": data, "FAIL_TO_PASS": ["mypy/test/testcheck.py::S::a::testB"]}
+    assert "\npytest -n0 -rA -k 'testA or testB'\n" in swegym_task(mypy).eval_script
+    plain = swegym_task({**mypy, "test_patch": GYM["test_patch"]})  # no cases: files
+    assert "\npytest -n0 -rA tests/test_a.py tests/test_new.py\n" in plain.eval_script
+    conan = swegym_task({**GYM, "repo": "conan-io/conan"}).eval_script
+    assert "\nexport PYTHONPATH=${PYTHONPATH:-}:$(pwd)\npytest -n0 -rA tests/test_a.py" in conan
+    assert swegym_task({**GYM, "repo": "pydantic/pydantic"}).log_parser == "parse_log_pytest_v2"
 
 
 def test_swesmith_rows_are_bugs_to_be_undone():

@@ -18,7 +18,6 @@ from megatron_dagger.cli.stopping import stops_when_asked
 from megatron_dagger.config import SweConfig, override
 from megatron_dagger.config.base import require
 from megatron_dagger.observability.progress import track
-from megatron_dagger.store.atomic import read_json, write_json
 
 _LISTED = 20
 
@@ -49,7 +48,7 @@ def admit(arguments: argparse.Namespace) -> int:
     path: Path = arguments.report
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_name(f".{path.name}.lock"), deadline_s=5.0), ExitStack() as stack:
-        found = _known(path, what)
+        found = admission.read_report(path, what)
         left = [task for task in tasks if task.instance_id not in found]
         images, open_sandbox = containers(swe, path, stack)
         images.prefetch(task.image for task in left)
@@ -57,8 +56,8 @@ def admit(arguments: argparse.Namespace) -> int:
         judged = admission.admit(left, open_sandbox, repeats=arguments.repeats, at_once=arguments.workers)
         for one in stack.enter_context(closing(judged)):
             found[one.instance_id] = asdict(one)
-            write_json(path, what | {"admissions": dict(sorted(found.items()))})
-            progress.advance(note=f"{sum(_is_admitted(one) for one in found.values())} admitted")
+            admission.write_report(path, what, found)
+            progress.advance(note=f"{sum(map(admission.is_admitted, found.values()))} admitted")
     return _tell(path, found)
 
 
@@ -70,29 +69,17 @@ def _base(recipe: str | None) -> SweConfig:
     return find_recipe(recipe)().swe
 
 
-def _known(path: Path, what: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What an earlier call has found, less what was broken."""
-    if not path.exists():
-        return {}
-    report = read_json(path)
-    theirs = {name: report.get(name) for name in what}
-    require(theirs == what, f"{path} is about {theirs}, and not {what}: name another file")
-    return {name: one for name, one in report["admissions"].items() if one["fitness"] != "broken"}
-
-
-def _is_admitted(one: dict[str, Any]) -> bool:
-    return bool(one["fitness"] == "admitted")
-
-
 def _tell(path: Path, found: dict[str, dict[str, Any]]) -> int:
+    from megatron_dagger.envs.swe.admission import Fitness, is_admitted
+
     counts = Counter(one["fitness"] for one in found.values())
     print(*(f"{fitness:18}{count:6}" for fitness, count in counts.most_common()), sep="\n")
-    unfit = [(name, one) for name, one in sorted(found.items()) if not _is_admitted(one)]
+    unfit = [(name, one) for name, one in sorted(found.items()) if not is_admitted(one)]
     for name, one in unfit[:_LISTED]:
         print(f"{one['fitness']:18}{name}  {one['reason']}"[:200].rstrip())
     if len(unfit) > _LISTED:
         print(f"and {len(unfit) - _LISTED} more")
     print(f"report: {path}")
-    if broken := counts["broken"]:
+    if broken := counts[Fitness.BROKEN]:
         sys.stderr.write(f"error: {broken} tasks could not be judged; the same command again judges those\n")
     return int(broken > 0)

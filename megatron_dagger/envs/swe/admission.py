@@ -6,17 +6,18 @@ punish by chance; it is listed as flaky and left out.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from megatron_dagger.config.base import require
 from megatron_dagger.envs.base import EnvironmentBroken
 from megatron_dagger.envs.swe.judge import OpenSandbox, judge
 from megatron_dagger.envs.swe.task import SweTask
-from megatron_dagger.store.atomic import read_json
+from megatron_dagger.store.atomic import read_json, write_json
 
 
 class Fitness(StrEnum):
@@ -57,10 +58,33 @@ def admit(
         threads.shutdown(wait=False, cancel_futures=True)
 
 
+def write_report(path: Path, what: Mapping[str, Any], admissions: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put a report in place: ``what`` it is about, and the admissions as dicts, by task."""
+    write_json(path, {**what, "admissions": dict(sorted(admissions.items()))})
+
+
+def read_report(path: Path, what: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A report's admissions, less what was broken; none where there is no report.
+
+    Raises ConfigError where it is about something else.
+    """
+    if not path.exists():
+        return {}
+    report = read_json(path)
+    theirs = {name: report.get(name) for name in what}
+    require(theirs == what, f"{path} is about {theirs}, and not {what}: name another file")
+    return {name: one for name, one in report["admissions"].items() if one["fitness"] != Fitness.BROKEN}
+
+
 def admitted(path: Path) -> set[str]:
     """The tasks that a report admits. Raises ConfigError where there is none."""
     require(path.is_file(), f"{path}: there is no such file; `megatron-dagger admit {path} ...` makes it")
-    return {name for name, one in read_json(path)["admissions"].items() if one["fitness"] == Fitness.ADMITTED}
+    return {name for name, one in read_json(path)["admissions"].items() if is_admitted(one)}
+
+
+def is_admitted(admission: Mapping[str, Any]) -> bool:
+    """Whether an admission, as a report has it, is one."""
+    return bool(admission["fitness"] == Fitness.ADMITTED)
 
 
 def _admit(task: SweTask, open_sandbox: OpenSandbox, repeats: int) -> Admission:

@@ -1,18 +1,15 @@
 """Rounds as NeMo-Run jobs on SLURM: its command line in the launch environment, ours in this one."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from megatron_dagger.config import RunConfig, load_yaml
 from megatron_dagger.observability.status import status
 from megatron_dagger.store.atomic import read_json
+from tests.launch_environment import LACKING, PYTHON, nemo
 from tools.slurm_packages import lacking
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ROOT / ".venv-launch" / "bin" / "python"
 SETTINGS = [
     "tasks.source=stdlib",
     "tasks.train_packages=['textwrap','graphlib']",  # the tasks of test_rounds.py, which are made once
@@ -34,21 +31,15 @@ SLURM = ["run.executor=slurm", "run.executor.mem=8000", "run.executor.time=00:20
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="there is no .venv-launch with NeMo-Run: tools/setup makes it"),
+    pytest.mark.skipif(not PYTHON.exists(), reason=LACKING),
 ]
 
 
-def launch(folder, environment, *words):
-    """The launcher's exit code, and what it printed."""
+def launch(folder, environment, *words, expected=0):
+    """What the launcher printed."""
     command = ["-m", "megatron_dagger.launch", "--yes", "config=quickstart", "directory=run", *words]
-    return nemo(folder, environment, *command, *(f"config.{setting}" for setting in SETTINGS))
-
-
-def nemo(folder, environment, *command):
-    """Run the launch environment's Python."""
-    variables = {**environment, "PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(folder / "nemo"), "COLUMNS": "200"}
-    done = subprocess.run([PYTHON, *command], env=variables, cwd=folder, capture_output=True, text=True, timeout=500)
-    return done.returncode, done.stdout + done.stderr
+    settings = (f"config.{setting}" for setting in SETTINGS)
+    return nemo(folder, *command, *settings, environment=environment, expected=expected, timeout=500)
 
 
 def program(*words):
@@ -60,8 +51,7 @@ def test_a_round_of_jobs_on_slurm_and_one_that_fails(cluster, cache, tmp_path):
     """The whole chain is queued at once; two workers collect, each on its node."""
     ours = program(sys.executable, "-m", "megatron_dagger.cli.main")
     environment = {**cluster.environment, "MEGATRON_DAGGER_CACHE": str(cache)}
-    code, output = launch(tmp_path, environment, *SLURM, ours, "workers=2")
-    assert code == 0, output[-5000:]
+    launch(tmp_path, environment, *SLURM, ours, "workers=2")
     run = tmp_path / "run"
     assert load_yaml(RunConfig, run / "config.yaml").training.max_steps == 2
     assert read_json(run / "rounds/0000/train/manifest.json")["steps"] == 2
@@ -69,12 +59,13 @@ def test_a_round_of_jobs_on_slurm_and_one_that_fails(cluster, cache, tmp_path):
     for number in (0, 1):
         assert "1/1 episodes" in (run / f"logs/worker-{number}.log").read_text()
     assert " on n1" in status(run)
-    code, output = nemo(tmp_path, environment, PYTHON.with_name("nemo"), "experiment", "status", "quickstart")
-    assert (code, output.count("Status: SUCCEEDED")) == (0, 4), output
-    code, output = nemo(tmp_path, environment, PYTHON.with_name("nemo"), "experiment", "logs", "quickstart", "0")
-    assert code == 0 and "round 0 collect: 1/1 episodes" in output, output
+    experiment = (PYTHON.with_name("nemo"), "experiment")
+    output = nemo(tmp_path, *experiment, "status", "quickstart", environment=environment)
+    assert output.count("Status: SUCCEEDED") == 4, output
+    assert "round 0 collect: 1/1 episodes" in nemo(
+        tmp_path, *experiment, "logs", "quickstart", "0", environment=environment
+    )
 
-    code, output = launch(tmp_path, environment, *SLURM, program("false"), "run.executor.retries=0")
-    assert code == 1, output[-5000:]
+    output = launch(tmp_path, environment, *SLURM, program("false"), "run.executor.retries=0", expected=1)
     assert "round0-rollout (FAILED)" in output
     assert "round0-train (CANCELLED)" in output

@@ -5,33 +5,20 @@ tests/unit/launch/golden
 """
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from megatron_dagger.config import RunConfig, build, load_yaml, override
 from recipes import RECIPES, find_recipe
+from tests.launch_environment import LACKING, PYTHON, ROOT, nemo
 
-ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = Path(__file__).parent / "golden"
-PYTHON = ROOT / ".venv-launch" / "bin" / "python"
 
 pytestmark = [
-    pytest.mark.skipif(not PYTHON.exists(), reason="there is no .venv-launch with NeMo-Run: tools/setup makes it"),
+    pytest.mark.skipif(not PYTHON.exists(), reason=LACKING),
     pytest.mark.slow,
 ]
-
-
-def nemo(folder, *command, expected=0):
-    """Run the launch environment's Python; its output."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NEMORUN_HOME": str(folder / "nemo"), "COLUMNS": "200"}
-    done = subprocess.run(
-        [PYTHON, *map(str, command)], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == expected, (done.returncode, done.stdout[-3000:], done.stderr[-3000:])
-    return done.stdout + done.stderr
 
 
 def driver(folder, action, expected=0):

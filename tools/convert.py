@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_dagger.config import ConfigError, ModelConfig, to_dict  # noqa: E402
 from megatron_dagger.observability.progress import track  # noqa: E402
 from megatron_dagger.store import atomic  # noqa: E402
+from megatron_dagger.store.errors import StoreError  # noqa: E402
 from megatron_dagger.store.resumable import fingerprint, unfinished  # noqa: E402
 from megatron_dagger.weights import families  # noqa: E402
 from megatron_dagger.weights.checkpoints import HF_FILES, MARKER, Checkpoint, MegatronFiles, open_checkpoint  # noqa: E402
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         return int(given.run(given))
-    except (CheckpointReadError, WeightMapError, ConfigError, OSError) as error:
+    except (CheckpointReadError, WeightMapError, ConfigError, StoreError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
 

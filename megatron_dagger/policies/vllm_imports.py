@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from megatron_dagger.config import EngineConfig
+from megatron_dagger.gpus import has_gpus
 
 _ENVIRONMENT = {  # read when vLLM is imported; whoever has set one already is obeyed
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process
@@ -32,7 +33,7 @@ def set_environment(config: EngineConfig) -> None:
     """Set what vLLM and torch read when they are imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if config.enforce_eager and not os.path.exists("/dev/nvidiactl"):
+    if config.enforce_eager and not has_gpus(os.environ):
         # Else helpers are compiled for 10 s. A trainer's ranks inherit it, and compile their attention on GPUs.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 

@@ -6,7 +6,9 @@ Nothing is imported here: ``job``, ``packing``, ``batches``, ``schedule`` and ``
 import os
 import sys
 
-if not os.path.exists("/dev/nvidiactl") or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+from megatron_dagger.gpus import has_gpus
+
+if not has_gpus(os.environ):
     # Megatron decorates functions with torch.compile on import, which on the CPU compiles for about ten
     # seconds and gains nothing. Read when torch._dynamo is imported, so it must be set before Megatron is.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

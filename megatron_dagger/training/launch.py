@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_dagger.config import ConfigError, ParallelConfig
+from megatron_dagger.gpus import any_driver, visible_gpus
 from megatron_dagger.signals import STOPPED, dies_with_this_process
 from megatron_dagger.training.rank_server import (
     STORE_FD,
@@ -33,7 +33,6 @@ from megatron_dagger.training.rank_server import (
 
 PRELOAD = ("megatron_dagger.training.trainer", "zarr")  # what the ranks' server imports in advance
 
-_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 _POLL_S = 0.05
 _OTHERS_MAY_FAIL_S = 1.0  # the rank that died first may be seen after those that it took along
 _STOP_DEADLINE_S = 600.0  # for a step and a checkpoint; a cluster that asked us to stop waits less long
@@ -121,16 +120,6 @@ def node_rank(parallel: ParallelConfig) -> int:
     return int(os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", "0")))
 
 
-def visible_gpus(environ: Mapping[str, str], devices: Path = Path("/dev")) -> int | None:
-    """How many of NVIDIA's GPUs a process with that environment sees on this host; None where it has none."""
-    if not (devices / "nvidiactl").exists():
-        return None
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return sum(re.match(r"\d|GPU-|MIG-", name.strip()) is not None for name in visible.split(",")) or None
-    return len(list(devices.glob("nvidia[0-9]*"))) or None
-
-
 def check_gpus(parallel: ParallelConfig, gpus: int | None) -> None:
     """ConfigError where a node would have more ranks than its ``gpus``; None, on the CPU, is no limit."""
     ranks = parallel.world_size // parallel.nodes
@@ -143,7 +132,7 @@ def check_gpus(parallel: ParallelConfig, gpus: int | None) -> None:
 
 
 def _forks() -> bool:
-    return sys.platform == "linux" and not any(map(os.path.exists, _GPU_DEVICES))
+    return sys.platform == "linux" and not any_driver()
 
 
 def _running_server(env: Mapping[str, str] | None) -> RankServer:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_dagger.store.lock import exclusive
 from megatron_dagger.weights import families
 from megatron_dagger.weights.checkpoints import open_checkpoint
 from megatron_dagger.weights.digest import canonical_digests
@@ -114,6 +115,15 @@ def test_nor_what_was_written_with_other_settings(models, tmp_path, monkeypatch,
     out, at_once = ({path.name: path for path in (tmp_path / name).iterdir()} for name in ("out", "at-once"))
     assert out.keys() == at_once.keys(), "no stale files"
     assert digests(tmp_path / "out") == digests(tmp_path / "at-once")
+
+
+def test_two_do_not_write_to_the_same_target(models, tmp_path, capsys):
+    source, target = models / "a" / "hf", tmp_path / "out"
+    with exclusive(tmp_path / ".out.lock"):
+        assert run("hf-to-megatron", source, target) == 1
+    assert f"the holder is process {os.getpid()}" in capsys.readouterr().err
+    assert run("hf-to-megatron", source, target) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_resharding_says_that_the_optimizers_state_is_left_out(models, tmp_path, capsys):

@@ -90,13 +90,14 @@ class VllmEngine:
             budget = max(config.max_model_len, _PREFILL_TOKENS)
             prefill = {"enable_chunked_prefill": False, "max_num_batched_tokens": budget}
         vllm_transfer.register()
+        weights = {"checkpoint": None} if start is None else {"offer": to_dict(start), "model": to_dict(model)}
         memory = config.kv_cache_memory_mib
         arguments = EngineArgs(
             model=str(model_dir),
             skip_tokenizer_init=True,  # ids in, ids out
             generation_config="vllm",  # nothing is read beside config.json
-            load_format="dummy" if start is None else vllm_transfer.LOAD_FORMAT,
-            model_loader_extra_config={} if start is None else {"offer": to_dict(start), "model": to_dict(model)},
+            load_format=vllm_transfer.LOAD_FORMAT,
+            model_loader_extra_config=weights,
             dtype=config.dtype,
             hf_overrides=quantization_settings(config),
             seed=seed,

@@ -1,7 +1,7 @@
 """The cells of canonical tensors: blocks that tensor parallelism never cuts, on which digests stand.
 
 A canonical (Hugging Face) tensor is cut along one axis into equal cells, the same for every layout: a
-head of a projection of attention, a few rows of a vocabulary, elsewhere the largest shares that are
+head of attention's projections, a few rows of a vocabulary, elsewhere the largest shares that are
 whole in every layout of up to 16 ranks (and 32). A rank's share is then some whole cells, so its digests can
 be compared with, or put together with, those of any other layout (see ``digest.py``).
 """
@@ -77,7 +77,8 @@ def _cut(parameter: Parameter, piece: Piece) -> tuple[int, int]:
     if piece.heads:
         return 0, piece.rows // piece.heads
     if parameter.cut is Cut.COLUMNS:
-        return 1, _finest_share(parameter.tail[0])
+        columns = parameter.tail[0]
+        return 1, columns // parameter.heads if parameter.heads else _finest_share(columns)
     if parameter.cut is Cut.NONE:
         return 0, piece.rows
     return 0, _finest_share(piece.rows)

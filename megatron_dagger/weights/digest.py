@@ -9,7 +9,7 @@ adding. It finds mistakes and damage; it is no protection against somebody who w
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -114,9 +114,8 @@ def _each_expert(block: Block, tensor: Any) -> Iterable[tuple[Block, Any]]:
 
 
 def _sum_of_hashes(values: Any, cut: Cells, run: range) -> int:
-    if cut.axis == 1:  # one at a time, so that no copy of all is made
-        columns = range(0, values.shape[1], cut.extent)
-        pieces: Iterable[memoryview] = (_bytes(values[:, at : at + cut.extent]) for at in columns)
+    if cut.axis == 1:
+        pieces: Iterable[memoryview] = _columns(values, cut.extent)
     else:
         data = _bytes(values)
         total, size = len(data), cut.extent * len(data) // max(1, values.shape[0])
@@ -124,13 +123,36 @@ def _sum_of_hashes(values: Any, cut: Cells, run: range) -> int:
     return sum(xxhash.xxh3_64_intdigest(piece, seed=cell) for cell, piece in zip(run, pieces, strict=True))
 
 
+def _columns(values: Any, extent: int) -> Iterator[memoryview]:
+    """The bytes of so many columns at a time, which divide them; all pieces in the same memory."""
+    piece = _empty_like(values[:, :extent])
+    for at in range(0, values.shape[1], extent):
+        piece[...] = values[:, at : at + extent]
+        yield _bytes(piece)
+
+
 def _dtype(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def _empty_like(tensor: Any) -> Any:
+    """Contiguous, and in this host's memory."""
+    if _is_numpy(tensor):
+        import numpy as np
+
+        return np.empty(tensor.shape, tensor.dtype)
+    import torch
+
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+def _is_numpy(tensor: Any) -> bool:
+    return type(tensor).__module__.partition(".")[0] == "numpy"
+
+
 def _bytes(tensor: Any) -> memoryview:
     assert sys.byteorder == "little", "digests are defined on little-endian bytes"
-    if type(tensor).__module__.partition(".")[0] == "numpy":
+    if _is_numpy(tensor):
         import numpy as np
 
         return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data

@@ -1,22 +1,23 @@
 """Puts the blocks of a plan into a vLLM model, parameter by parameter.
 
 A plan speaks of vLLM's parameters as they are when a checkpoint is loaded. Where a layer serves them
-as they are, blocks are written in place. Where it has packed them for its device (on the CPU all linear
-layers), vLLM's layerwise reload takes the layer apart, one at a time: fresh parameters, filled, packed,
-put into the place of the old. So what is needed beside the model is one layer, whose memory the next one
-uses again, and a failure on the way leaves every layer whole, be it the old or the new one.
+as they are, blocks are written in place; ``layers_stay_unpacked`` has the CPU's linear layers do so. Where it
+has packed them for its device (FP8, experts), vLLM's layerwise reload takes the layer apart, one at a time:
+fresh parameters, filled, packed, put into the place of the old. So what is needed beside the model is one
+layer, and a failure on the way leaves every layer whole, be it the old or the new one.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from vllm.model_executor.layers import utils as vllm_layers
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -36,6 +37,8 @@ from megatron_dagger.weights.families.fp8 import vllm_table
 from megatron_dagger.weights.plan import Copy
 from megatron_dagger.weights.transports import Agreement, WeightTransport
 
+_linear = torch.nn.functional.linear
+
 # Of a model in FP8, until vLLM has taken them for its KV cache (layers/quantization/kv_cache.py): not weights.
 KV_CACHE_SCALES = (".attn.q_scale", ".attn.k_scale", ".attn.v_scale", ".attn.prob_scale")
 
@@ -45,7 +48,6 @@ class VllmTarget:
 
     def __init__(self, model: torch.nn.Module, model_config: Any, rank: int, *, fresh: bool = False):
         self._model, self._model_config, self._rank, self._fresh = model, model_config, rank, fresh
-        self._scratch = _Scratch()
         self.touched = False  # whether a weight has been changed
 
     def take(self, transport: WeightTransport, agreement: Agreement) -> Shares:
@@ -91,17 +93,6 @@ class VllmTarget:
         if padding:
             tensor[padding.slices].zero_()
 
-    def pack_tied_heads(self) -> None:
-        """On the CPU vLLM packs a copy of the output layer; where that is the embedding, pack it again."""
-        if self._fresh or not current_platform.is_cpu():
-            return
-        modules = list(self._model.modules())
-        embeddings = [m.weight for m in modules if isinstance(m, VocabParallelEmbedding) and not _is_head(m)]
-        for module in modules:
-            if _is_head(module) and any(module.weight is weight for weight in embeddings):
-                module.cpu_linear = _unpacked_linear  # the old packed copy is freed before there is a new one
-                module.quant_method.process_weights_after_loading(module)
-
     def _check_parameters(self, table: Mapping[str, Any]) -> None:
         """A tied output layer is the embedding's parameter, and listed once."""
         theirs = {name for name, _ in self._model.named_parameters() if not name.endswith(KV_CACHE_SCALES)}
@@ -122,14 +113,8 @@ class VllmTarget:
         try:
             info = get_layerwise_info(layer)
             materialize_layer(layer, info)
-            if copied := _packs_a_copy(layer):
-                digests.finish()
-                self._scratch.lend(layer.parameters(recurse=False))
             yield {name: parameter.data for name, parameter in layer.named_parameters(recurse=False)}
-            if copied:
-                layer.cpu_linear = _unpacked_linear  # the old packed copy is freed before there is a new one
-            else:
-                digests.finish()  # vLLM may change them in place
+            digests.finish()  # vLLM may change them in place
             with _experts_are_packed_again(layer):
                 _layerwise_process(layer, info)
         finally:
@@ -165,23 +150,25 @@ class _Digests:
         self._pool.shutdown()
 
 
-class _Scratch:
-    """Memory for a layer's parameters while they are filled, the same for one layer after the other.
+@contextmanager
+def layers_stay_unpacked() -> Iterator[None]:
+    """In the block, linear layers that vLLM would pack for the CPU stay as a checkpoint has them, as they do on GPUs.
 
-    The kernel clears fresh memory page by page, which takes several times as long as to copy into it.
+    To pack them is most of what an update takes there (2.2 of 3.9 s), for products that take as long in the mean.
     """
+    packs = vllm_layers.dispatch_cpu_unquantized_gemm
 
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+    def stays(layer: torch.nn.Module, remove_weight: bool) -> None:
+        if layer.weight.dim() == 2:
+            layer.cpu_linear = _linear  # what vLLM itself uses where it cannot pack
+        else:
+            packs(layer, remove_weight)
 
-    def lend(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Put their values there, to be written; what was lent before is lost."""
-        matrices = [parameter for parameter in parameters if parameter.dim() > 1]
-        sizes = [matrix.nbytes for matrix in matrices]
-        if sum(sizes) > self._memory.numel():
-            self._memory = torch.empty(sum(sizes), dtype=torch.uint8)
-        for matrix, memory in zip(matrices, self._memory[: sum(sizes)].split(sizes), strict=True):
-            matrix.data = memory.view(matrix.dtype).view(matrix.shape)
+    vllm_layers.dispatch_cpu_unquantized_gemm = stays
+    try:
+        yield
+    finally:
+        vllm_layers.dispatch_cpu_unquantized_gemm = packs
 
 
 @contextmanager
@@ -206,21 +193,15 @@ def _is_head(module: torch.nn.Module) -> bool:
     return isinstance(module, ParallelLMHead)
 
 
-def _unpacked_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.nn.functional.linear(hidden, weight, bias)
-
-
-def _packs_a_copy(layer: torch.nn.Module) -> bool:
-    """Whether nothing of the layer's weight is used any more once it is packed."""
-    if not current_platform.is_cpu() or current_platform.is_zen_cpu():  # zentorch may keep the weight itself
-        return False
-    return isinstance(getattr(layer, "quant_method", None), UnquantizedLinearMethod)
-
-
 def _serves_them_as_they_are(layer: torch.nn.Module) -> bool:
     method = getattr(layer, "quant_method", None)
     if isinstance(layer, VocabParallelEmbedding) and not _is_head(layer):
         return isinstance(method, UnquantizedEmbeddingMethod)
     if isinstance(method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)):
-        return bool(current_platform.is_cuda())
+        if getattr(layer, "cpu_linear", _linear) is not _linear:
+            raise WeightSyncError(
+                "vLLM has packed its linear layers for the CPU: start it with load_format=megatron, which leaves them "
+                "as they are"
+            )
+        return bool(current_platform.is_cuda() or current_platform.is_cpu())
     return method is None

@@ -7,7 +7,8 @@ vLLM finds both through the ``vllm.general_plugins`` entry point, in every proce
   worker takes what it needs by itself. Errors are not raised through vLLM's RPC, which with several workers
   would answer the next call with a stale reply: they are kept in ``TransferState``, which the caller asks
   for after every update, with the digests of what the worker's parameters then hold.
-- Loader: ``load_format="megatron"`` starts a worker from a Megatron checkpoint, without dummy weights.
+- Loader: ``load_format="megatron"`` starts a worker from a Megatron checkpoint, or without weights, for an update
+  to bring them. It leaves the layers such that updates can write in place, also on the CPU.
 
 This module, ``vllm_target.py``, ``policies/vllm_engine.py`` and ``vllm_imports.py`` are the only ones that touch vLLM.
 """
@@ -30,6 +31,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
 from megatron_dagger.config import ConfigError, ModelConfig, build
 from megatron_dagger.weights.checkpoints import model_of
@@ -39,7 +41,7 @@ from megatron_dagger.weights.families.fp8 import Quantization
 from megatron_dagger.weights.layouts import TargetLayout
 from megatron_dagger.weights.transports import Agreement, Offer, checkpoint_offer
 from megatron_dagger.weights.transports.open import open_transport
-from megatron_dagger.weights.vllm_target import VllmTarget
+from megatron_dagger.weights.vllm_target import VllmTarget, layers_stay_unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,6 @@ class BridgeEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             agreement = _agreement(self._architecture, self._layout, self.model_config, offer)
             with torch.no_grad(), open_transport(agreement, self._rank, self.device) as transport:
                 shares = target.take(transport, agreement)
-            target.pack_tied_heads()
         except Exception as failure:
             error = str(failure) or type(failure).__name__
             logger.error("weights were not taken over: %s", error)
@@ -127,15 +128,24 @@ class BridgeEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 class MegatronLoader(BaseModelLoader):
     """Starts a model from a Megatron checkpoint.
 
-    ``model_loader_extra_config``: ``checkpoint``, the directory of one that says what model it is of; or ``offer``
-    and ``model`` as dicts.
+    ``model_loader_extra_config``: ``checkpoint``, the directory of one that says what model it is of, or None for
+    dummy weights; or ``offer`` and ``model`` as dicts.
     """
+
+    def load_model(self, *given: Any, **named: Any) -> torch.nn.Module:
+        with layers_stay_unpacked():
+            return super().load_model(*given, **named)
 
     def download_model(self, model_config: Any) -> None:
         """The checkpoint is there."""
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-        offer, architecture = _source(self.load_config.model_loader_extra_config)
+        source = _source(self.load_config.model_loader_extra_config)
+        if source is None:
+            for parameter in model.parameters():
+                initialize_single_dummy_weight(parameter)
+            return
+        offer, architecture = source
         parallel = get_current_vllm_config().parallel_config
         rank = _rank_in_engine(parallel)
         agreement = _agreement(architecture, _target_layout(parallel, 1), model_config, offer)
@@ -156,9 +166,11 @@ class WorkerExtension:
         return self.weight_transfer_engine.transfer_state
 
 
-def _source(extra: Any) -> tuple[Offer, ModelConfig]:
-    """What a loader's extra config says. Raises ConfigError or CheckpointReadError."""
+def _source(extra: Any) -> tuple[Offer, ModelConfig] | None:
+    """What a loader's extra config says; None for dummy weights. Raises ConfigError or CheckpointReadError."""
     match extra:
+        case {"checkpoint": None}:
+            return None
         case {"offer": offer, "model": model}:
             return build(Offer, offer), build(ModelConfig, model)
         case {"checkpoint": str(directory)}:

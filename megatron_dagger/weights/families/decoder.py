@@ -104,9 +104,11 @@ def plain(
     return Layout(parts=(Part(name=name, rows=rows),), tail=tail, cut=cut, padded=padded, experts=experts)
 
 
-def same(name: str, rows: int, tail: Shape = (), *, cut: Cut = Cut.NONE, padded: bool = False) -> dict[str, Parameter]:
+def same(
+    name: str, rows: int, tail: Shape = (), *, cut: Cut = Cut.NONE, heads: int | None = None, padded: bool = False
+) -> dict[str, Parameter]:
     """A parameter of vLLM that is one canonical tensor, of the same name."""
-    return {name: Parameter(pieces=(Piece(name=name, rows=rows),), tail=tail, cut=cut, padded=padded)}
+    return {name: Parameter(pieces=(Piece(name=name, rows=rows),), tail=tail, cut=cut, heads=heads, padded=padded)}
 
 
 def _attention(ours: str, theirs: str, model: ModelConfig, *, qkv_bias: bool, qk_norm: bool) -> dict[str, Layout]:
@@ -147,4 +149,4 @@ def _attention_parameters(layer: str, model: ModelConfig, *, qkv_bias: bool, qk_
         table[attention + "qkv_proj.bias"] = qkv("bias", ())
     if qk_norm:
         table |= same(attention + "q_norm.weight", head) | same(attention + "k_norm.weight", head)
-    return table | same(attention + "o_proj.weight", hidden, (heads * head,), cut=Cut.COLUMNS)
+    return table | same(attention + "o_proj.weight", hidden, (heads * head,), cut=Cut.COLUMNS, heads=heads)

@@ -112,6 +112,7 @@ def scales_shapes(model: ModelConfig) -> dict[str, Shape]:
 def _scales(parameter: Parameter) -> Parameter:
     """The parameter that holds another's scales: cut at the same places, as they are ends of blocks."""
     pieces = []
+    heads = parameter.heads if parameter.heads and parameter.tail[0] // parameter.heads % BLOCK == 0 else None
     for piece in parameter.pieces:
         whole_heads = piece.heads is not None and piece.rows // piece.heads % BLOCK == 0
         pieces.append(
@@ -123,4 +124,4 @@ def _scales(parameter: Parameter) -> Parameter:
                 replicated=piece.replicated and whole_heads,
             )
         )
-    return replace(parameter, pieces=tuple(pieces), tail=scales_shape(parameter.tail))
+    return replace(parameter, pieces=tuple(pieces), tail=scales_shape(parameter.tail), heads=heads)

@@ -55,14 +55,15 @@ class Piece:
 class Parameter:
     """One parameter of vLLM: its pieces stacked, each cut by tensor parallelism on its own.
 
-    ``tail`` is the shape after the rows. ``padded``: filled up with zero rows. ``experts``: if not 0,
-    the number of experts that are stacked in a leading dimension; the pieces' names have ``{}`` in
-    the place of the expert's number.
+    ``tail`` is the shape after the rows. ``heads``: columns are cut between heads of equal size only. ``padded``:
+    filled up with zero rows. ``experts``: if not 0, the number of experts that are stacked in a leading
+    dimension; the pieces' names have ``{}`` in the place of the expert's number.
     """
 
     pieces: tuple[Piece, ...]
     tail: Shape = ()
     cut: Cut = Cut.NONE
+    heads: int | None = None
     padded: bool = False
     experts: int = 0
 
@@ -112,7 +113,10 @@ class Parameter:
     def _columns(self, shard: Shard) -> Span:
         if self.cut is not Cut.COLUMNS:
             return 0, self.tail[0]
-        return share(self.tail[0], shard.rank, shard.size, f"the columns of {self.pieces[0].name!r}")
+        units, what = self.heads or self.tail[0], "heads" if self.heads else "columns"
+        start, extent = share(units, shard.rank, shard.size, f"the {what} of {self.pieces[0].name!r}")
+        unit = self.tail[0] // units
+        return start * unit, extent * unit
 
     def _experts(self, shard: Shard) -> Span:
         return share(self.experts, shard.expert_rank, shard.expert_size, f"experts {self.pieces[0].name!r}")

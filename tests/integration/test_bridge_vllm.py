@@ -230,6 +230,27 @@ def test_what_the_bridge_uses_of_vllms_insides_is_still_there(student):
     assert student._thread.run(output_layer, timeout_s=60), "the tied output layer is no longer the embedding"
 
 
+def test_layers_that_vllm_has_packed_are_refused(student, written):
+    """The engine's own loader keeps vLLM from it; another one would not."""
+    from vllm.model_executor.layers import utils
+
+    where = written["one"]
+
+    def first_layer(engine):
+        return engine._engine.model_executor.driver_worker.worker.model_runner.model.model.layers[0].mlp.down_proj
+
+    layer = student._thread.run(first_layer, timeout_s=60)
+    before = layer.weight, layer.cpu_linear
+    student._thread.run(lambda _: utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True), timeout_s=60)
+    try:
+        with pytest.raises(WeightSyncError, match=r"has packed its linear layers.*load_format=megatron"):
+            student.sync(where.checkpoint(), 1, where.digests())
+    finally:
+        layer.weight, layer.cpu_linear = before
+    student.sync(where.checkpoint(), 2, where.digests())
+    assert np.abs(served(student, where) - where.logprobs(0)).max() < TOLERANCE
+
+
 def test_untied_embeddings_and_yarn_saved_under_tensor_parallelism_are_served(tied_student, written):
     """It ends the tied engine and starts another in the same process. The tokens are more than RoPE was made for."""
     tied_student.close()

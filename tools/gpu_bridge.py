@@ -19,6 +19,9 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 
 from megatron_dagger.config import ModelConfig, build, to_dict  # noqa: E402
+from megatron_dagger.weights.blocks import Block  # noqa: E402
+from megatron_dagger.weights.digest import Shares, digest_shares  # noqa: E402
+from megatron_dagger.weights.digest_pool import DigestPool  # noqa: E402
 from megatron_dagger.weights.families import lookup  # noqa: E402
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout, padded_vocab_size  # noqa: E402
 from megatron_dagger.weights.transports import Agreement, Offer  # noqa: E402
@@ -29,7 +32,10 @@ _TRANSFERS = 3
 
 
 def check(folder: Path, model: ModelConfig) -> dict[str, Any]:
-    """Transfers of all weights: the first is compared, the fastest of the others is timed against a copy in memory."""
+    """Transfers of all weights: the first is compared, the fastest of the others is timed against a copy in memory.
+
+    Then the digests of what has arrived, against those of the same bytes on the host, and the time they take.
+    """
     device = _device()
     source = SourceLayout(padded_vocab_size=padded_vocab_size(model, 1))
     agreements = [
@@ -65,10 +71,12 @@ def check(folder: Path, model: ModelConfig) -> dict[str, Any]:
 
     size = sum(copy.source.elements for copy in copies) * 2
     once = [_timed(copy_all, device) for _ in range(_TRANSFERS)]
+    blocks = {name: parameter.blocks(shard) for name, parameter in table.items()}
     return {
         "gb": size / 1e9,
         "gb_per_s": size / min(seconds[1:]) / 1e9,
         "copy_gb_per_s": size / min(once[1:]) / 1e9,
+        "digests_gb_per_s": size / _digests_s(model, blocks, parameters, device) / 1e9,
         "first_s": seconds[0],
     }
 
@@ -81,6 +89,26 @@ def _receive(agreement: Agreement, parameters: dict[str, torch.Tensor], device: 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.monotonic() - began
+
+
+def _digests_s(
+    model: ModelConfig, blocks: dict[str, list[Block]], parameters: dict[str, torch.Tensor], device: torch.device
+) -> float:
+    """The seconds that the digests take, once they are found to be those of the same bytes on the host."""
+    found: list[Shares] = []
+
+    def digest_all() -> None:
+        with DigestPool(model) as digests:
+            for name, of_parameter in blocks.items():
+                digests.add(of_parameter, parameters[name])
+            found.append(digests.finish())
+
+    seconds = [_timed(digest_all, device) for _ in range(_TRANSFERS)]
+    expected: Shares = {}
+    for name, of_parameter in blocks.items():
+        expected |= digest_shares(of_parameter, parameters[name].cpu(), model)
+    assert all(shares == expected for shares in found), "digests differ from those of the same bytes on the host"
+    return min(seconds[1:])
 
 
 def _timed(call: Callable[[], None], device: torch.device) -> float:

@@ -1,11 +1,11 @@
 """Checks training and the bridge on one CUDA GPU, in at most --seconds (500).
 
 attention: the compiled block mask's output and gradients against attention run by run. bridge: all weights of a
-model from one process to another through CUDA IPC, compared, and its rate against a copy in memory. curve-*: a
-small model trained in fp32, BF16, the FP8 recipes and the options of these by the product's trainer, saved, and
-resumed; its losses against those of fp32 on the CPU, from the same seed on the same rows. speed-*: a model of
-Qwen3's shape; tokens per second, the share of the GPU's peak (model FLOPs, nothing recomputed counted twice), and
-peak memory against the planner's figure.
+model from one process to another through CUDA IPC, compared, its rate against a copy in memory, and that of the
+digests. curve-*: a small model trained in fp32, BF16, the FP8 recipes and the options of these by the product's
+trainer, saved, and resumed; its losses against those of fp32 on the CPU, from the same seed on the same rows.
+speed-*: a model of Qwen3's shape; tokens per second, the share of the GPU's peak (model FLOPs, nothing recomputed
+counted twice), and peak memory against the planner's figure.
 
 Checks run in processes of their own (``gpu_checks``). One that fails, hangs or leaves CUDA unusable costs no
 other: the rest goes on. Each line is printed as it comes, and at the end RESULT with all of it. --dry-run runs the

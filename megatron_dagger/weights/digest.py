@@ -20,6 +20,7 @@ from megatron_dagger.weights.cells import Cells, cells
 from megatron_dagger.weights.errors import WeightMapError
 
 _MODULUS = 2**64
+_PORTION_BYTES = 64 << 20  # that are fetched from a GPU at once
 
 # dtype, and by run of cells (first, past the last) the sum of their hashes
 Share = tuple[str, dict[tuple[int, int], int]]
@@ -33,6 +34,7 @@ def digest_shares(blocks: Sequence[Block], tensor: Any, model: ModelConfig) -> S
     """
     table = cells(model)
     shares: Shares = {}
+    tensor = tensor if _is_numpy(tensor) else tensor.detach()
     for block in blocks:
         for single, values in _each_expert(block, tensor):
             cut = table[single.name]
@@ -114,40 +116,44 @@ def _each_expert(block: Block, tensor: Any) -> Iterable[tuple[Block, Any]]:
 
 
 def _sum_of_hashes(values: Any, cut: Cells, run: range) -> int:
-    if cut.axis == 1:
-        pieces: Iterable[memoryview] = _columns(values, cut.extent)
-    else:
-        data = _bytes(values)
-        total, size = len(data), cut.extent * len(data) // max(1, values.shape[0])
-        pieces = (data[at : at + size] for at in range(0, total, size))
+    pieces = _columns(values, cut.extent) if cut.axis == 1 else _rows(values, cut.extent)
     return sum(xxhash.xxh3_64_intdigest(piece, seed=cell) for cell, piece in zip(run, pieces, strict=True))
 
 
 def _columns(values: Any, extent: int) -> Iterator[memoryview]:
     """The bytes of so many columns at a time, which divide them; all pieces in the same memory."""
-    piece = _empty_like(values[:, :extent])
+    piece = _here(values[:, :extent])
     for at in range(0, values.shape[1], extent):
         piece[...] = values[:, at : at + extent]
         yield _bytes(piece)
 
 
-def _dtype(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _rows(values: Any, extent: int) -> Iterator[memoryview]:
+    """The bytes of so many rows at a time; the last may be fewer."""
+    size = extent * (values[:1].nbytes or 1)
+    step = extent * max(1, _PORTION_BYTES // size)
+    for at in range(0, values.shape[0], step):
+        data = _bytes(values[at : at + step])
+        yield from (data[start : start + size] for start in range(0, len(data), size))
 
 
-def _empty_like(tensor: Any) -> Any:
-    """Contiguous, and in this host's memory."""
+def _here(tensor: Any) -> Any:
+    """Memory like the tensor's: contiguous, this host's, and where it is to be filled from a GPU page-locked."""
     if _is_numpy(tensor):
         import numpy as np
 
         return np.empty(tensor.shape, tensor.dtype)
     import torch
 
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
 
 
 def _is_numpy(tensor: Any) -> bool:
     return type(tensor).__module__.partition(".")[0] == "numpy"
+
+
+def _dtype(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _bytes(tensor: Any) -> memoryview:
@@ -158,6 +164,7 @@ def _bytes(tensor: Any) -> memoryview:
         return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
     import torch
 
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data: memoryview = flat.view(torch.uint8).numpy().data
+    if tensor.is_cuda:
+        tensor = _here(tensor).copy_(tensor)
+    data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data

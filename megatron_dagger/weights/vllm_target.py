@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,9 +28,9 @@ from vllm.model_executor.model_loader.reload.layerwise import _layerwise_process
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.platforms import current_platform
 
-from megatron_dagger.config import ModelConfig
-from megatron_dagger.weights.blocks import Block, Box
-from megatron_dagger.weights.digest import Shares, digest_shares
+from megatron_dagger.weights.blocks import Box
+from megatron_dagger.weights.digest import Shares
+from megatron_dagger.weights.digest_pool import DigestPool
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.families.fp8 import vllm_table
 from megatron_dagger.weights.plan import Copy
@@ -58,7 +57,7 @@ class VllmTarget:
         table = vllm_table(agreement.model, agreement.quantization)
         self._check_parameters(table)
         arrivals = transport.receive(agreement.plan.by_target[self._rank])
-        with _Digests(agreement.model) as digests:
+        with DigestPool(agreement.model) as digests:
             for module, names in itertools.groupby(table, key=lambda name: name.rpartition(".")[0]):
                 with self._opened(self._model.get_submodule(module), digests) as tensors:
                     for name in names:
@@ -101,7 +100,7 @@ class VllmTarget:
             raise WeightSyncError(f"vLLM's parameters are not those of the family's map: {some}")
 
     @contextmanager
-    def _opened(self, layer: torch.nn.Module, digests: _Digests) -> Iterator[Mapping[str, torch.Tensor]]:
+    def _opened(self, layer: torch.nn.Module, digests: DigestPool) -> Iterator[Mapping[str, torch.Tensor]]:
         """The layer's own parameters, to be written; with the end of the block they are served.
 
         Until their ``digests`` are there, nobody writes to them again.
@@ -119,35 +118,6 @@ class VllmTarget:
                 _layerwise_process(layer, info)
         finally:
             finalize_layerwise_reload(layer, self._model_config)  # after a failure: the old ones come back
-
-
-class _Digests:
-    """The digests of parameters: on the CPU in a thread, beside what vLLM packs and what comes next."""
-
-    def __init__(self, model: ModelConfig):
-        self._model, self._shares = model, Shares()
-        self._pool = ThreadPoolExecutor(1, "digests")
-        self._running: list[Future[Shares]] = []
-
-    def add(self, blocks: Sequence[Block], tensor: torch.Tensor) -> None:
-        """Of what stands in ``tensor``, which must not change before ``finish``."""
-        if tensor.device.type == "cpu":
-            self._running.append(self._pool.submit(digest_shares, blocks, tensor, self._model))
-        else:
-            self._shares |= digest_shares(blocks, tensor, self._model)
-
-    def finish(self) -> Shares:
-        """All that there are, once they are there."""
-        for future in self._running:
-            self._shares |= future.result()
-        self._running.clear()
-        return self._shares
-
-    def __enter__(self) -> _Digests:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._pool.shutdown()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -72,6 +73,28 @@ def cluster():
         pytest.skip(why)
     with SlurmCluster(accounting=lacking(accounting=True) is None) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def batch_environment(cache, tmp_path_factory):
+    """For jobs: an environment's folder with the command line, and addresses for two nodes that are one host."""
+    from tests.integration.slurm_runs import ROOT
+    from tests.integration.tiny_run import environment
+
+    folder = tmp_path_factory.mktemp("venv")
+    script = folder / "bin" / "megatron-dagger"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m megatron_dagger.cli.main "$@"\n')
+    script.chmod(0o755)
+    network = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    return {**environment(cache), "VENV": str(folder), "PYTHONPATH": str(ROOT), **network}
+
+
+@pytest.fixture
+def in_order(cluster):
+    """What a test that failed has left must not hold up the next one."""
+    yield
+    cluster.restore()
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,14 @@ from megatron_dagger.weights import families
 from megatron_dagger.weights.blocks import Block, Box
 from megatron_dagger.weights.cells import cells
 from megatron_dagger.weights.digest import canonical_digests, compare, digest_shares, merge
+from megatron_dagger.weights.digest_pool import DigestPool
 from megatron_dagger.weights.errors import WeightMapError
 from tests.unit.weights.naive_shards import canonical_tensors, megatron_ranks, vllm_ranks
 from tests.unit.weights.sample_models import FAMILIES, PADDED, VOCAB, sample_model, sources, targets
 
 MODEL = sample_model("qwen3", num_query_groups=2)
-DOWN, QUERY, NORM = (
+EMBEDDING, DOWN, QUERY, NORM = (
+    "model.embed_tokens.weight",
     "model.layers.0.mlp.down_proj.weight",
     "model.layers.0.self_attn.q_proj.weight",
     "model.norm.weight",
@@ -31,6 +33,29 @@ def test_the_definition():
     columns = [xxhash.xxh3_64_intdigest(query[:, c : c + 1].numpy().tobytes(), seed=c) for c in range(8)]
     assert digest(DOWN, query) == f"float32 (8, 8) {sum(columns) % 2**64:016x}"
     assert digest(DOWN, query.numpy()) == digest(DOWN, query)
+
+
+@pytest.mark.parametrize("cells_of_a_portion", [0.5, 1, 3.5])
+def test_the_portions_in_which_bytes_are_fetched_do_not_matter(monkeypatch, cells_of_a_portion):
+    embedding = torch.randn(MODEL.vocab_size, 8)
+    rows = range(0, MODEL.vocab_size, 4)
+    hashes = [xxhash.xxh3_64_intdigest(embedding[r : r + 4].numpy().tobytes(), seed=r // 4) for r in rows]
+    assert len(hashes) > 4
+    monkeypatch.setattr("megatron_dagger.weights.digest._PORTION_BYTES", int(cells_of_a_portion * embedding[:4].nbytes))
+    expected = f"float32 ({MODEL.vocab_size}, 8) {sum(hashes) % 2**64:016x}"
+    assert digest(EMBEDDING, embedding) == digest(EMBEDDING, embedding.numpy()) == expected
+
+
+def test_a_pool_finds_the_same_digests_and_says_what_is_wrong():
+    tensors = {name: torch.randn(shape) for name, shape in families.canonical_names(MODEL).items()}
+    with DigestPool(MODEL) as pool:
+        for name, tensor in tensors.items():
+            whole = Box((0,) * tensor.dim(), tuple(tensor.shape))
+            pool.add([Block(name, whole, whole.start)], tensor)
+        assert merge([pool.finish()], MODEL) == canonical_digests(tensors.items(), MODEL)
+        pool.add([Block(QUERY, Box((1, 0), (2, 8)), (0, 0))], tensors[QUERY])
+        with pytest.raises(WeightMapError, match="cuts a cell"):
+            pool.finish()
 
 
 def test_what_a_tensor_lies_in_does_not_matter():

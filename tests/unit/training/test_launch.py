@@ -118,7 +118,7 @@ def test_the_deadline_ends_ranks_and_what_they_started(tmp_path):
 def test_a_rank_runs_as_python_m_would(tmp_path):
     """Arguments, directory, main module, exit code, and a log of its own for all that anybody writes."""
     source = (
-        "import os, sys\n"
+        "import os, sys, time\n"
         "if __name__ == '__main__':\n"
         "    assert os.getpgid(0) == os.getsid(0) == os.getpid()\n"
         "    assert sys.path[:2] == [os.getcwd(), sys.argv[1]]\n"
@@ -128,6 +128,8 @@ def test_a_rank_runs_as_python_m_would(tmp_path):
         "    print('python', rank)\n"
         "    print('error', rank, file=sys.stderr)\n"
         "    os.system('echo child $RANK')\n"
+        "    while rank == '1' and 'child' not in open(f'{sys.argv[1]}/logs/rank-0.log').read():\n"
+        "        time.sleep(0.01)\n"  # a rank that fails takes the others along
         "    sys.exit(2 * int(rank))\n"
     )
     with pytest.raises(LaunchError, match="rank 1 failed: exit code 2;"):

@@ -124,8 +124,8 @@ class VllmTarget:
 def layers_stay_unpacked() -> Iterator[None]:
     """In the block, linear layers that vLLM would pack for the CPU stay as a checkpoint has them, as they do on GPUs.
 
-    To pack them took most of an update (2.2 of 3.9 s, 0.5B parameters). Not to do so slows decoding of 4 to 16
-    sequences at once by up to a quarter with 0.1B parameters, and not at all with the quickstart's.
+    To pack them took most of an update (2.2 of 3.9 s, 0.5B parameters). Not to do so slows decoding by a tenth to
+    three tenths with 0.1B parameters, most with 4 to 8 sequences at once; the quickstart's takes as long as before.
     """
     packs = vllm_layers.dispatch_cpu_unquantized_gemm
 

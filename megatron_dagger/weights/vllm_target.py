@@ -56,6 +56,7 @@ class VllmTarget:
         """
         table = vllm_table(agreement.model, agreement.quantization)
         self._check_parameters(table)
+        self._check_layers()
         arrivals = transport.receive(agreement.plan.by_target[self._rank])
         with DigestPool(agreement.model) as digests:
             for module, names in itertools.groupby(table, key=lambda name: name.rpartition(".")[0]):
@@ -98,6 +99,14 @@ class VllmTarget:
         if theirs != table.keys():
             some = ", ".join(sorted(theirs ^ table.keys())[:5])
             raise WeightSyncError(f"vLLM's parameters are not those of the family's map: {some}")
+
+    def _check_layers(self) -> None:
+        for layer in self._model.modules():
+            if _is_plain(layer) and getattr(layer, "cpu_linear", _linear) is not _linear:
+                raise WeightSyncError(
+                    "vLLM has packed its linear layers for the CPU: start it with load_format=megatron, which leaves "
+                    "them as they are"
+                )
 
     @contextmanager
     def _opened(self, layer: torch.nn.Module, digests: DigestPool) -> Iterator[Mapping[str, torch.Tensor]]:
@@ -160,19 +169,14 @@ def _experts_are_packed_again(layer: torch.nn.Module) -> Iterator[None]:
         method.moe_kernel = method.moe_kernel or kernel
 
 
-def _is_head(module: torch.nn.Module) -> bool:
-    return isinstance(module, ParallelLMHead)
+def _is_plain(layer: torch.nn.Module) -> bool:
+    """Whether it is an embedding or a linear layer that is not quantised."""
+    method = getattr(layer, "quant_method", None)
+    return isinstance(method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod))
 
 
 def _serves_them_as_they_are(layer: torch.nn.Module) -> bool:
-    method = getattr(layer, "quant_method", None)
-    if isinstance(layer, VocabParallelEmbedding) and not _is_head(layer):
-        return isinstance(method, UnquantizedEmbeddingMethod)
-    if isinstance(method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)):
-        if getattr(layer, "cpu_linear", _linear) is not _linear:
-            raise WeightSyncError(
-                "vLLM has packed its linear layers for the CPU: start it with load_format=megatron, which leaves them "
-                "as they are"
-            )
-        return bool(current_platform.is_cuda() or current_platform.is_cpu())
-    return method is None
+    if not _is_plain(layer):
+        return getattr(layer, "quant_method", None) is None
+    looked_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+    return looked_up or bool(current_platform.is_cuda() or current_platform.is_cpu())

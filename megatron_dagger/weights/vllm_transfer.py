@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import ParallelConfig, get_current_vllm_config
+from vllm.config import LoadConfig, ParallelConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -31,7 +31,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from megatron_dagger.config import ConfigError, ModelConfig, build
 from megatron_dagger.weights.checkpoints import model_of
@@ -142,8 +142,7 @@ class MegatronLoader(BaseModelLoader):
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         source = _source(self.load_config.model_loader_extra_config)
         if source is None:
-            for parameter in model.parameters():
-                initialize_single_dummy_weight(parameter)
+            DummyModelLoader(LoadConfig(load_format="dummy")).load_weights(model, model_config)
             return
         offer, architecture = source
         parallel = get_current_vllm_config().parallel_config

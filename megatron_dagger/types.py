@@ -14,7 +14,7 @@ import numpy as np
 SCHEMA_VERSION = 1
 
 
-class Executor(StrEnum):
+class ActedBy(StrEnum):
     """Who chose the action that was executed in a turn."""
 
     STUDENT = "student"
@@ -95,7 +95,7 @@ class Turn:
 
     observation: str
     prompt_tokens: np.ndarray
-    executor: Executor
+    acted_by: ActedBy
     action: Action
     label: Action | None
     teacher_logprobs: np.ndarray | None = None

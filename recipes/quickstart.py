@@ -5,16 +5,16 @@ from __future__ import annotations
 from megatron_dagger.config import (
     BetaConfig,
     DaggerConfig,
-    EngineConfig,
     LimitsConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    RepoRepairConfig,
     RolloutConfig,
     RunConfig,
     SamplingConfig,
-    TasksConfig,
     TrainingConfig,
+    VllmEngineConfig,
 )
 
 TOKENS = 2048
@@ -24,7 +24,7 @@ def quickstart() -> RunConfig:
     """A 0.5M-parameter Qwen3 repairs pure-Python packages; CPU, TP2 x PP2, minutes."""
     return RunConfig(
         name="quickstart",
-        tasks=TasksConfig(
+        repo_repair=RepoRepairConfig(
             train_packages=("boltons", "deepmerge", "humanize", "munch", "parse", "toolz", "webcolors"),
             heldout_packages=("inflection", "jsonpointer", "pytimeparse", "roman", "schema", "unidiff"),
             train_tasks=96,
@@ -53,7 +53,7 @@ def quickstart() -> RunConfig:
         ),
         rollout=RolloutConfig(
             sampling=SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=24),
-            engine=EngineConfig(max_model_len=TOKENS, max_num_seqs=64, kv_cache_memory_mib=128),
+            engine=VllmEngineConfig(max_model_len=TOKENS, max_num_seqs=64, kv_cache_memory_mib=128),
             limits=LimitsConfig(max_turns=48, max_tokens=TOKENS),
             concurrent_episodes=12,
         ),

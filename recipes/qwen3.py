@@ -16,7 +16,6 @@ from typing import Literal
 from megatron_dagger.config import (
     BetaConfig,
     DaggerConfig,
-    EngineConfig,
     LimitsConfig,
     ModelConfig,
     OptimizerConfig,
@@ -28,6 +27,7 @@ from megatron_dagger.config import (
     SweConfig,
     TeacherConfig,
     TrainingConfig,
+    VllmEngineConfig,
 )
 from megatron_dagger.envs.swe.swegym import HELD_OUT
 
@@ -81,7 +81,7 @@ QWEN3_30B_A3B = ModelConfig(  # Qwen3-30B-A3B-Instruct-2507
 def qwen3_4b_swegym_8h100() -> RunConfig:
     """Qwen3-4B-Instruct-2507 on SWE-Gym; 64k tokens, FP8, one node of 8 H100s.
 
-    Begin with ``tools/convert.py hf-to-megatron Qwen3-4B-Instruct-2507 checkpoints/qwen3_4b_instruct_2507
+    Begin with ``megatron-dagger convert hf-to-megatron Qwen3-4B-Instruct-2507 checkpoints/qwen3_4b_instruct_2507
     --tensor-parallel 8 --dtype bfloat16``, or name another checkpoint: ``init_checkpoint=PATH``.
     """
     return _recipe("qwen3_4b_swegym_8h100", QWEN3_4B, "checkpoints/qwen3_4b_instruct_2507", _parallel(nodes=1))
@@ -91,7 +91,7 @@ def qwen3_8b_swegym_8h100() -> RunConfig:
     """Qwen3-8B on SWE-Gym; 64k tokens, FP8, one node of 8 H100s.
 
     Set ``rope_theta`` to 5000000 and ``max_position_embeddings`` to 65536 in its config.json, then begin with
-    ``tools/convert.py hf-to-megatron Qwen3-8B checkpoints/qwen3_8b --tensor-parallel 8 --dtype bfloat16``, or name
+    ``megatron-dagger convert hf-to-megatron Qwen3-8B checkpoints/qwen3_8b --tensor-parallel 8 --dtype bfloat16``, or name
     another checkpoint: ``init_checkpoint=PATH``.
     """
     return _recipe("qwen3_8b_swegym_8h100", QWEN3_8B, "checkpoints/qwen3_8b", _parallel(nodes=1))
@@ -116,7 +116,7 @@ def qwen3_8b_swegym_4x8h100() -> RunConfig:
 def qwen3_30b_a3b_swegym_4x8h100() -> RunConfig:
     """Qwen3-30B-A3B-Instruct-2507 on SWE-Gym; 64k tokens, BF16, experts over 8 GPUs, four nodes of 8 H100s.
 
-    Begin with ``tools/convert.py hf-to-megatron Qwen3-30B-A3B-Instruct-2507 checkpoints/qwen3_30b_a3b_instruct_2507
+    Begin with ``megatron-dagger convert hf-to-megatron Qwen3-30B-A3B-Instruct-2507 checkpoints/qwen3_30b_a3b_instruct_2507
     --tensor-parallel 4 --dtype bfloat16``, or name another checkpoint: ``init_checkpoint=PATH``. Rollouts use one
     node: the student is one engine.
     """
@@ -169,7 +169,7 @@ def _recipe(
         ),
         rollout=RolloutConfig(
             sampling=SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=REPLY_TOKENS),
-            engine=EngineConfig(
+            engine=VllmEngineConfig(
                 dtype="bfloat16",
                 tensor_parallel_size=4,
                 max_model_len=TOKENS,

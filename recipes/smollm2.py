@@ -5,7 +5,6 @@ from __future__ import annotations
 from megatron_dagger.config import (
     BetaConfig,
     DaggerConfig,
-    EngineConfig,
     LimitsConfig,
     ModelConfig,
     OptimizerConfig,
@@ -14,6 +13,7 @@ from megatron_dagger.config import (
     RunConfig,
     SamplingConfig,
     TrainingConfig,
+    VllmEngineConfig,
 )
 
 TOKENS = 8192  # the model's own limit
@@ -37,7 +37,7 @@ SMOLLM2_135M = ModelConfig(
 def smollm2_135m_repair_1gpu() -> RunConfig:
     """SmolLM2-135M-Instruct repairs packages; BF16 on one GPU, trainer and engine side by side.
 
-    Begin with ``tools/convert.py hf-to-megatron SmolLM2-135M-Instruct checkpoints/smollm2_135m_instruct``, or
+    Begin with ``megatron-dagger convert hf-to-megatron SmolLM2-135M-Instruct checkpoints/smollm2_135m_instruct``, or
     name another checkpoint: ``init_checkpoint=PATH``.
     """
     return RunConfig(
@@ -54,7 +54,7 @@ def smollm2_135m_repair_1gpu() -> RunConfig:
         ),
         rollout=RolloutConfig(
             sampling=SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=64),
-            engine=EngineConfig(
+            engine=VllmEngineConfig(
                 dtype="bfloat16",
                 max_model_len=TOKENS,
                 kv_cache_memory_mib=16 << 10,  # the rest of the GPU is the trainer's

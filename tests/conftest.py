@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def daemon():
-    from tests.docker_engine import DoesNotStart, docker_daemon, missing
+    from tools.support.docker_engine import DoesNotStart, docker_daemon, missing
 
     why = missing()
     if why:
@@ -22,7 +22,7 @@ def daemon():
 
 @pytest.fixture(scope="session")
 def docker_host(daemon):
-    from megatron_dagger.envs.sandbox.docker_host import DockerHost
+    from megatron_dagger.sandbox.docker.daemon import DockerHost
 
     with DockerHost("tests", daemon.url) as host:
         yield host

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dagger.cli.stopping import stops_when_asked
 from megatron_dagger.config import ConfigError, SweConfig
 from megatron_dagger.config.base import require
+from megatron_dagger.driver.preemption import stops_when_asked
 from megatron_dagger.evaluation.harness import Harness
 from megatron_dagger.evaluation.resolved import Outcome, resolve_rate, table
 from megatron_dagger.observability.export import prediction
@@ -149,7 +149,7 @@ def _tasks(arguments: argparse.Namespace) -> list[SweTask]:
     if arguments.tasks is not None:
         tasks, _ = read_tasks(arguments.dataset, arguments.tasks, split=arguments.split)
     else:
-        from megatron_dagger.cli.environments import swe_tasks
+        from megatron_dagger.driver.environments import swe_tasks
 
         require(arguments.run_dir is not None, "grade: name the tasks by --tasks, or a run")
         config = _settings(arguments.run_dir)
@@ -161,9 +161,9 @@ def _tasks(arguments: argparse.Namespace) -> list[SweTask]:
 
 
 def _settings(run_dir: Path) -> SweConfig:
-    from megatron_dagger.cli.world import open_run
+    from megatron_dagger.driver.context import load_run_config
 
-    return open_run(run_dir).swe
+    return load_run_config(run_dir).swe
 
 
 def _default(arguments: argparse.Namespace, name: str) -> Path:
@@ -216,8 +216,8 @@ def _alone(directory: Path) -> Iterator[None]:
 @contextmanager
 def _daemon(harness: Harness, tasks: Sequence[SweTask], *, pull: bool) -> Iterator[None]:
     """A daemon that has the images; what a harness has left there is removed before and after."""
-    from megatron_dagger.envs.sandbox.docker_host import DockerHost
-    from megatron_dagger.envs.sandbox.images import is_here
+    from megatron_dagger.sandbox.docker.daemon import DockerHost
+    from megatron_dagger.sandbox.docker.images import is_here
 
     with DockerHost(harness.run_id, harness.docker_url) as host:
         absent = [] if pull else sorted({task.image for task in tasks if not is_here(host, task.image)})

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_dagger.cli import admit, grade, plan, reading
-from megatron_dagger.cli.stopping import stops_when_asked
+from megatron_dagger.cli import grade, plan, reading, validate
 from megatron_dagger.config import RunConfig, dump_yaml, load_yaml, override
 from megatron_dagger.dagger.worker import Worker
+from megatron_dagger.driver.preemption import stops_when_asked
 from megatron_dagger.policies.base import BudgetSpent
 
 logger = logging.getLogger("megatron_dagger.cli.main")  # also where it runs as __main__
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
             which.add_argument("--resident", action="store_true", help=text)
         stage.add_argument("--take-over", action="store_true", help=TAKE_OVER)
 
-    admit.add_arguments(add("admit", admit.admit, "Judge SWE tasks by their gold patches and by none, repeatedly."))
+    validate.add_arguments(add("validate", validate.validate, "Validate SWE tasks."))
     grade.add_arguments(add("grade", grade.grade, "Grade patches by SWE-bench's own harness, in Docker."))
     reading.add_commands(add_run)
     return parser
@@ -129,8 +129,8 @@ def _parser() -> argparse.ArgumentParser:
 
 @stops_when_asked()
 def _run(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.cli.world import change_run, create_run, world
     from megatron_dagger.dagger.loop import run_rounds
+    from megatron_dagger.driver.context import change_run, create_run, open_run_context
     from megatron_dagger.observability.logs import setup_logging
 
     if arguments.recipe:
@@ -144,13 +144,13 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     setup_logging(arguments.run_dir)
     rounds = range(config.dagger.rounds + 1)
-    with world(config, arguments.run_dir, trains=rounds, take_over=arguments.take_over) as parts:
+    with open_run_context(config, arguments.run_dir, trains=rounds, take_over=arguments.take_over) as parts:
         asyncio.run(run_rounds(parts))
     return reading.report(argparse.Namespace(run_dir=arguments.run_dir, out=None, episodes=reading.EPISODES))
 
 
 def _create(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.cli.world import change_run, create_run
+    from megatron_dagger.driver.context import change_run, create_run
 
     if arguments.recipe or arguments.config:
         file = Path("/dev/stdin") if str(arguments.config) == "-" else arguments.config
@@ -196,12 +196,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.rank:
-        from megatron_dagger.cli.train import train_rank, train_resident_rank
-        from megatron_dagger.cli.world import open_run
+        from megatron_dagger.driver.context import load_run_config
+        from megatron_dagger.driver.training import train_rank, train_resident_rank
 
         level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
         logging.basicConfig(level=level, format="%(asctime)s %(name)s %(message)s")
-        config = open_run(arguments.run_dir)
+        config = load_run_config(arguments.run_dir)
         if arguments.resident:
             train_resident_rank(config, arguments.run_dir)
         else:
@@ -213,12 +213,12 @@ def _train(arguments: argparse.Namespace) -> int:
 @stops_when_asked()
 def _train_node(arguments: argparse.Namespace) -> int:
     """The first node holds the run; the others only start their ranks."""
-    from megatron_dagger.cli.train import train_beside, train_resident
-    from megatron_dagger.cli.world import open_run
     from megatron_dagger.dagger.loop import train
-    from megatron_dagger.training.launch import node_rank
+    from megatron_dagger.driver.context import load_run_config
+    from megatron_dagger.driver.training import train_beside, train_resident
+    from megatron_dagger.training.ranks.launch import node_rank
 
-    config = open_run(arguments.run_dir)
+    config = load_run_config(arguments.run_dir)
     if arguments.resident:
         train_resident(config, arguments.run_dir, take_over=arguments.take_over)
         return 0
@@ -230,12 +230,12 @@ def _train_node(arguments: argparse.Namespace) -> int:
 
 @stops_when_asked()
 def _stage(arguments: argparse.Namespace, stage: Callable[..., None], worker: Worker | None = None) -> int:
-    from megatron_dagger.cli.world import open_run, world
+    from megatron_dagger.driver.context import load_run_config, open_run_context
     from megatron_dagger.observability.logs import DRIVER, setup_logging
 
-    config = open_run(arguments.run_dir)
+    config = load_run_config(arguments.run_dir)
     setup_logging(arguments.run_dir, name=worker.name if worker else DRIVER)
-    with world(config, arguments.run_dir, worker=worker, take_over=arguments.take_over) as parts:
+    with open_run_context(config, arguments.run_dir, worker=worker, take_over=arguments.take_over) as parts:
         stage(parts)
     return 0
 

@@ -108,8 +108,8 @@ def _matching(arguments: argparse.Namespace) -> Iterator[Trajectory]:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.agents.chat import ChatRenderer
     from megatron_dagger.observability import export as written
+    from megatron_dagger.rollout.chat import ChatRenderer
 
     store = _episodes(arguments)
     renderer = ChatRenderer.load(arguments.run_dir / "student")
@@ -131,9 +131,9 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _episodes(arguments: argparse.Namespace) -> DataStore:
-    from megatron_dagger.cli.world import open_run
+    from megatron_dagger.driver.context import load_run_config
 
-    open_run(arguments.run_dir)  # an error says what is no run
+    load_run_config(arguments.run_dir)  # an error says what is no run
     store = _store(arguments.run_dir, "evaluations.zarr" if arguments.evaluation else "data.zarr")
     if store is None:
         raise ConfigError(f"{arguments.run_dir} has no {'evaluated ' * arguments.evaluation}episodes yet")

@@ -13,37 +13,37 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_dagger.agents.chat import ChatRenderer
-from megatron_dagger.agents.episode import Decision, EpisodeKey, EpisodeRunner
-from megatron_dagger.cli.environments import Environment, open_environment
-from megatron_dagger.cli.stopping import stops_when_asked
-from megatron_dagger.cli.world import cache_dir, open_run
 from megatron_dagger.config import RunConfig
+from megatron_dagger.driver.context import cache_dir, load_run_config
+from megatron_dagger.driver.environments import Environment, open_environment
+from megatron_dagger.driver.preemption import stops_when_asked
 from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.source import visible
 from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.rollout.chat import ChatRenderer
+from megatron_dagger.rollout.episode import EpisodeKey, EpisodeRunner, TurnDecision
 from megatron_dagger.types import State, Trajectory
 
 _DIFF_LINES = 30
 
 
-class RecordedActor:
+class RecordedTurnPolicy:
     """Does in each turn what was done then. After the last one there is nothing to do: PolicyError."""
 
     def __init__(self, episode: Trajectory):
         self._turns = episode.turns
 
-    async def decide(self, state: State, turn: int) -> Decision:
+    async def decide(self, state: State, turn: int) -> TurnDecision:
         if turn >= len(self._turns):
             raise PolicyError(f"the record ends after {len(self._turns)} turns, this episode has not ended yet")
         then = self._turns[turn]
-        return Decision(executor=then.executor, action=then.action, label=then.label)
+        return TurnDecision(acted_by=then.acted_by, action=then.action, label=then.label)
 
 
 @stops_when_asked()
 def replay(run_dir: Path, episodes: Sequence[Trajectory]) -> int:
     """Print what differs; 0 when every episode ends as it did then, 1 otherwise."""
-    config, ended_otherwise = open_run(run_dir), 0
+    config, ended_otherwise = load_run_config(run_dir), 0
     with ExitStack() as stack:
         environment = open_environment(config, run_dir, cache_dir(), track, stack)
         again = asyncio.run(_act_again(config, run_dir, environment, episodes))
@@ -85,7 +85,9 @@ async def _act_again(
         async def one(then: Trajectory) -> Trajectory:
             key = EpisodeKey(run_seed=config.seed, round_index=then.round_index, task_id=then.task_id)
             async with places:
-                now = await runner.run(lambda: environment.make_env(then.task_id), RecordedActor(then), key, then.beta)
+                now = await runner.run(
+                    lambda: environment.make_env(then.task_id), RecordedTurnPolicy(then), key, then.beta
+                )
             progress.advance()
             return now
 

@@ -1,10 +1,20 @@
 """Settings, without any engine: what recipes build and run directories hold."""
 
-from megatron_dagger.config.base import ConfigError, build, differing, dump_yaml, load_yaml, override, to_dict
+from megatron_dagger.config.base import (
+    ConfigError,
+    build,
+    current_name,
+    differing,
+    dump_yaml,
+    load_yaml,
+    override,
+    to_dict,
+)
 from megatron_dagger.config.dagger import AggregationConfig, BetaConfig, DaggerConfig
 from megatron_dagger.config.model import ModelConfig, YarnConfig
-from megatron_dagger.config.rollout import EngineConfig, LimitsConfig, RolloutConfig, SamplingConfig
-from megatron_dagger.config.run import RunConfig, TasksConfig
+from megatron_dagger.config.repo_repair import RepoRepairConfig
+from megatron_dagger.config.rollout import LimitsConfig, RolloutConfig, SamplingConfig, VllmEngineConfig
+from megatron_dagger.config.run import RunConfig
 from megatron_dagger.config.swe import SweConfig
 from megatron_dagger.config.teacher import TeacherConfig
 from megatron_dagger.config.training import OptimizerConfig, Packing, ParallelConfig, Precision, TrainingConfig
@@ -14,7 +24,7 @@ __all__ = [
     "BetaConfig",
     "ConfigError",
     "DaggerConfig",
-    "EngineConfig",
+    "VllmEngineConfig",
     "LimitsConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -25,11 +35,12 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "SweConfig",
-    "TasksConfig",
+    "RepoRepairConfig",
     "TeacherConfig",
     "TrainingConfig",
     "YarnConfig",
     "build",
+    "current_name",
     "differing",
     "dump_yaml",
     "load_yaml",

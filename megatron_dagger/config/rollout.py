@@ -22,7 +22,7 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class VllmEngineConfig:
     """vLLM, in words that both its CPU and its CUDA build know."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -63,7 +63,7 @@ class RolloutConfig:
     """One phase of acting: collection or evaluation."""
 
     sampling: SamplingConfig = SamplingConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: VllmEngineConfig = VllmEngineConfig()
     limits: LimitsConfig = LimitsConfig()
     concurrent_episodes: int = 32
     stage_deadline_s: float = 86_400.0  # of one collection or evaluation, for those who wait for it (resident mode)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar
 
 from megatron_dagger.config.base import differing, require
 from megatron_dagger.config.dagger import DaggerConfig
 from megatron_dagger.config.model import ModelConfig
+from megatron_dagger.config.repo_repair import RepoRepairConfig
 from megatron_dagger.config.rollout import RolloutConfig, SamplingConfig
 from megatron_dagger.config.swe import SweConfig
 from megatron_dagger.config.teacher import TeacherConfig
@@ -33,36 +34,18 @@ CHANGEABLE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TasksConfig:
-    """Repository-repair tasks: which packages are mutated, and how many tasks each side gets."""
-
-    source: Literal["packages", "stdlib"] = "packages"  # stdlib: nothing is downloaded
-    train_packages: tuple[str, ...] = ()  # empty: the pinned default list
-    heldout_packages: tuple[str, ...] = ()
-    train_tasks: int = 192
-    heldout_tasks: int = 48
-    repeats: int = 3  # agreeing test runs that admit a task, at least 2
-    suspects: int = 9  # lines that the fault localiser shows
-    fewest_repairs: int = 1  # repairs that a search line by line tries before the right one, at least
-    most_repairs: int = 11  # and at most
-
-    def __post_init__(self) -> None:
-        both = set(self.train_packages) & set(self.heldout_packages)
-        require(self.repeats >= 2, f"tasks.repeats={self.repeats}: runs cannot agree unless there are at least 2")
-        require(not both, f"tasks: in train_packages and in heldout_packages: {', '.join(sorted(both))}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything a run depends on. The same config and seed give the same run."""
+
+    RENAMED: ClassVar = {"tasks": "repo_repair"}
 
     name: str = "run"
     wandb_project: str | None = None  # mode and key are W&B's own variables (WANDB_MODE, WANDB_API_KEY)
     seed: int = 1234
-    tasks: TasksConfig = TasksConfig()
+    repo_repair: RepoRepairConfig = RepoRepairConfig()
     swe: SweConfig = SweConfig()
     model: ModelConfig = ModelConfig()
-    init_checkpoint: str | None = None  # what round 0 begins with, by tools/convert.py; None: random weights
+    init_checkpoint: str | None = None  # what round 0 begins with, by megatron-dagger convert; None: random weights
     training: TrainingConfig = TrainingConfig()
     rollout: RolloutConfig = RolloutConfig()
     teacher: TeacherConfig = TeacherConfig()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatron_dagger.config.base import require
 
@@ -18,10 +18,12 @@ class SweConfig:
     enters the training data, whichever dataset it comes from.
     """
 
+    RENAMED: ClassVar = {"admission": "validation"}
+
     train: str = ""
     train_dataset: Dataset = "swe-gym"
     train_split: str = "train"
-    admission: str = ""  # a file of `megatron-dagger admit`: train only on what it admits
+    validation: str = ""  # a report of `megatron-dagger validate`: train only on its valid tasks
     heldout: str = ""  # empty: ``heldout_of_train`` tasks of the training dataset
     heldout_dataset: Dataset = "swe-bench"
     heldout_split: str = "test"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dagger.config.dagger import AggregationConfig
-from megatron_dagger.types import Executor, LabelledEpisode, StateLabel, Trajectory
+from megatron_dagger.types import ActedBy, LabelledEpisode, StateLabel, Trajectory
 
 DEPTH_BUCKET_TURNS = 4
 
@@ -111,9 +111,9 @@ def summarise(trajectories: Iterable[Trajectory]) -> dict[str, Any]:
         solved += trajectory.solved
         finished += trajectory.stop_reason.is_finished
         for depth, turn in enumerate(trajectory.turns):
-            teacher_turns += turn.executor is Executor.TEACHER
+            teacher_turns += turn.acted_by is ActedBy.TEACHER
             labelled_turns += turn.label is not None
-            if turn.executor is Executor.STUDENT and turn.label is not None:
+            if turn.acted_by is ActedBy.STUDENT and turn.label is not None:
                 bucket = depth - depth % DEPTH_BUCKET_TURNS
                 compared[bucket] += 1
                 agreeing[bucket] += turn.agrees

@@ -15,11 +15,11 @@ import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
-from megatron_dagger.agents.episode import Actor, EpisodeKey, EpisodeRunner
 from megatron_dagger.config import RunConfig, SamplingConfig
-from megatron_dagger.dagger.worker import ended
-from megatron_dagger.dagger.world import EpisodeStore, Score, World
-from megatron_dagger.store.given_up import GivenUp
+from megatron_dagger.dagger.context import EpisodeStore, RunContext, Score
+from megatron_dagger.dagger.worker import finished_tasks
+from megatron_dagger.rollout.episode import EpisodeKey, EpisodeRunner, TurnPolicy
+from megatron_dagger.store.abandoned import AbandonedTasks
 from megatron_dagger.types import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -52,49 +52,49 @@ def _shuffled(tasks: tuple[str, ...], seed: int) -> list[str]:
 
 
 async def run_episodes(
-    world: World,
+    context: RunContext,
     store: EpisodeStore,
     round_index: int,
     tasks: Sequence[str],
-    actor: Callable[[EpisodeKey], Actor],
+    actor: Callable[[EpisodeKey], TurnPolicy],
     sampling: SamplingConfig,
     *,
     beta: float,
     stage: str,
-    everybodys: int,
+    all_tasks: int,
     score: Score | None = None,
 ) -> int:
     """Run one episode for each task that has not ended yet, and ``score`` it; the number that broke.
 
-    ``everybodys``: how many tasks the stage has, with the other workers'. Raises TooManyBroken.
+    ``all_tasks``: how many tasks the stage has, with the other workers'. Raises TooManyBroken.
     """
-    done = ended(store, round_index)
+    done = finished_tasks(store, round_index)
     waiting = [task for task in tasks if task not in done]
     runner = EpisodeRunner(
-        renderer=world.renderer,
-        limits=world.config.rollout.limits,
+        renderer=context.renderer,
+        limits=context.config.rollout.limits,
         max_action_tokens=sampling.max_tokens,
-        threads=world.threads,
+        threads=context.threads,
     )
     broken = solved = 0
     clean: list[Trajectory] = []
-    with world.track(
+    with context.track(
         f"round {round_index} {stage}",
         len(tasks),
         done=len(tasks) - len(waiting),
-        run_dir=world.run_dir,
+        run_dir=context.run_dir,
         round_index=round_index,
         stage=stage,
     ) as progress:
         try:
-            async with aclosing(_ending(world, runner, round_index, waiting, actor, beta, score)) as endings:
+            async with aclosing(_stream_episodes(context, runner, round_index, waiting, actor, beta, score)) as endings:
                 async for trajectory, tries in endings:
                     broken += tries - trajectory.stop_reason.is_clean
                     if trajectory.stop_reason.is_clean:
                         solved += trajectory.solved
                         clean.append(trajectory)
                     else:
-                        _give_up(store.given_up(round_index), trajectory, tasks, everybodys)
+                        _give_up(store.given_up(round_index), trajectory, tasks, all_tasks)
                     if len(clean) >= COMMIT_EPISODES:
                         store.append(clean)
                         clean = []
@@ -105,39 +105,39 @@ async def run_episodes(
     return broken
 
 
-def _give_up(given_up: GivenUp, last: Trajectory, tasks: Sequence[str], everybodys: int) -> None:
+def _give_up(given_up: AbandonedTasks, last: Trajectory, tasks: Sequence[str], all_tasks: int) -> None:
     """Give up the task of ``last``, or none of ``tasks`` and raise TooManyBroken."""
     given_up.add(last)
     number = len(given_up.tasks())
-    if number == everybodys or (number >= TOO_MANY and number > TOO_LARGE_SHARE * everybodys):
+    if number == all_tasks or (number >= TOO_MANY and number > TOO_LARGE_SHARE * all_tasks):
         given_up.withdraw(tasks)  # the environment is to be mended; then they are tried again
         raise TooManyBroken(
-            f"{number} of {everybodys} tasks broke {TRIES} times each, the last of them {last.task_id} with "
+            f"{number} of {all_tasks} tasks broke {TRIES} times each, the last of them {last.task_id} with "
             f"{last.stop_reason}: {last.details.get('error')}"
         )
     logger.warning("%s is given up for this round", last.task_id)
 
 
-async def _ending(
-    world: World,
+async def _stream_episodes(
+    context: RunContext,
     runner: EpisodeRunner,
     round_index: int,
     tasks: Sequence[str],
-    actor: Callable[[EpisodeKey], Actor],
+    actor: Callable[[EpisodeKey], TurnPolicy],
     beta: float,
     score: Score | None,
 ) -> AsyncGenerator[tuple[Trajectory, int], None]:
     """Each task's episode, in the order in which they end, and its tries; one that is not clean broke in all."""
-    at_once = world.config.rollout.concurrent_episodes
+    at_once = context.config.rollout.concurrent_episodes
     places = asyncio.Semaphore(at_once)  # given in the order of the tasks
 
     async def one(number: int, task: str) -> tuple[Trajectory, int]:
         async with places:
-            world.prefetch(tasks[number + 1 : number + 1 + at_once])
+            context.prefetch(tasks[number + 1 : number + 1 + at_once])
             for broke in range(TRIES):
                 draw = max(0, broke - 1)
-                key = EpisodeKey(run_seed=world.config.seed, round_index=round_index, task_id=task, draw=draw)
-                trajectory = await runner.run(functools.partial(world.make_env, task), actor(key), key, beta)
+                key = EpisodeKey(run_seed=context.config.seed, round_index=round_index, task_id=task, draw=draw)
+                trajectory = await runner.run(functools.partial(context.make_env, task), actor(key), key, beta)
                 if trajectory.stop_reason.is_clean:
                     return trajectory if score is None else await score(trajectory), broke + 1
                 logger.warning("%s broke (%s): %s", task, trajectory.stop_reason, trajectory.details.get("error"))

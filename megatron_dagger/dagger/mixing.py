@@ -13,10 +13,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_dagger.agents.episode import Decision, EpisodeKey
 from megatron_dagger.config import DaggerConfig
 from megatron_dagger.policies.base import NoAction, Policy
-from megatron_dagger.types import Action, Executor, State
+from megatron_dagger.rollout.episode import EpisodeKey, TurnDecision
+from megatron_dagger.types import ActedBy, Action, State
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ TeacherActs = Callable[[int], bool]  # turn -> whether the teacher acts
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtureActor:
+class MixtureTurnPolicy:
     """Student and teacher by turns, as ``teacher_acts`` says; the teacher labels every state.
 
     ``student`` may be None where the teacher acts in every turn (round 0); then NoAction is raised on.
@@ -34,17 +34,17 @@ class MixtureActor:
     teacher: Policy
     teacher_acts: TeacherActs
 
-    async def decide(self, state: State, turn: int) -> Decision:
+    async def decide(self, state: State, turn: int) -> TurnDecision:
         if self.student is None:
             action = await self.teacher.act(state)
-            return Decision(executor=Executor.TEACHER, action=action, label=action)
+            return TurnDecision(acted_by=ActedBy.TEACHER, action=action, label=action)
         if not self.teacher_acts(turn):
             action, label = await asyncio.gather(self.student.act(state), self._label(state))
-            return Decision(executor=Executor.STUDENT, action=action, label=label)
+            return TurnDecision(acted_by=ActedBy.STUDENT, action=action, label=label)
         label = await self._label(state)
         if label is None:
-            return Decision(executor=Executor.STUDENT, action=await self.student.act(state), label=None)
-        return Decision(executor=Executor.TEACHER, action=label, label=label)
+            return TurnDecision(acted_by=ActedBy.STUDENT, action=await self.student.act(state), label=None)
+        return TurnDecision(acted_by=ActedBy.TEACHER, action=label, label=label)
 
     async def _label(self, state: State) -> Action | None:
         try:
@@ -55,14 +55,14 @@ class MixtureActor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoloActor:
+class SoloTurnPolicy:
     """One policy alone, unlabelled: evaluation."""
 
     policy: Policy
-    executor: Executor = Executor.STUDENT
+    acted_by: ActedBy = ActedBy.STUDENT
 
-    async def decide(self, state: State, turn: int) -> Decision:
-        return Decision(executor=self.executor, action=await self.policy.act(state), label=None)
+    async def decide(self, state: State, turn: int) -> TurnDecision:
+        return TurnDecision(acted_by=self.acted_by, action=await self.policy.act(state), label=None)
 
 
 def per_turn(beta: float, key: EpisodeKey) -> TeacherActs:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_dagger.config import ConfigError
 from megatron_dagger.config.base import require
-from megatron_dagger.dagger.world import EpisodeStore
+from megatron_dagger.dagger.context import EpisodeStore
 from megatron_dagger.store.atomic import read_json, write_json
 
 _POLL_S = 0.5
@@ -69,7 +69,7 @@ def recorded_by_workers(folder: Path) -> tuple[int, float]:
     return sum(r["broken_episodes"] for r in records), max((r["duration_s"] for r in records), default=0.0)
 
 
-async def ends_stage(
+async def wait_for_workers(
     worker: Worker | None, store: EpisodeStore, round_index: int, tasks: Sequence[str], deadline_s: float
 ) -> bool:
     """Whether it is for this process to end the stage; if so, after all workers' episodes of ``tasks`` are there."""
@@ -77,18 +77,18 @@ async def ends_stage(
         return True
     if worker.seals:
         what = f"the other workers' episodes of round {round_index}"
-        await until(lambda: have_ended(store, round_index, tasks), deadline_s, what)
+        await until(lambda: all_finished(store, round_index, tasks), deadline_s, what)
     return worker.seals
 
 
-def ended(store: EpisodeStore, round_index: int) -> set[str]:
+def finished_tasks(store: EpisodeStore, round_index: int) -> set[str]:
     """The tasks of which nothing more is to be done: they have their episode, or are given up."""
     return {task for task, _ in store.committed(round_index)} | store.given_up(round_index).tasks()
 
 
-def have_ended(store: EpisodeStore, round_index: int, tasks: Sequence[str]) -> bool:
+def all_finished(store: EpisodeStore, round_index: int, tasks: Sequence[str]) -> bool:
     """Whether every one of ``tasks`` is among ``ended``."""
-    return ended(store, round_index).issuperset(tasks)
+    return finished_tasks(store, round_index).issuperset(tasks)
 
 
 async def until(condition: Callable[[], bool], deadline_s: float, what: str) -> None:

@@ -107,7 +107,7 @@ def _labels(episodes: Iterator[tuple[Trajectory, str]], path: Path) -> None:
                 if turn.label is not None:
                     before = _messages(episode.turns[: depth + 1], system)[:-1]
                     label = {"role": "assistant", "content": turn.label.text}
-                    yield {"messages": [*before, label], "turn": depth, "executor": turn.executor, **_about(episode)}
+                    yield {"messages": [*before, label], "turn": depth, "executor": turn.acted_by, **_about(episode)}
 
     _write_lines(path, samples())
 
@@ -119,7 +119,7 @@ def _traj(episodes: Iterator[tuple[Trajectory, str]], directory: Path) -> None:
         acted = [message for message in messages if message["role"] == "assistant"]
         for message, turn in zip(acted, episode.turns, strict=True):
             label = None if turn.label is None else turn.label.text
-            message["extra"] = {"actions": [{"command": turn.action.text}], "executor": turn.executor, "label": label}
+            message["extra"] = {"actions": [{"command": turn.action.text}], "executor": turn.acted_by, "label": label}
         info = {
             "model_stats": {"instance_cost": 0.0, "api_calls": len(episode.turns)},
             "exit_status": _EXIT_STATUS.get(episode.stop_reason, str(episode.stop_reason)),
@@ -164,7 +164,7 @@ def _row(episode: Trajectory, depth: int, turn: Turn) -> dict[str, Any]:
         "turn": depth,
         "observation": _clean(turn.observation),
         "prompt_tokens": turn.prompt_tokens,
-        "executor": str(turn.executor),
+        "executor": str(turn.acted_by),
         "action": _clean(turn.action.text),
         "action_tokens": turn.action.tokens,
         "action_logprobs": logprobs,

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dagger.observability import boards
+from megatron_dagger.observability import trackers as boards
 from megatron_dagger.store.atomic import explain_full_disk
 from megatron_dagger.store.fence import permitted
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_dagger.observability.rundir import RoundFiles, RunFiles
 from megatron_dagger.observability.source import EpisodeSource, visible
-from megatron_dagger.types import Executor, Trajectory
+from megatron_dagger.types import ActedBy, Trajectory
 
 MAX_LOSS_POINTS = 800
 MAX_TEXT = 2400  # characters of one observation or action
@@ -61,7 +61,7 @@ def describe(trajectory: Trajectory, kind: str) -> dict[str, Any]:
     turns = []
     for turn in trajectory.turns:
         shown: dict[str, Any] = {
-            "by": "teacher" if turn.executor is Executor.TEACHER else "student",
+            "by": "teacher" if turn.acted_by is ActedBy.TEACHER else "student",
             "saw": clip(visible(turn.observation)),
             "did": clip(visible(turn.action.text)),
             "labelled": turn.label is not None,

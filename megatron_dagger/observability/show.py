@@ -6,12 +6,12 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_dagger.observability.source import visible
-from megatron_dagger.types import Executor, Trajectory, Turn
+from megatron_dagger.types import ActedBy, Trajectory, Turn
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-STYLES = {Executor.STUDENT: "bold blue", Executor.TEACHER: "bold yellow"}
+STYLES = {ActedBy.STUDENT: "bold blue", ActedBy.TEACHER: "bold yellow"}
 
 
 def show(trajectory: Trajectory, *, stream: TextIO | None = None, max_lines: int = 30) -> None:
@@ -31,7 +31,7 @@ def show(trajectory: Trajectory, *, stream: TextIO | None = None, max_lines: int
     for depth, turn in enumerate(t.turns):
         _show_turn(console, depth, turn, max_lines)
     outcome = "solved" if t.solved else "not solved"
-    compared = [turn for turn in t.turns if turn.executor is Executor.STUDENT and turn.label is not None]
+    compared = [turn for turn in t.turns if turn.acted_by is ActedBy.STUDENT and turn.label is not None]
     agreeing = sum(turn.agrees for turn in compared)
     console.rule(style="dim")
     console.print(Text(outcome, style="bold green" if t.solved else "bold red"), end="")
@@ -46,7 +46,7 @@ def _show_turn(console: Console, depth: int, turn: Turn, max_lines: int) -> None
 
     console.rule(Text(f"turn {depth + 1}"), style="dim", align="left")
     console.print(Text(_clip(visible(turn.observation).rstrip(), max_lines), style="dim"))
-    console.print(Text(f"{turn.executor.value:>8} > ", style=STYLES[turn.executor]), end="")
+    console.print(Text(f"{turn.acted_by.value:>8} > ", style=STYLES[turn.acted_by]), end="")
     console.print(Text(visible(turn.action.text).strip()))
     if turn.label is None:
         console.print(Text("   (no label)", style="dim"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from megatron_dagger.config.model import ModelConfig, padded_vocab_size
 from megatron_dagger.config.training import TrainingConfig
-from megatron_dagger.planning.saved import FP32, Saved, Split, itemsize, layer_tensors
+from megatron_dagger.planning.saved_tensors import FP32, SavedTensor, Split, itemsize, layer_tensors
 
 
 def layer_bytes(model: ModelConfig, training: TrainingConfig, *, engine: bool, expert_load: float = 1.0) -> float:
@@ -73,7 +73,7 @@ def in_flight_layers(model: ModelConfig, training: TrainingConfig, stage: int) -
 def head_bytes(model: ModelConfig, training: TrainingConfig, label_tokens: int, *, engine: bool) -> float:
     """What the last stage's norm and the output layer's input keep."""
     saved = (2 if engine else 2 * FP32) * model.hidden_size
-    norm = Saved(name="last norm", bytes=saved, split=Split.SEQUENCE).here(training)
+    norm = SavedTensor(name="last norm", bytes=saved, split=Split.SEQUENCE).here(training)
     size = itemsize(training)
     if training.parallel.sequence_parallel:
         return training.sequence_length * (
@@ -100,5 +100,5 @@ def logits_bytes(model: ModelConfig, training: TrainingConfig, positions: int, *
     return positions * (columns * (FP32 + beside) + gathered)
 
 
-def _layer_input(model: ModelConfig, training: TrainingConfig) -> Saved:
-    return Saved(name="layer's input", bytes=itemsize(training) * model.hidden_size, split=Split.SEQUENCE)
+def _layer_input(model: ModelConfig, training: TrainingConfig) -> SavedTensor:
+    return SavedTensor(name="layer's input", bytes=itemsize(training) * model.hidden_size, split=Split.SEQUENCE)

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 from megatron_dagger.config.model import ModelConfig
-from megatron_dagger.config.rollout import EngineConfig
+from megatron_dagger.config.rollout import VllmEngineConfig
 from megatron_dagger.config.training import TrainingConfig
 from megatron_dagger.planning import activations
 from megatron_dagger.planning.assumptions import Assumptions
 from megatron_dagger.planning.gpus import Gpu
 from megatron_dagger.planning.parameters import rank_parameters, worker_parameters
-from megatron_dagger.planning.saved import FP32
+from megatron_dagger.planning.saved_tensors import FP32
 
 GIB = 1 << 30
 _MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
@@ -150,17 +150,17 @@ def label_positions(training: TrainingConfig, assumed: Assumptions) -> int:
     return min(training.sequence_length, -(-wanted // _ROUND_LABELS) * _ROUND_LABELS)
 
 
-def kv_bytes_per_token(model: ModelConfig, engine: EngineConfig) -> float:
+def kv_bytes_per_token(model: ModelConfig, engine: VllmEngineConfig) -> float:
     """Of one worker: keys and values of its KV heads in every layer, in the engine's dtype."""
     heads = max(1, model.num_query_groups // engine.tensor_parallel_size)
     return 2.0 * model.num_layers * heads * model.kv_channels * dtype_bytes(engine)
 
 
-def dtype_bytes(engine: EngineConfig) -> int:
+def dtype_bytes(engine: VllmEngineConfig) -> int:
     return 4 if engine.dtype == "float32" else 2
 
 
-def serving_memory(model: ModelConfig, engine: EngineConfig, gpu: Gpu, assumed: Assumptions) -> ServingMemory:
+def serving_memory(model: ModelConfig, engine: VllmEngineConfig, gpu: Gpu, assumed: Assumptions) -> ServingMemory:
     """vLLM gives the KV cache what ``gpu_memory_utilization`` leaves after weights and activations, unless
     ``kv_cache_memory_mib`` says how much."""
     parameters = worker_parameters(model, engine.tensor_parallel_size)

@@ -22,10 +22,10 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from megatron_dagger.store.abandoned import AbandonedTasks
 from megatron_dagger.store.atomic import read_json, write_json
 from megatron_dagger.store.codec import encode
 from megatron_dagger.store.errors import StoreError
-from megatron_dagger.store.given_up import GivenUp
 from megatron_dagger.store.manifest import Manifest, digest_of
 from megatron_dagger.store.rounds import Key, Round
 from megatron_dagger.store.segments import group_metadata
@@ -93,9 +93,9 @@ class DataStore:
         """(task_id, attempt) of the round's committed episodes."""
         return self._round(round_index).keys()
 
-    def given_up(self, round_index: int) -> GivenUp:
+    def given_up(self, round_index: int) -> AbandonedTasks:
         """The tasks of which the round will have no episode; no part of its digest."""
-        return GivenUp(self._round(round_index).path / "given_up")
+        return AbandonedTasks(self._round(round_index).path / "given_up")
 
     def seal(self, round_index: int) -> Manifest:
         """Compact the round, write its manifest, make it read-only. Doing it again changes nothing.

@@ -7,8 +7,8 @@ import json
 import numpy as np
 
 from megatron_dagger.store.columns import (
+    ACTED_BY,
     EPISODE_COLUMNS,
-    EXECUTORS,
     LAYOUT,
     STOP_REASONS,
     TURN_COLUMNS,
@@ -89,7 +89,7 @@ def decode(columns: Columns, index: int) -> Trajectory:
 
 def _encode_turn(turn: Turn, flat: dict[str, _Flat], where: str) -> dict[str, int]:
     tokens, logprobs, text = flat["tokens"], flat["logprobs"], flat["text"]
-    row: dict[str, int] = {"executor": EXECUTORS.index(turn.executor), "prompt_start": tokens.size}
+    row: dict[str, int] = {"executor": ACTED_BY.index(turn.acted_by), "prompt_start": tokens.size}
     tokens.add(_ids(turn.prompt_tokens, where))
     logprobs.add(_logprobs(None, len(turn.prompt_tokens), where))
     flat["teacher_logprobs"].add(_logprobs(None, len(turn.prompt_tokens), where))
@@ -134,7 +134,7 @@ def _decode_turn(one: Columns, raw: bytes, values: list[int]) -> Turn:
     return Turn(
         observation=string(raw[row["observation_start"] : row["action_text_start"]]),
         prompt_tokens=one.tokens[row["prompt_start"] : row["action_start"]].copy(),
-        executor=EXECUTORS[row["executor"]],
+        acted_by=ACTED_BY[row["executor"]],
         action=Action(
             text=string(raw[row["action_text_start"] : row["label_text_start"]]),
             tokens=one.tokens[action].copy(),

@@ -29,7 +29,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from megatron_dagger.types import Executor, StopReason
+from megatron_dagger.types import ActedBy, StopReason
 
 TURN_COLUMNS = (
     "depth", "executor", "weight_version", "has_logprobs",
@@ -42,7 +42,7 @@ EPISODE_COLUMNS = (
     "turn_start", "turn_count", "token_start", "token_count",
     "label_start", "label_count", "text_start", "text_count", "task_id_bytes", "details_bytes",
 )  # fmt: skip
-EXECUTORS = (Executor.STUDENT, Executor.TEACHER)
+ACTED_BY = (ActedBy.STUDENT, ActedBy.TEACHER)
 # Codes are positions in these tuples and go to the disk: append only.
 STOP_REASONS = (
     StopReason.SUBMITTED, StopReason.TURN_LIMIT, StopReason.CONTEXT_LIMIT,

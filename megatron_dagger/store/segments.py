@@ -141,6 +141,6 @@ def _schema() -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "turn_columns": list(c.TURN_COLUMNS),
         "episode_columns": list(c.EPISODE_COLUMNS),
-        "executors": [str(value) for value in c.EXECUTORS],
+        "executors": [str(value) for value in c.ACTED_BY],
         "stop_reasons": [str(value) for value in c.STOP_REASONS],
     }

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_dagger.training.episode_file import load_episodes
+from megatron_dagger.training.data.episode_file import load_episodes
 from megatron_dagger.training.job import TrainJob
 
 

@@ -13,14 +13,14 @@ import torch
 import torch.distributed
 
 from megatron_dagger.config import ModelConfig
-from megatron_dagger.training import layout
+from megatron_dagger.training import param_names as layout
 from megatron_dagger.training.model import bare
 from megatron_dagger.weights.blocks import Block
-from megatron_dagger.weights.digest import Shares, digest_shares, digest_whole, merge
 from megatron_dagger.weights.families import lookup
 from megatron_dagger.weights.families.decoder import OUTPUT_LAYER
 from megatron_dagger.weights.layouts import padded_vocab_size
 from megatron_dagger.weights.quantise import BlockScales
+from megatron_dagger.weights.verify.digest import Shares, digest_shares, digest_whole, merge
 
 
 def parameter_digests(chunks: list[Any], model: ModelConfig, scales: BlockScales | None = None) -> dict[str, str]:
@@ -31,11 +31,11 @@ def parameter_digests(chunks: list[Any], model: ModelConfig, scales: BlockScales
     mine: Shares = {}
     for blocks, tensor in _own_tensors(chunks, model):
         mine |= digest_shares(blocks, scales.quantised(blocks, tensor) if scales else tensor, model)
-    everybodys: list[Shares] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everybodys, mine)
+    all_tasks: list[Shares] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(all_tasks, mine)
     if scales:
-        everybodys.append(digest_whole(scales.canonical().items(), model))
-    return merge(everybodys, model)
+        all_tasks.append(digest_whole(scales.canonical().items(), model))
+    return merge(all_tasks, model)
 
 
 def block_scales(chunks: list[Any], model: ModelConfig, device: torch.device) -> BlockScales:

@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dagger.config import ModelConfig, TrainingConfig
 from megatron_dagger.training import checkpoint, loss, model, optimizer
-from megatron_dagger.training.packing import PackedRow
+from megatron_dagger.training.data.packing import PackedRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class StepResult:
     grad_norm: float
 
 
-class Engine:
+class MegatronEngine:
     """Built on all ranks together, inside ``parallel.process_groups``."""
 
     def __init__(self, model_config: ModelConfig, training: TrainingConfig, *, seed: int, device: torch.device) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from megatron_dagger.training.data.packing import PackedRow
 from megatron_dagger.training.local_modules import TreeAttention, TreeParams
-from megatron_dagger.training.packing import PackedRow
 
 BLOCK = 128
 _MOST_COMPILED = 32

@@ -18,7 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch.nn import functional
 
-from megatron_dagger.training.packing import PackedRow
+from megatron_dagger.training.data.packing import PackedRow
 
 ROUND_TABLE = 64  # lets Megatron's RoPE table be reused between rows
 

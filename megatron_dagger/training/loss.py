@@ -18,8 +18,8 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_dagger.training import local_modules
+from megatron_dagger.training.data.packing import PackedRow
 from megatron_dagger.training.model import Attention, bare
-from megatron_dagger.training.packing import PackedRow
 
 _ROUND_POSITIONS = 8  # label positions are filled up to a multiple, which GEMMs like
 

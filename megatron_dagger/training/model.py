@@ -20,11 +20,12 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dagger.config import ModelConfig, TrainingConfig, support
-from megatron_dagger.training import compat, layout, optimizer
+from megatron_dagger.training import compat, optimizer
+from megatron_dagger.training import param_names as layout
 from megatron_dagger.training.local_modules import RMSNorm, TokenRope, TreeAttention
 from megatron_dagger.weights.families import lookup
 from megatron_dagger.weights.families.decoder import EMBEDDING, OUTPUT_LAYER
-from megatron_dagger.weights.families.layout import Layout
+from megatron_dagger.weights.families.megatron_tensor import Layout
 from megatron_dagger.weights.layouts import padded_vocab_size
 
 # Of a row's trees, each trunk and branch (local layers); its block mask, or its segments (Transformer Engine's).

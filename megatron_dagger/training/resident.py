@@ -18,23 +18,23 @@ from typing import Any
 
 import torch.distributed
 
-from megatron_dagger.config import EngineConfig
+from megatron_dagger.config import VllmEngineConfig
 from megatron_dagger.signals import STOPPED
-from megatron_dagger.training import parallel
-from megatron_dagger.training.handover import hand_over
 from megatron_dagger.training.job import TrainJob
+from megatron_dagger.training.ranks import process_groups as parallel
 from megatron_dagger.training.trainer import MANIFEST, Trainer
+from megatron_dagger.training.weight_export import send_to_engine
 from megatron_dagger.types import LabelledEpisode
-from megatron_dagger.weights.desk import Desk
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
-from megatron_dagger.weights.transports import Offer
-from megatron_dagger.weights.transports.host import this_host
+from megatron_dagger.weights.transports import WeightSource
+from megatron_dagger.weights.transports.shared_memory import this_host
+from megatron_dagger.weights.weight_server import WeightServer
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
-_ON = "on"  # what rank 0 tells the others: go on, serve this Offer, or (None) wait
+_ON = "on"  # what rank 0 tells the others: go on, serve this WeightSource, or (None) wait
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class ResidentRounds:
 
     run_dir: Path
     rounds: int
-    engine: EngineConfig  # of those who take the weights
+    engine: VllmEngineConfig  # of those who take the weights
     job: Callable[[int], TrainJob]
     collected: Callable[[int], bool]  # whether a round's episodes are all there
     episodes: Callable[[int], Sequence[LabelledEpisode]]
@@ -72,7 +72,7 @@ class _Resident:
         # its own GPUs only, as on a cluster.
         shares = trainer.engine.device.type == "cpu"
         torch.distributed.all_gather_object(hosts, this_host() if shares else "")
-        self.desk = Desk(rounds.run_dir, source, hosts) if parallel.is_rank_zero() else None
+        self.desk = WeightServer(rounds.run_dir, source, hosts) if parallel.is_rank_zero() else None
         self.version: int | None = None  # of the weights in memory
 
     def run(self) -> None:
@@ -103,21 +103,21 @@ class _Resident:
                     raise SystemExit(STOPPED)
                 if told[0] == _ON:
                     return
-                if isinstance(told[0], Offer):
-                    self._hand_over(told[0])
+                if isinstance(told[0], WeightSource):
+                    self._send_to_engine(told[0])
                 elif time.monotonic() > deadline:
                     raise TimeoutError(f"{what}: not there after {self.rounds.deadline_s:.0f} s")
                 else:
                     time.sleep(_POLL_S)
 
-    def _decide(self, condition: Callable[[], bool]) -> Offer | str | None:
+    def _decide(self, condition: Callable[[], bool]) -> WeightSource | str | None:
         assert self.desk is not None
         return self.desk.next_offer() or (_ON if condition() else None)
 
-    def _hand_over(self, offer: Offer) -> None:
+    def _send_to_engine(self, offer: WeightSource) -> None:
         engine = self.rounds.engine
         try:
-            hand_over(self.trainer.engine, offer, self.target, engine.dtype, engine.quantization)
+            send_to_engine(self.trainer.engine, offer, self.target, engine.dtype, engine.quantization)
         except WeightSyncError as error:  # the engine has the checkpoint to fall back on
             logger.warning("an engine did not take the weights: %s", error)
         else:

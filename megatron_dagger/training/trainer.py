@@ -28,16 +28,18 @@ from megatron.core import parallel_state
 from megatron_dagger.config import ModelConfig, TrainingConfig, to_dict
 from megatron_dagger.signals import STOPPED
 from megatron_dagger.store import atomic
-from megatron_dagger.training import checkpoint, compat, digests, packing, parallel
-from megatron_dagger.training.batches import BatchPlan, row_lengths, share_out
-from megatron_dagger.training.cost import row_flops
-from megatron_dagger.training.engine import Engine
+from megatron_dagger.training import checkpoint, compat, digests
+from megatron_dagger.training.data import packing
+from megatron_dagger.training.data.batches import BatchPlan, row_lengths, share_out
+from megatron_dagger.training.data.flops import row_flops
+from megatron_dagger.training.engine import MegatronEngine
 from megatron_dagger.training.job import TrainJob
 from megatron_dagger.training.metrics import Metrics
+from megatron_dagger.training.ranks import process_groups as parallel
+from megatron_dagger.training.ranks.stop_signal import StopSignal
 from megatron_dagger.training.schedule import learning_rate
-from megatron_dagger.training.stopping import StopSignal
 from megatron_dagger.types import LabelledEpisode, StateLabel
-from megatron_dagger.weights.canary import MOST_TOKENS, Canary
+from megatron_dagger.weights.verify.canary import MOST_TOKENS, Canary
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def train(job: TrainJob, episodes: Episodes) -> dict[str, Any] | None:
 class Trainer:
     """The ranks' process groups, model and optimizer, for one round or for many. A context manager, on all ranks."""
 
-    engine: Engine
+    engine: MegatronEngine
     stop: StopSignal
 
     def __init__(self, model: ModelConfig, training: TrainingConfig, *, seed: int) -> None:
@@ -90,7 +92,7 @@ class Trainer:
             )
             # Only now: a rank that waits for the others could not answer it.
             self.stop = stack.enter_context(StopSignal())
-            self.engine = Engine(self._model, training, seed=self._seed, device=device)
+            self.engine = MegatronEngine(self._model, training, seed=self._seed, device=device)
             self._stack = stack.pop_all()
         return self
 
@@ -140,7 +142,7 @@ class _Round:
         self,
         job: TrainJob,
         data: packing.PackedDataset,
-        engine: Engine,
+        engine: MegatronEngine,
         stop: StopSignal,
         seconds: Mapping[str, float],
     ) -> None:
@@ -252,9 +254,9 @@ class _Round:
         row = packing.pack([episode], self.job.training.sequence_length).row(0)
         stages = self.job.training.parallel.pipeline_model_parallel_size
         computed = self.engine.logprobs([row] * stages)  # the interleaved schedule wants as many micro-batches
-        everybodys: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everybodys, computed and computed[0][: len(tokens) - 1].tolist())
-        logprobs = next(values for values in everybodys if values is not None)
+        all_tasks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(all_tasks, computed and computed[0][: len(tokens) - 1].tolist())
+        logprobs = next(values for values in all_tasks if values is not None)
         return Canary(tokens=tuple(tokens.tolist()), logprobs=tuple(logprobs))
 
     def _manifest(self, hashes: dict[str, str], canary: Canary, duration_s: float) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 from megatron_dagger.config.base import build
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.weights import families
-from megatron_dagger.weights.dist_metadata import METADATA_FILE
 from megatron_dagger.weights.errors import CheckpointReadError
 from megatron_dagger.weights.hf_files import CONFIG, HfCheckpoint
-from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_dagger.weights.torch_dist.metadata import METADATA_FILE
+from megatron_dagger.weights.torch_dist.reader import MegatronCheckpoint
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from megatron_dagger.config.model import ModelConfig, padded_vocab_size
 from megatron_dagger.config.training import ParallelConfig
 from megatron_dagger.weights.blocks import Cut, Shard
 from megatron_dagger.weights.families.decoder import OUTPUT_LAYER
-from megatron_dagger.weights.families.layout import Layout
+from megatron_dagger.weights.families.megatron_tensor import Layout
 
 _LAYERS = "decoder.layers."
 

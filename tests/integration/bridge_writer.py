@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dagger.config import ModelConfig, TrainingConfig, build
-from megatron_dagger.training import checkpoint, digests, handover, packing, parallel
-from megatron_dagger.training.engine import Engine
+from megatron_dagger.training import checkpoint, digests
+from megatron_dagger.training import weight_export as handover
+from megatron_dagger.training.data import packing
+from megatron_dagger.training.engine import MegatronEngine
+from megatron_dagger.training.ranks import process_groups as parallel
 from megatron_dagger.types import LabelledEpisode, StateLabel
 from megatron_dagger.weights.layouts import TargetLayout
-from megatron_dagger.weights.transports import Offer
+from megatron_dagger.weights.transports import WeightSource
 
 
 def main(directory: Path) -> None:
@@ -28,7 +31,7 @@ def main(directory: Path) -> None:
     row = packing.pack([episode], training.sequence_length).row(0)
     with parallel.process_groups(training.parallel, seed=1, deadline_s=120, threads=1) as device:
         for version in range(job["versions"]):
-            engine = Engine(model, training, seed=version, device=device)
+            engine = MegatronEngine(model, training, seed=version, device=device)
             for _ in range(2):
                 engine.step([row], normaliser=float(len(tokens) - 1), learning_rate=5e-3)
             state = checkpoint.CheckpointState(
@@ -50,7 +53,7 @@ def main(directory: Path) -> None:
                 (directory / f"digests-{version}.json").write_text(json.dumps(in_memory))
         for offer in job["offers"]:
             target = build(TargetLayout, job["target"])
-            handover.hand_over(engine, build(Offer, offer), target, job["dtype"], job["quantization"])
+            handover.send_to_engine(engine, build(WeightSource, offer), target, job["dtype"], job["quantization"])
 
 
 if __name__ == "__main__":

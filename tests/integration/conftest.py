@@ -34,27 +34,27 @@ def smollm2(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def everybodys(tmp_path_factory):
+def all_tasks(tmp_path_factory):
     """A folder of this session, the same one in all processes that share its tests."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "everybodys"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "all_tasks"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 @pytest.fixture(scope="session")
-def cache(everybodys):
+def cache(all_tasks):
     """Where the tiny runs keep their tasks."""
-    return everybodys / "cache"
+    return all_tasks / "cache"
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cache, everybodys):
+def undisturbed(cache, all_tasks):
     """The tiny run, from beginning to end in one process; whoever wants it first makes it, and it is not changed."""
     from tests.integration.tiny_run import DEADLINE_S, command, environment
 
-    run = everybodys / "undisturbed"
-    with exclusive(everybodys / "undisturbed.lock", deadline_s=DEADLINE_S):
+    run = all_tasks / "undisturbed"
+    with exclusive(all_tasks / "undisturbed.lock", deadline_s=DEADLINE_S):
         if not (run / "report.html").exists():
             done = subprocess.run(
                 command(run), env=environment(cache), capture_output=True, text=True, timeout=DEADLINE_S, check=False
@@ -66,8 +66,8 @@ def undisturbed(cache, everybodys):
 @pytest.fixture(scope="session")
 def cluster():
     """A SLURM of two virtual nodes, with accounting where that is installed."""
-    from tools.slurm_cluster import SlurmCluster
-    from tools.slurm_packages import lacking
+    from tools.virtual_slurm.cluster import SlurmCluster
+    from tools.virtual_slurm.packages import lacking
 
     if why := lacking():
         pytest.skip(why)

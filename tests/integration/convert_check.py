@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dagger.config import TrainingConfig, build
-from megatron_dagger.training import handover, packing, parallel
-from megatron_dagger.training.engine import Engine
+from megatron_dagger.training import weight_export as handover
+from megatron_dagger.training.data import packing
+from megatron_dagger.training.engine import MegatronEngine
+from megatron_dagger.training.ranks import process_groups as parallel
 from megatron_dagger.types import LabelledEpisode, StateLabel
 from megatron_dagger.weights.checkpoints import open_checkpoint
 from megatron_dagger.weights.layouts import TargetLayout
-from megatron_dagger.weights.transports import Offer
+from megatron_dagger.weights.transports import WeightSource
 
 
 def main(directories: list[Path]) -> None:
@@ -26,7 +28,7 @@ def main(directories: list[Path]) -> None:
     with parallel.process_groups(training.parallel, seed=1, deadline_s=120, threads=1) as device:
         for directory in directories:
             model = open_checkpoint(directory / "hf").model
-            engine = Engine(model, training, seed=1, device=device)
+            engine = MegatronEngine(model, training, seed=1, device=device)
             engine.load(directory / "megatron", with_optimizer=False)
             tokens = np.load(directory / "tokens.npy")
             episode = LabelledEpisode(tokens=tokens, labels=(StateLabel(position=1, tokens=tokens[1:]),))
@@ -36,7 +38,7 @@ def main(directories: list[Path]) -> None:
             np.save(directory / "logprobs.npy", logprobs[: len(tokens) - 1])
             if (directory / "offers.json").exists():
                 for offer in json.loads((directory / "offers.json").read_text()):
-                    handover.hand_over(engine, build(Offer, offer), TargetLayout(), "float32")
+                    handover.send_to_engine(engine, build(WeightSource, offer), TargetLayout(), "float32")
 
 
 if __name__ == "__main__":

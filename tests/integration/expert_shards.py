@@ -9,15 +9,17 @@ import torch
 import torch.distributed as dist
 
 from megatron_dagger.config import ModelConfig, ParallelConfig, TrainingConfig
-from megatron_dagger.training import digests, handover, parallel
-from megatron_dagger.training.engine import Engine
+from megatron_dagger.training import digests
+from megatron_dagger.training import weight_export as handover
+from megatron_dagger.training.engine import MegatronEngine
+from megatron_dagger.training.ranks import process_groups as parallel
 from megatron_dagger.weights.blocks import Shard
-from megatron_dagger.weights.digest import digest_shares, merge
 from megatron_dagger.weights.families import lookup
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
-from megatron_dagger.weights.plan import plan
-from megatron_dagger.weights.transports import Agreement, Offer
+from megatron_dagger.weights.transfer_plan import plan
+from megatron_dagger.weights.transports import TransferSpec, WeightSource
 from megatron_dagger.weights.transports.pack import Packer
+from megatron_dagger.weights.verify.digest import digest_shares, merge
 from tests.unit.weights.sample_models import sample_model
 
 LAYOUTS = (
@@ -36,20 +38,22 @@ def check(model: ModelConfig, layout: ParallelConfig) -> None:
     training = TrainingConfig(parallel=layout, sequence_length=256, global_batch_tokens=512)
     source, target = SourceLayout.of_trainer(model, layout), TargetLayout()
     with parallel.process_groups(layout, seed=1, deadline_s=60, threads=1) as device:
-        engine = Engine(model, training, seed=5, device=device)
+        engine = MegatronEngine(model, training, seed=5, device=device)
         in_memory = digests.parameter_digests(engine.chunks, model)
-        offer = Offer(kind="host", address="nobody's", source=source, bucket_mib=1, deadline_s=1)
-        pack = Packer(Agreement(model=model, target=target, dtype="float32", offer=offer), handover.own_tensors(engine))
+        offer = WeightSource(kind="host", address="nobody's", source=source, bucket_mib=1, deadline_s=1)
+        pack = Packer(
+            TransferSpec(model=model, target=target, dtype="float32", offer=offer), handover.own_tensors(engine)
+        )
         sent = []
         for copy in plan(model, source, target).by_source[dist.get_rank()]:
             values = torch.empty(copy.target.shape)
             pack(copy, values)
             sent.append((copy.target_parameter, copy.target, values))
-        everybodys: list[list] = [[], []]
-        dist.all_gather_object(everybodys, sent)
+        all_tasks: list[list] = [[], []]
+        dist.all_gather_object(all_tasks, sent)
     parameters = lookup(model).vllm(model)
     received = {name: torch.full(entry.shape(Shard()), torch.nan) for name, entry in parameters.items()}
-    for name, box, values in everybodys[0] + everybodys[1]:
+    for name, box, values in all_tasks[0] + all_tasks[1]:
         received[name][box.slices] = values
     shares = [digest_shares(entry.blocks(Shard()), received[name], model) for name, entry in parameters.items()]
     assert merge(shares, model) == in_memory, layout

@@ -10,8 +10,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_dagger.config import ModelConfig, ParallelConfig, TrainingConfig
-from megatron_dagger.training import parallel
 from megatron_dagger.training.model import transformer_config
+from megatron_dagger.training.ranks import process_groups as parallel
 from megatron_dagger.weights import families
 from megatron_dagger.weights.layouts import padded_vocab_size
 from tests.unit.weights.sample_models import FAMILIES, sample_model

@@ -17,10 +17,11 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_dagger.config import ModelConfig, TrainingConfig, build
-from megatron_dagger.training import packing, parallel
-from megatron_dagger.training.engine import Engine
+from megatron_dagger.training.data import packing
+from megatron_dagger.training.engine import MegatronEngine
 from megatron_dagger.training.model import bare
 from megatron_dagger.training.optimizer import each_optimizer
+from megatron_dagger.training.ranks import process_groups as parallel
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 
@@ -68,7 +69,7 @@ def row_of(training: TrainingConfig, vocab_size: int, label_share: float) -> pac
 
 def measure(model: ModelConfig, training: TrainingConfig, label_share: float) -> dict[str, float]:
     """Of this rank. Must run inside ``parallel.process_groups``."""
-    engine = Engine(model, training, seed=1, device=torch.device("cpu"))
+    engine = MegatronEngine(model, training, seed=1, device=torch.device("cpu"))
     parameters = [p for chunk in engine.chunks for p in bare(chunk).parameters()]
     rows = [row_of(training, model.vocab_size, label_share)] * training.micro_batches
     kept = KeptForBackward({p.untyped_storage().data_ptr() for p in parameters})

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dagger.config import EngineConfig, ModelConfig, ParallelConfig, TrainingConfig, YarnConfig, to_dict
-from megatron_dagger.policies.vllm_student import VllmStudent
-from megatron_dagger.training.launch import launch
+from megatron_dagger.config import ModelConfig, ParallelConfig, TrainingConfig, VllmEngineConfig, YarnConfig, to_dict
+from megatron_dagger.policies.vllm.student import VllmStudent
+from megatron_dagger.training.ranks.launch import launch
 from megatron_dagger.types import State
 from megatron_dagger.weights.layouts import TargetLayout
-from megatron_dagger.weights.transports import Offer
+from megatron_dagger.weights.transports import WeightSource
 
 ROOT = Path(__file__).resolve().parents[2]
 TIED = ModelConfig(num_layers=2, vocab_size=1000, init_std=0.2)  # large weights: log-probs far from uniform
@@ -54,9 +54,9 @@ def write(
     model: ModelConfig,
     parallel: ParallelConfig,
     versions: int,
-    offers: Sequence[Offer] = (),
+    offers: Sequence[WeightSource] = (),
     target: TargetLayout = ONE_WORKER,
-    engine: EngineConfig = EngineConfig(),  # noqa: B008 - frozen
+    engine: VllmEngineConfig = VllmEngineConfig(),  # noqa: B008 - frozen
 ) -> Written:
     directory.mkdir()
     precision = "fp32" if engine.dtype == "float32" else "bf16"
@@ -78,7 +78,9 @@ def write(
 
 
 def start(where: Written, workers: int = 1) -> VllmStudent:
-    engine = EngineConfig(max_model_len=512, kv_cache_memory_mib=32, start_deadline_s=300, tensor_parallel_size=workers)
+    engine = VllmEngineConfig(
+        max_model_len=512, kv_cache_memory_mib=32, start_deadline_s=300, tensor_parallel_size=workers
+    )
     student = VllmStudent(where.directory, where.model, engine, seed=1, decode=str, end_of_turn=END)
     student.start()
     return student

@@ -21,12 +21,12 @@ pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 
 from megatron_dagger.config import ConfigError
 from megatron_dagger.policies.base import PolicyError
-from megatron_dagger.policies.vllm_engine import Sampling
-from megatron_dagger.policies.vllm_student import VllmStudent
-from megatron_dagger.weights.canary import Canary
-from megatron_dagger.weights.digest import canonical_digests
+from megatron_dagger.policies.vllm.engine import Sampling
+from megatron_dagger.policies.vllm.student import VllmStudent
 from megatron_dagger.weights.errors import WeightSyncError
-from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_dagger.weights.torch_dist.reader import MegatronCheckpoint
+from megatron_dagger.weights.verify.canary import Canary
+from megatron_dagger.weights.verify.digest import canonical_digests
 from tests.integration.served import TOLERANCE, YARN, Written, start, state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,7 +279,7 @@ def test_untied_embeddings_and_yarn_saved_under_tensor_parallelism_are_served(ti
 
 @pytest.mark.parametrize("extra", [{}, {"checkpoint": 1}, {"model": {}}, "'{"])
 def test_a_loader_that_is_told_of_no_checkpoint_says_what_it_needs(extra):
-    from megatron_dagger.weights.vllm_transfer import _source
+    from megatron_dagger.weights.vllm.plugin import _source
 
     with pytest.raises(ConfigError, match=r"needs model_loader_extra_config=.*DIRECTORY.*, got "):
         _source(extra)

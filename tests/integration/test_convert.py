@@ -1,4 +1,4 @@
-"""tools/convert.py on models of every family: Megatron loads what it wrote, Transformers agrees, and back bit for bit.
+"""megatron-dagger convert on models of every family: Megatron loads what it wrote, Transformers agrees, and back bit for bit.
 
 Real weights too: SmolLM2-135M-Instruct, which the Python registry has as a package with a GGUF file.
 """

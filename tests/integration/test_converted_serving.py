@@ -15,16 +15,16 @@ pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 import torch
 import transformers
 
-from megatron_dagger.config import EngineConfig, ParallelConfig, to_dict
-from megatron_dagger.policies.vllm_student import VllmStudent
+from megatron_dagger.config import ParallelConfig, VllmEngineConfig, to_dict
+from megatron_dagger.policies.vllm.student import VllmStudent
 from megatron_dagger.weights.checkpoints import open_checkpoint
-from megatron_dagger.weights.digest import canonical_digests
+from megatron_dagger.weights.verify.digest import canonical_digests
 from tests.integration.converted import converted, run_megatron, transformers_logprobs
 from tests.integration.served import END, TOLERANCE
 from tests.integration.test_live_transfer import offers
 from tests.unit.weights.sample_models import sample_model
 
-ENGINE = EngineConfig(max_model_len=512, kv_cache_memory_mib=64)
+ENGINE = VllmEngineConfig(max_model_len=512, kv_cache_memory_mib=64)
 
 
 def student_of(directory: Path) -> tuple[VllmStudent, dict[str, str]]:

@@ -13,13 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatron_dagger.envs.base import EnvironmentBroken
-from megatron_dagger.envs.sandbox import container_shell, docker, images
-from megatron_dagger.envs.sandbox.docker import DockerLimits, DockerSandbox
-from megatron_dagger.envs.sandbox.docker_host import DockerHost, is_gone, owner
-from megatron_dagger.envs.sandbox.images import ImageStore
+from megatron_dagger.sandbox.docker import images
+from megatron_dagger.sandbox.docker import sandbox as docker
+from megatron_dagger.sandbox.docker import shell as container_shell
+from megatron_dagger.sandbox.docker.daemon import DockerHost, is_gone, owner
+from megatron_dagger.sandbox.docker.images import ImageStore
+from megatron_dagger.sandbox.docker.sandbox import DockerLimits, DockerSandbox
 from megatron_dagger.types import StopReason
-from tests.docker_engine import IMAGE, processes_with, wait_for
-from tools.ports import free_port
+from tools.support.docker_engine import IMAGE, processes_with, wait_for
+from tools.support.ports import free_port
 
 LIMITS = DockerLimits(timeout_s=5, memory_mib=300, disk_mib=64, processes=48, output_bytes=2000)
 
@@ -218,8 +220,8 @@ def test_the_owner_of_a_container():
 
 DRIVER = """
 import sys, time
-from megatron_dagger.envs.sandbox.docker import DockerSandbox
-from megatron_dagger.envs.sandbox.docker_host import DockerHost
+from megatron_dagger.sandbox.docker.sandbox import DockerSandbox
+from megatron_dagger.sandbox.docker.daemon import DockerHost
 sandbox = DockerSandbox(DockerHost("killed", sys.argv[1]), sys.argv[2])
 print(sandbox._container, flush=True)
 sandbox.run("sleep 12345", timeout_s=600)

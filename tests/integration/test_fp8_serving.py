@@ -15,11 +15,11 @@ pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 import torch
 import transformers
 
-from megatron_dagger.config import EngineConfig
-from megatron_dagger.policies.vllm_student import VllmStudent
-from megatron_dagger.weights.canary import Canary
+from megatron_dagger.config import VllmEngineConfig
+from megatron_dagger.policies.vllm.student import VllmStudent
 from megatron_dagger.weights.errors import WeightSyncError
-from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_dagger.weights.torch_dist.reader import MegatronCheckpoint
+from megatron_dagger.weights.verify.canary import Canary
 from tests.integration import fp8_kernel
 from tests.integration.served import END, TIED, TP2, Written, write
 from tests.integration.test_live_transfer import offers
@@ -27,7 +27,7 @@ from tests.unit.weights.fp8_tensors import quantised, taken_back
 
 # With two ranks, each has half of the blocks of every projection.
 MODEL = replace(TIED, hidden_size=128, num_attention_heads=4, num_query_groups=4, kv_channels=32, ffn_hidden_size=256)
-ENGINE = EngineConfig(max_model_len=512, kv_cache_memory_mib=32, dtype="bfloat16", quantization="fp8")
+ENGINE = VllmEngineConfig(max_model_len=512, kv_cache_memory_mib=32, dtype="bfloat16", quantization="fp8")
 
 
 def reference(where: Written) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""tools/gpu_check.py as far as a machine without a GPU can run it: names, settings, processes, the table."""
+"""tools/check/gpu.py as far as a machine without a GPU can run it: names, settings, processes, the table."""
 
 import json
 import sys
@@ -9,7 +9,8 @@ pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 
 from megatron_dagger.config import build, to_dict
 from megatron_dagger.config.support import check_supported
-from tools import gpu_check, gpu_sizes
+from tools.check import gpu as gpu_check
+from tools.check import gpu_cases as gpu_sizes
 
 BROKEN = "speed-nosuch"
 CHECKS = ("attention", BROKEN, "bridge", "curve-bf16_recompute", "speed-bf16_separate")

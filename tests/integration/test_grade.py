@@ -8,8 +8,8 @@ import pytest
 
 from megatron_dagger.cli.main import main
 from megatron_dagger.evaluation.harness import Harness
-from tests import swe_image
-from tests.docker_engine import processes_with, wait_for
+from tools.support import swe_image
+from tools.support.docker_engine import processes_with, wait_for
 
 pytest.importorskip("swebench")
 

@@ -13,11 +13,11 @@ import pytest
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 pytest.importorskip("transformers", reason="Transformers is not installed")
 
-from megatron_dagger.agents.tokenizer import take_tokenizer, train_tokenizer
-from megatron_dagger.cli.train import train_job
-from megatron_dagger.cli.world import create_run
 from megatron_dagger.config import ConfigError, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
-from megatron_dagger.training.episode_file import save_episodes
+from megatron_dagger.driver.context import create_run
+from megatron_dagger.driver.training import train_job
+from megatron_dagger.rollout.tokenizer import take_tokenizer, train_tokenizer
+from megatron_dagger.training.data.episode_file import save_episodes
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def run_python(*command):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A small model of Transformers with a tokenizer, converted by tools/convert.py."""
+    """A small model of Transformers with a tokenizer, converted by megatron-dagger convert."""
     import torch
     import transformers
 
@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory):
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings))
     model.save_pretrained(folder / "hf")
     train_tokenizer(["some text to learn from, and more of it"] * 3, MODEL.vocab_size, folder / "hf")
-    run_python(ROOT / "tools" / "convert.py", "hf-to-megatron", folder / "hf", folder / "megatron")
+    run_python(ROOT / "megatron_dagger" / "cli" / "convert.py", "hf-to-megatron", folder / "hf", folder / "megatron")
     return folder / "megatron"
 
 
@@ -67,7 +67,7 @@ def test_round_zero_trains_on_from_the_given_weights(checkpoint, tmp_path):
     run_python("-m", "megatron_dagger.training", tmp_path / "episodes.npz", tmp_path / "job.json")
     trained = Path(job.output_dir)
     assert json.loads((trained / "manifest.json").read_text())["steps"] == 1
-    said = run_python(ROOT / "tools" / "convert.py", "verify", trained / "checkpoint", checkpoint)
+    said = run_python(ROOT / "megatron_dagger" / "cli" / "convert.py", "verify", trained / "checkpoint", checkpoint)
     assert said.split()[0] == said.split()[2] != "0"  # so many of so many tensors are equal
     assert train_job(config, tmp_path / "run", 1).init_checkpoint == str(trained / "checkpoint")
 

@@ -7,15 +7,15 @@ import pytest
 from megatron_dagger.config import RunConfig, load_yaml
 from megatron_dagger.observability.status import status
 from megatron_dagger.store.atomic import read_json
-from tests.launch_environment import LACKING, PYTHON, nemo
-from tools.slurm_packages import lacking
+from tests.support.launch_environment import LACKING, PYTHON, nemo
+from tools.virtual_slurm.packages import lacking
 
 SETTINGS = [
-    "tasks.source=stdlib",
-    "tasks.train_packages=['textwrap','graphlib']",  # the tasks of test_rounds.py, which are made once
-    "tasks.heldout_packages=['colorsys']",
-    "tasks.train_tasks=8",
-    "tasks.heldout_tasks=3",
+    "repo_repair.source=stdlib",
+    "repo_repair.train_packages=['textwrap','graphlib']",  # the tasks of test_rounds.py, which are made once
+    "repo_repair.heldout_packages=['colorsys']",
+    "repo_repair.train_tasks=8",
+    "repo_repair.heldout_tasks=3",
     "model.hidden_size=64",
     "model.ffn_hidden_size=128",
     "model.vocab_size=600",

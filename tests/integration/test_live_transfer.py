@@ -12,19 +12,19 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 
-from megatron_dagger.config import EngineConfig
-from megatron_dagger.policies.vllm_student import VllmStudent
+from megatron_dagger.config import VllmEngineConfig
+from megatron_dagger.policies.vllm.student import VllmStudent
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
-from megatron_dagger.weights.transports import Offer
-from megatron_dagger.weights.transports.live import free_address
+from megatron_dagger.weights.transports import WeightSource
+from megatron_dagger.weights.transports.p2p import free_address
 from tests.integration.served import END, PP2, TIED, TOLERANCE, TP2, UNTIED, Written, write
 
 
 def offers(directory, model, parallel, kinds, deadline_s=120.0):
     source = SourceLayout.of_trainer(model, parallel)
     return [
-        Offer(
+        WeightSource(
             kind=kind,
             address=str(directory) if kind == "host" else free_address(),
             source=source,
@@ -44,7 +44,7 @@ def test_weights_of_running_trainer_ranks_are_served(model, parallel, workers, t
     directory = tmp_path / "it"
     offered = offers(tmp_path, model, parallel, ["host", "live"])
     target = TargetLayout(tensor_parallel_size=workers)
-    engine = EngineConfig(max_model_len=512, kv_cache_memory_mib=32, tensor_parallel_size=workers)
+    engine = VllmEngineConfig(max_model_len=512, kv_cache_memory_mib=32, tensor_parallel_size=workers)
     where = Written(directory, model)
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(write, directory, model, parallel, 1, offered, target)

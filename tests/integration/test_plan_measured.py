@@ -12,7 +12,7 @@ from megatron_dagger.planning import Assumptions
 from megatron_dagger.planning import activations as table
 from megatron_dagger.planning.memory import label_positions, state_bytes
 from megatron_dagger.planning.parameters import rank_parameters
-from megatron_dagger.training.launch import launch
+from megatron_dagger.training.ranks.launch import launch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ASSUMED = Assumptions(label_share=0.25)

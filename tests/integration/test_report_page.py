@@ -14,7 +14,7 @@ from megatron_dagger.observability.report import write_report
 from megatron_dagger.observability.report_data import gather
 from megatron_dagger.observability.rundir import read_run
 from megatron_dagger.store.aggregated import DataStore
-from tests.synthetic_run import make_run
+from tests.support.run_directory import make_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMEDRIVER = shutil.which("chromedriver")

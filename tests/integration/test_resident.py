@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from megatron_dagger.cli.world import create_run
 from megatron_dagger.config import override
+from megatron_dagger.driver.context import create_run
 from megatron_dagger.store.aggregated import DataStore
 from recipes.quickstart import quickstart
 from tests.integration.tiny_run import DEADLINE_S, SETTINGS, assert_same, environment, losses, writers

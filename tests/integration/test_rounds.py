@@ -12,8 +12,8 @@ import pytest
 
 from megatron_dagger.cli.main import main
 from megatron_dagger.cli.replay import replay
-from megatron_dagger.cli.world import TEACHER_URLS, create_run
 from megatron_dagger.config import override
+from megatron_dagger.driver.context import TEACHER_URLS, create_run
 from megatron_dagger.store.aggregated import DataStore
 from recipes.quickstart import quickstart
 from tests.integration.tiny_run import (
@@ -25,7 +25,7 @@ from tests.integration.tiny_run import (
     manifest,
     writers,
 )
-from tests.unit.policies.endpoint_server import chat_server, expert
+from tools.support.chat_server import chat_server, expert
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -48,7 +48,7 @@ def test_every_stage_left_what_it_should(undisturbed):
 def test_students_turns_carry_version_and_logprobs(undisturbed):
     store = DataStore.open(undisturbed / "data.zarr")
     turns = [turn for episode in store.episodes(1) for turn in episode.turns]
-    students = [turn for turn in turns if turn.executor == "student"]
+    students = [turn for turn in turns if turn.acted_by == "student"]
     assert students
     for turn in students:
         assert turn.action.weight_version == 0

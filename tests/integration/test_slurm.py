@@ -20,7 +20,7 @@ from megatron_dagger.observability.status import status
 from megatron_dagger.store.lock import LockedError, flocked
 from tests.integration.slurm_runs import ROOT, Run
 from tests.integration.tiny_run import assert_same
-from tools.slurm_packages import lacking
+from tools.virtual_slurm.packages import lacking
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow, pytest.mark.usefixtures("in_order")]
 BATCH = ("--gpus-per-node=4", "--mem=8000")
@@ -40,7 +40,7 @@ def stop_between_writes(pid, run):
 
 def test_a_killed_maker_leaves_no_cluster_behind():
     code = (
-        "import os, signal; from tools.slurm_cluster import SlurmCluster\n"
+        "import os, signal; from tools.virtual_slurm.cluster import SlurmCluster\n"
         "cluster = SlurmCluster().__enter__()\n"
         "job = cluster.submit('--wrap=setsid sleep 1000', '--mem=10', '--output=/dev/null')\n"
         "cluster.wait_for(job, 'RUNNING', deadline_s=20)\n"
@@ -63,7 +63,7 @@ def test_a_killed_maker_leaves_no_cluster_behind():
 def test_a_terminated_benchmark_leaves_nothing_behind(batch_environment, undisturbed):
     with tempfile.TemporaryDirectory() as folder:  # a short path: munge's socket will lie in it
         bench = subprocess.Popen(
-            [sys.executable, "tools/bench_slurm.py"], cwd=ROOT, env={**batch_environment, "TMPDIR": folder}
+            [sys.executable, "tools/bench/slurm.py"], cwd=ROOT, env={**batch_environment, "TMPDIR": folder}
         )
         try:
             deadline = time.monotonic() + 60

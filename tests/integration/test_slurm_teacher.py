@@ -13,13 +13,13 @@ import pytest
 from megatron_dagger.config import build
 from megatron_dagger.observability.metrics import read_lines
 from megatron_dagger.store.aggregated import DataStore
-from megatron_dagger.weights.canary import Canary
+from megatron_dagger.weights.verify.canary import Canary
 from tests.integration.slurm_runs import ROOT, Run, words
 from tests.integration.tiny_run import assert_same, manifest
-from tools import slurm_processes
-from tools.ports import free_port
-from tools.slurm_cluster import fitted
-from tools.slurm_packages import lacking
+from tools.support.ports import free_port
+from tools.virtual_slurm import processes as slurm_processes
+from tools.virtual_slurm.cluster import fitted
+from tools.virtual_slurm.packages import lacking
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow, pytest.mark.usefixtures("in_order")]
 ASKED = ("teacher.urls=[http://localhost:9/v1]", "teacher.model=expert")
@@ -33,14 +33,14 @@ def served_by_the_expert(batch_environment, port):
     return {
         **batch_environment,
         "PAUSE": "1",
-        "SERVE": f"{sys.executable} -m tests.unit.policies.endpoint_server {port}",
+        "SERVE": f"{sys.executable} -m tools.support.chat_server {port}",
         "MEGATRON_DAGGER_TEACHER_URLS": f"http://127.0.0.1:{port}/v1",  # the nodes' names are this host's only
     }
 
 
 def teachers(cluster):
     """The servers of the expert."""
-    return [pid for pid in cluster.job_processes() if words(pid)[2:3] == ["tests.unit.policies.endpoint_server"]]
+    return [pid for pid in cluster.job_processes() if words(pid)[2:3] == ["tools.support.chat_server"]]
 
 
 def test_trainer_workers_and_teacher_live_through_all_rounds_and_a_preemption(

@@ -1,4 +1,4 @@
-"""Episodes of a SWE-bench task in real containers: its history, its tools, its judge, its admission."""
+"""Episodes of a SWE-bench task in real containers: its history, its tools, its judge, validation."""
 
 import asyncio
 import dataclasses
@@ -8,17 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from megatron_dagger.agents.chat import ChatRenderer
-from megatron_dagger.agents.episode import EpisodeKey, EpisodeRunner
-from megatron_dagger.agents.tokenizer import train_tokenizer
-from megatron_dagger.cli.environments import swe_tasks
 from megatron_dagger.cli.main import main
 from megatron_dagger.config import LimitsConfig, SweConfig, override
-from megatron_dagger.dagger.mixing import SoloActor
+from megatron_dagger.dagger.mixing import SoloTurnPolicy
+from megatron_dagger.driver.environments import swe_tasks
 from megatron_dagger.envs.base import EnvironmentBroken
-from megatron_dagger.envs.sandbox.docker import DockerLimits, DockerSandbox
-from megatron_dagger.envs.sandbox.docker_host import RUN_LABEL
-from megatron_dagger.envs.swe.admission import Fitness, admit
 from megatron_dagger.envs.swe.env import SYSTEM_MESSAGE, SweEnv, clip
 from megatron_dagger.envs.swe.judge import _reaches_beyond, grade, judge
 from megatron_dagger.envs.swe.r2e_gym import r2e_gym_task
@@ -26,9 +20,15 @@ from megatron_dagger.envs.swe.swebench import swebench_task
 from megatron_dagger.envs.swe.swesmith import swesmith_task
 from megatron_dagger.envs.swe.task import CONDA
 from megatron_dagger.envs.swe.tool_calls import ToolCall
-from megatron_dagger.policies.scripted import ReplayPolicy
+from megatron_dagger.envs.swe.validation import TaskStatus, validate_tasks
+from megatron_dagger.rollout.chat import ChatRenderer
+from megatron_dagger.rollout.episode import EpisodeKey, EpisodeRunner
+from megatron_dagger.rollout.tokenizer import train_tokenizer
+from megatron_dagger.sandbox.docker.daemon import RUN_LABEL
+from megatron_dagger.sandbox.docker.sandbox import DockerLimits, DockerSandbox
 from megatron_dagger.types import StopReason
-from tests import swe_image
+from tools.support import swe_image
+from tools.support.scripted_policies import ReplayPolicy
 
 LIMITS = DockerLimits(timeout_s=30, memory_mib=500, disk_mib=200, processes=64, cpus=1.0, output_bytes=20_000)
 
@@ -205,11 +205,11 @@ def test_a_patch_that_changes_the_tests_is_judged_by_the_real_ones(task, open_sa
 
 
 @pytest.mark.slow
-def test_admission_by_gold_patch_and_none(task, open_sandbox):
+def test_tasks_are_validated_with_the_gold_patch_and_without(task, open_sandbox):
     opened = []
 
     def open_one(task):
-        """A world in which the task that is called flaky is whole every other time only."""
+        """An environment in which the task that is called flaky is whole every other time only."""
         sandbox = open_sandbox(task)
         if task.instance_id == "flaky":
             opened.append(task)
@@ -226,19 +226,24 @@ def test_admission_by_gold_patch_and_none(task, open_sandbox):
         "flaky": {},
     }
     tasks = [dataclasses.replace(task, instance_id=name, **changes) for name, changes in variants.items()]
-    admissions = [*admit(tasks[:-1], open_one, repeats=1, at_once=2), *admit(tasks[-1:], open_one, repeats=2)]
-    assert {one.instance_id: one.fitness for one in admissions} == {
-        "good": Fitness.ADMITTED,
-        "wrong-gold": Fitness.GOLD_FAILS,
-        "no-gold": Fitness.NO_GOLD,
-        "already": Fitness.PASSES_UNCHANGED,
-        "missing": Fitness.BROKEN,
-        "flaky": Fitness.FLAKY,
+    validations = [
+        *validate_tasks(tasks[:-1], open_one, repeats=1, at_once=2),
+        *validate_tasks(tasks[-1:], open_one, repeats=2),
+    ]
+    assert {one.instance_id: one.status for one in validations} == {
+        "good": TaskStatus.VALID,
+        "wrong-gold": TaskStatus.GOLD_FAILS,
+        "no-gold": TaskStatus.NO_GOLD,
+        "already": TaskStatus.PASSES_UNCHANGED,
+        "missing": TaskStatus.BROKEN,
+        "flaky": TaskStatus.FLAKY,
     }
-    assert (admissions[-1].gold, admissions[-1].unchanged) == ((False, True), (False, False))
+    assert (validations[-1].gold, validations[-1].unchanged) == ((False, True), (False, False))
 
 
-def test_a_dataset_is_admitted_by_the_command_line_and_a_run_takes_what_is(task, docker_host, daemon, tmp_path, capsys):
+def test_a_dataset_is_validated_by_the_command_line_and_a_run_takes_its_valid_tasks(
+    task, docker_host, daemon, tmp_path, capsys
+):
     good = swe_image.row(task.base_commit)
     wrong = good | {
         "instance_id": "example__calc-2",
@@ -250,27 +255,27 @@ def test_a_dataset_is_admitted_by_the_command_line_and_a_run_takes_what_is(task,
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     where = [f"swe.{name}={tmp_path / name}.jsonl" for name in ("train", "heldout")]
     limits = ["swe.memory_mib=500", "swe.cpus=1.0", f"swe.docker_url={daemon.url}"]
-    path = tmp_path / "out" / "admission.json"
-    command = ["admit", str(path), "--repeats", "1", *where, "swe.train_dataset=swe-bench", *limits]
+    path = tmp_path / "out" / "validation.json"
+    command = ["validate", str(path), "--repeats", "1", *where, "swe.train_dataset=swe-bench", *limits]
     assert main(command) == 1
     assert "example__calc-2" in capsys.readouterr().out
-    found = json.loads(path.read_text())["admissions"]
-    assert {name[-1]: one["fitness"] for name, one in found.items()} == {
-        "1": "admitted",
+    found = json.loads(path.read_text())["tasks"]
+    assert {name[-1]: one["status"] for name, one in found.items()} == {
+        "1": "valid",
         "2": "gold_fails",
         "3": "broken",
     }
     rows = (good, wrong, good | {"instance_id": "example__calc-3", "FAIL_TO_PASS": good["PASS_TO_PASS"]})
     (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     found["example__calc-2"]["reason"] = "seen before"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"admissions": found}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tasks": found}))
     assert main(command) == 0  # what was broken is judged again, and nothing else
-    again = json.loads(path.read_text())["admissions"]
+    again = json.loads(path.read_text())["tasks"]
     assert again["example__calc-2"]["reason"] == "seen before"
-    assert again["example__calc-3"]["fitness"] == "passes_unchanged"
+    assert again["example__calc-3"]["status"] == "passes_unchanged"
     assert main([*command, "--repeats", "2"]) == 2
     assert "name another file" in capsys.readouterr().err
-    settings = [*(one.removeprefix("swe.") for one in where), "train_dataset=swe-bench", f"admission={path}"]
+    settings = [*(one.removeprefix("swe.") for one in where), "train_dataset=swe-bench", f"validation={path}"]
     taken, _ = swe_tasks(override(SweConfig(), settings))
     assert [one.instance_id for one in taken] == ["example__calc-1"]
     assert not docker_host.client.containers.list(all=True, filters={"label": f"{RUN_LABEL}={path.resolve()}"})
@@ -305,8 +310,8 @@ def smith_task():
 
 def test_a_bug_as_swesmith_has_them(task, open_sandbox):
     task = smith_task()
-    (admission,) = admit([task], open_sandbox, repeats=1)
-    assert admission.fitness is Fitness.ADMITTED, admission
+    (validation,) = validate_tasks([task], open_sandbox, repeats=1)
+    assert validation.status is TaskStatus.VALID, validation
     with SweEnv(task, open_sandbox) as env:
         env.reset()
         assert "max(values) + min" in bash(env, "cat calc/__init__.py")
@@ -360,7 +365,7 @@ def run_episode(renderer, env, replies):
         threads=ThreadPoolExecutor(1),
     )
     key = EpisodeKey(run_seed=1, round_index=0, task_id=env.task_id)
-    return asyncio.run(runner.run(lambda: env, SoloActor(policy=policy), key))
+    return asyncio.run(runner.run(lambda: env, SoloTurnPolicy(policy=policy), key))
 
 
 def test_episodes_end_with_a_typed_reason_and_leave_no_container(task, open_sandbox, docker_host, tmp_path):

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dagger.cli.environments import one_tool_call
 from megatron_dagger.config import ConfigError, RunConfig, SweConfig, TeacherConfig
+from megatron_dagger.driver.environments import one_tool_call
 from megatron_dagger.envs.swe.tool_calls import ToolCall
-from megatron_dagger.policies.replies import Malformed, Reply
-from tools.swe_round import make_tasks, run_rounds
+from megatron_dagger.policies.openai.cache import MalformedResponse, Reply
+from tools.check.swe_round import make_tasks, run_rounds
 
 ENGINES = ("swebench", "vllm", "megatron.core", "transformers")
 
@@ -22,7 +22,7 @@ def test_rounds_of_mutated_packages_from_containers_to_the_official_grading(daem
     tasks = make_tasks("stdlib", 8, 3)  # those of the tiny run
     tasks = replace(tasks, train=tasks.train[:4], heldout=tasks.heldout[:2])
     found = run_rounds(tmp_path, tasks, daemon.url, ["training.max_steps=6"], repeats=1)
-    assert found["admitted"] == 4
+    assert found["valid"] == 4
     by_teacher, mixed = found["rounds"]
     assert (by_teacher["episodes"], by_teacher["solved"], by_teacher["teacher_turn_share"]) == (2, 2, 1.0)
     assert by_teacher["last_loss"] < by_teacher["first_loss"]
@@ -40,7 +40,7 @@ def test_a_call_that_the_endpoint_took_apart_is_read_as_one_that_it_left_whole()
     apart = Reply(text="Let me look.", tool_calls=(("bash", json.dumps(call.arguments)),))
     assert one_tool_call(apart) == one_tool_call(Reply(text=f"Let me look.\n{call.text()}"))
     for calls in ((("bash", "{no json"),), (("bash", '{"cmd": "ls"}'),), 2 * (("submit", "{}"),), ()):
-        with pytest.raises(Malformed):
+        with pytest.raises(MalformedResponse):
             one_tool_call(Reply(text="", tool_calls=calls))
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from megatron_dagger.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig, YarnConfig
-from megatron_dagger.training.episode_file import save_episodes
+from megatron_dagger.training.data.episode_file import save_episodes
 from megatron_dagger.training.job import TrainJob
-from megatron_dagger.training.launch import LaunchError, launch
+from megatron_dagger.training.ranks.launch import LaunchError, launch
 from megatron_dagger.types import LabelledEpisode, StateLabel
 from megatron_dagger.weights.families import canonical_names
 
@@ -142,7 +142,7 @@ def test_a_killed_round_resumes_with_the_same_losses_in_any_layout(tmp_path):
 
 def test_losses_do_not_depend_on_layout_or_packing_and_agree_with_transformers():
     finished = subprocess.run(
-        [sys.executable, "tools/check_parallel.py", "--steps", "3", "--layouts", ",".join(LAYOUTS)],
+        [sys.executable, "tools/check/parallel.py", "--steps", "3", "--layouts", ",".join(LAYOUTS)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

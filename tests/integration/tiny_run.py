@@ -13,11 +13,11 @@ from typing import Any
 from megatron_dagger.store.aggregated import DataStore
 
 SETTINGS = [
-    "tasks.source=stdlib",
-    "tasks.train_packages=[textwrap,graphlib]",
-    "tasks.heldout_packages=[colorsys]",
-    "tasks.train_tasks=8",
-    "tasks.heldout_tasks=3",
+    "repo_repair.source=stdlib",
+    "repo_repair.train_packages=[textwrap,graphlib]",
+    "repo_repair.heldout_packages=[colorsys]",
+    "repo_repair.train_tasks=8",
+    "repo_repair.heldout_tasks=3",
     "model.num_layers=2",
     "model.hidden_size=64",
     "model.ffn_hidden_size=128",

@@ -23,8 +23,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from megatron_dagger.config import EngineConfig, ModelConfig
-from megatron_dagger.policies.vllm_engine import quantization_settings
+from megatron_dagger.config import ModelConfig, VllmEngineConfig
+from megatron_dagger.policies.vllm.engine import quantization_settings
 from megatron_dagger.weights import families
 from megatron_dagger.weights.families.fp8 import (
     Quantization,
@@ -33,8 +33,8 @@ from megatron_dagger.weights.families.fp8 import (
     vllm_table,
 )
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
-from megatron_dagger.weights.plan import plan
-from megatron_dagger.weights.vllm_target import KV_CACHE_SCALES
+from megatron_dagger.weights.transfer_plan import plan
+from megatron_dagger.weights.vllm.target import KV_CACHE_SCALES
 from tests.integration import fp8_kernel
 from tests.unit.weights.fp8_tensors import quantised
 
@@ -116,7 +116,7 @@ def as_rank(rank: int, target: TargetLayout, config: VllmConfig) -> Iterator[Non
         yield
 
 
-def check(model: ModelConfig, target: TargetLayout, config: VllmConfig, quantization: Quantization) -> None:
+def check(model: ModelConfig, target: TargetLayout, config: VllmEngineConfig, quantization: Quantization) -> None:
     tensors = canonical(model, quantization)
     for rank, expected in enumerate(planned(model, target, tensors, quantization)):
         with as_rank(rank, target, config), set_default_torch_dtype(config.model_config.dtype):
@@ -131,7 +131,7 @@ def check(model: ModelConfig, target: TargetLayout, config: VllmConfig, quantiza
 
 def main(case: str) -> None:
     quantization: Quantization = "fp8" if case == "fp8" else "none"
-    engine = EngineConfig(dtype="bfloat16" if case == "fp8" else "float32", quantization=quantization)
+    engine = VllmEngineConfig(dtype="bfloat16" if case == "fp8" else "float32", quantization=quantization)
     fp8_kernel.register()
     for tied in (True, False):
         model = sample_for_fp8(tied=tied) if case == "fp8" else sample(case, tied=tied)

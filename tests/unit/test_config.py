@@ -1,15 +1,18 @@
 """The settings: checked on construction, round trip, clear errors."""
 
+import re
+
 import pytest
 
 from megatron_dagger.config import (
     ConfigError,
     ModelConfig,
     ParallelConfig,
+    RepoRepairConfig,
     RunConfig,
-    TasksConfig,
     TrainingConfig,
     build,
+    current_name,
     dump_yaml,
     load_yaml,
     override,
@@ -28,9 +31,9 @@ def test_recipe_survives_its_file(name, tmp_path):
 
 def test_override_changes_one_setting():
     config = find_recipe("quickstart")()
-    changed = override(config, ["training.optimizer.lr=3e-6", "tasks.train_packages=[toolz]"])
+    changed = override(config, ["training.optimizer.lr=3e-6", "repo_repair.train_packages=[toolz]"])
     assert changed.training.optimizer.lr == 3e-6
-    assert changed.tasks.train_packages == ("toolz",)
+    assert changed.repo_repair.train_packages == ("toolz",)
     assert changed.model == config.model
 
 
@@ -38,9 +41,13 @@ def test_override_changes_one_setting():
     ("assignment", "message"),
     [
         ("trainin.epochs=1", "did you mean training"),
-        ("training.epoch=1", "did you mean epochs"),
+        ("training.epoch=1", r"did you mean training\.epochs"),
+        ("dagger.round=2", r"did you mean dagger\.rounds"),
+        ("lr=1e-3", r"did you mean training\.optimizer\.lr"),
+        ("max_tokens=3", r"rollout\.sampling\.max_tokens or rollout\.limits\.max_tokens"),
         ("training.epochs=many", "expected a number"),
-        ("training.precision=fp7", "none of"),
+        ("training.precision=fp7", "choose one of fp32, bf16"),
+        ("dagger.rounds=[", r"dagger\.rounds='\[': not a YAML value"),
         ("dagger.rounds=true", "expected int"),
         ("training.optimizer", "NAME=VALUE"),
         ("training=3", "expected a mapping"),
@@ -70,8 +77,36 @@ def test_batch_must_fill_the_data_parallel_ranks():
 
 def test_package_on_both_sides_is_refused():
     with pytest.raises(ConfigError, match="toolz"):
-        TasksConfig(train_packages=("toolz",), heldout_packages=("toolz", "roman"))
+        RepoRepairConfig(train_packages=("toolz",), heldout_packages=("toolz", "roman"))
 
 
 def test_defaults_fit_together():
     assert RunConfig().rollout.limits.max_tokens <= RunConfig().training.sequence_length
+
+
+def test_settings_of_old_runs_and_scripts_keep_their_names():
+    config = override(RunConfig(), ["tasks.train_tasks=7", "swe.admission=report.json"])
+    assert (config.repo_repair.train_tasks, config.swe.validation) == (7, "report.json")
+    values = to_dict(config)
+    values["tasks"] = values.pop("repo_repair")
+    values["swe"]["admission"] = values["swe"].pop("validation")
+    assert build(RunConfig, values) == config
+    assert (
+        current_name(RunConfig, "tasks.repeats")
+        == current_name(RunConfig, "repo_repair.repeats")
+        == "repo_repair.repeats"
+    )
+
+
+def test_a_list_of_one_needs_no_brackets():
+    assert override(RunConfig(), ["repo_repair.train_packages=toolz"]).repo_repair.train_packages == ("toolz",)
+    with pytest.raises(ConfigError, match="expected a list"):
+        override(RunConfig(), ["repo_repair.train_packages=null"])
+
+
+@pytest.mark.parametrize("text", ["name: [", "\x00", "- 1\n- 2", "nmae: x"])
+def test_a_damaged_file_is_named(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(str(path))):
+        load_yaml(RunConfig, path)

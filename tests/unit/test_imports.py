@@ -34,7 +34,7 @@ LIGHT = (
     "megatron_dagger.dagger",
     "megatron_dagger.observability",
     "megatron_dagger.weights.families",
-    "megatron_dagger.weights.plan",
+    "megatron_dagger.weights.transfer_plan",
     "megatron_dagger.planning",
     "megatron_dagger.launch.stages",
     "megatron_dagger.cli",

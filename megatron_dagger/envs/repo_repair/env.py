@@ -22,7 +22,7 @@ from typing import Self
 from megatron_dagger.envs.base import CommandResult, EnvironmentBroken, Observation
 from megatron_dagger.envs.repo_repair.task import RepairTask
 from megatron_dagger.envs.repo_repair.testing import SETTINGS_FILE, SUSPECTS_FILE, TESTED_FILE, run_tests
-from megatron_dagger.envs.sandbox import ProcessSandbox, SandboxPool
+from megatron_dagger.sandbox import ProcessSandbox, SandboxPool
 
 SYSTEM_MESSAGE = """\
 One token of a Python package is wrong. Reply with one shell command, such as

@@ -16,14 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_dagger.config import TasksConfig
+from megatron_dagger.config import RepoRepairConfig
 from megatron_dagger.envs.repo_repair.env import tree_diff
 from megatron_dagger.envs.repo_repair.mutate import Mutation, sites
 from megatron_dagger.envs.repo_repair.repository import make_repository
 from megatron_dagger.envs.repo_repair.task import RepairTask
 from megatron_dagger.envs.repo_repair.testing import TestBench, TestRun
 from megatron_dagger.envs.repo_repair.tools.swaps import repairs
-from megatron_dagger.envs.sandbox import SandboxPool
+from megatron_dagger.sandbox import SandboxPool
 
 MOST_COVERING_TESTS = 12  # run on a mutant to see whether any notices
 MOST_FAILING_TESTS = 4
@@ -49,7 +49,7 @@ class UnusablePackage(ValueError):
 
 
 def make_tasks(
-    tree: SourceTree, count: int, seed: int, config: TasksConfig, pool: SandboxPool, repositories: Path
+    tree: SourceTree, count: int, seed: int, config: RepoRepairConfig, pool: SandboxPool, repositories: Path
 ) -> list[RepairTask]:
     """Up to ``count`` admitted tasks from one package, their repositories below ``repositories``.
 
@@ -138,7 +138,7 @@ def _admit(
     path: str,
     mutation: Mutation,
     tests: list[str],
-    config: TasksConfig,
+    config: RepoRepairConfig,
     benches: tuple[TestBench, TestBench],
 ) -> RepairTask | None:
     """The task of one mutation, or None; ``benches`` hold the original tree, before and after."""

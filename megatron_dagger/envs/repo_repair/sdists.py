@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 MAX_UNPACKED_BYTES = 64 << 20  # the largest pinned tree has 3 MB: more is a damaged or hostile archive
 DOWNLOAD_TIMEOUT_S = 180.0
-_WAY_OUT = "repeat the command when the package index can be reached, or set tasks.source=stdlib to need none"
+_WAY_OUT = "repeat the command when the package index can be reached, or set repo_repair.source=stdlib to need none"
 
 
 class FetchError(ValueError):
@@ -122,7 +122,7 @@ def _python_with_pip() -> str:
             return candidate
     raise FetchError(
         f"{sys.executable} has no pip to download with: run `{sys.executable} -m ensurepip`, "
-        "or set tasks.source=stdlib to need no download"
+        "or set repo_repair.source=stdlib to need no download"
     )
 
 

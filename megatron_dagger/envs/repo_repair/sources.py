@@ -41,7 +41,9 @@ def stdlib_tree(module: str) -> SourceTree:
     source, test = library / f"{module}.py", library / "test" / f"test_{module}.py"
     for path in (source, test):
         if not path.is_file():
-            raise ConfigError(f"{path} is missing: this Python has no tests of {module}; set tasks.source=packages")
+            raise ConfigError(
+                f"{path} is missing: this Python has no tests of {module}; set repo_repair.source=packages"
+            )
     return SourceTree(
         name=module,
         version=platform.python_version(),

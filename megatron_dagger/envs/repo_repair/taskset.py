@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dagger.config import ConfigError, TasksConfig, to_dict
+from megatron_dagger.config import ConfigError, RepoRepairConfig, to_dict
 from megatron_dagger.envs.repo_repair import sources
 from megatron_dagger.envs.repo_repair.generate import SourceTree, UnusablePackage, make_tasks
 from megatron_dagger.envs.repo_repair.packages import find, packages
 from megatron_dagger.envs.repo_repair.sdists import fetch_all
 from megatron_dagger.envs.repo_repair.task import RepairTask, read_tasks, write_tasks
-from megatron_dagger.envs.sandbox import SandboxPool
+from megatron_dagger.sandbox import SandboxPool
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class TaskSet:
         return self.repositories / task.instance_id
 
 
-def prepare_tasks(config: TasksConfig, seed: int, cache_dir: Path, pool: SandboxPool, track: Track) -> TaskSet:
+def prepare_tasks(config: RepoRepairConfig, seed: int, cache_dir: Path, pool: SandboxPool, track: Track) -> TaskSet:
     """The tasks of ``config``, made where the cache lacks them. The same arguments give the same tasks."""
     train_trees, heldout_trees = _trees(config, cache_dir)
     folder = cache_dir / "tasks" / _key(config, seed)
@@ -70,7 +70,7 @@ def prepare_tasks(config: TasksConfig, seed: int, cache_dir: Path, pool: Sandbox
 
 
 def _made_or_none(
-    tree: SourceTree, quota: int, seed: int, config: TasksConfig, pool: SandboxPool, repositories: Path
+    tree: SourceTree, quota: int, seed: int, config: RepoRepairConfig, pool: SandboxPool, repositories: Path
 ) -> list[RepairTask]:
     try:
         return make_tasks(tree, quota, seed, config, pool, repositories)
@@ -79,7 +79,7 @@ def _made_or_none(
         return []
 
 
-def _trees(config: TasksConfig, cache_dir: Path) -> tuple[list[SourceTree], list[SourceTree]]:
+def _trees(config: RepoRepairConfig, cache_dir: Path) -> tuple[list[SourceTree], list[SourceTree]]:
     if config.source == "stdlib":
         train = config.train_packages or sources.STDLIB_TRAIN
         heldout = config.heldout_packages or sources.STDLIB_HELDOUT
@@ -108,7 +108,7 @@ def _in_turn(
     return tuple(turns[:count])
 
 
-def _key(config: TasksConfig, seed: int) -> str:
+def _key(config: RepoRepairConfig, seed: int) -> str:
     """Names the cache entry: by what the tasks depend on, the code that makes them included."""
     here = Path(__file__).parent
     code = sorted([*(here / f"{name}.py" for name in MAKING), *(here / "tools").glob("*.py")])

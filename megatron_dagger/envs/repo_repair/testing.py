@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dagger.envs.base import EnvironmentBroken
-from megatron_dagger.envs.sandbox import (
+from megatron_dagger.sandbox import (
     BubblewrapSandbox,
     ProcessSandbox,
     SandboxLimits,

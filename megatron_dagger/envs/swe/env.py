@@ -6,12 +6,12 @@ import shlex
 from typing import Self
 
 from megatron_dagger.envs.base import CommandResult, EnvironmentBroken, Observation
-from megatron_dagger.envs.sandbox.docker import DockerSandbox
 from megatron_dagger.envs.swe.judge import OpenSandbox, Verdict, judge
 from megatron_dagger.envs.swe.repository import changes, prepare
 from megatron_dagger.envs.swe.task import SweTask
 from megatron_dagger.envs.swe.tool_calls import FormatError, parse_tool_call, tool_response, tools_message
 from megatron_dagger.envs.swe.tools import BASH, EDITOR, SUBMIT, TOOLS, Editor
+from megatron_dagger.sandbox.docker.sandbox import DockerSandbox
 
 SYSTEM_MESSAGE = f"""\
 You are a software engineer at work in a Linux container. Solve the issue that you are given by changing the

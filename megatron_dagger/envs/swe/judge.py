@@ -16,9 +16,9 @@ from typing import Any
 
 from megatron_dagger.config.base import ConfigError
 from megatron_dagger.envs.base import EnvironmentBroken
-from megatron_dagger.envs.sandbox.docker import DockerSandbox
 from megatron_dagger.envs.swe.r2e_gym import LOG_PARSER as R2E_GYM
 from megatron_dagger.envs.swe.task import SweTask
+from megatron_dagger.sandbox.docker.sandbox import DockerSandbox
 
 TEST_TIMEOUT_S = 1800.0
 APPLY_TIMEOUT_S = 120.0

@@ -11,8 +11,8 @@ from __future__ import annotations
 import shlex
 
 from megatron_dagger.envs.base import EnvironmentBroken
-from megatron_dagger.envs.sandbox.docker import DockerSandbox
 from megatron_dagger.envs.swe.task import SweTask
+from megatron_dagger.sandbox.docker.sandbox import DockerSandbox
 
 PREPARE_TIMEOUT_S = 600.0
 PATCH_TIMEOUT_S = 120.0

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
-from megatron_dagger.envs.sandbox.docker import DockerSandbox
 from megatron_dagger.envs.swe.tool_calls import Tool
+from megatron_dagger.sandbox.docker.sandbox import DockerSandbox
 
 MOST_FILE_BYTES = 1 << 20
 CONTEXT_LINES = 4  # shown around an edit

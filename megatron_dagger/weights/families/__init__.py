@@ -9,8 +9,8 @@ from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.weights.errors import WeightMapError
 from megatron_dagger.weights.families import llama, qwen2, qwen3, qwen3_moe
 from megatron_dagger.weights.families.base import Family
-from megatron_dagger.weights.families.layout import Layout, Part, Shape
-from megatron_dagger.weights.families.parameter import Parameter, Piece
+from megatron_dagger.weights.families.megatron_tensor import Layout, Part, Shape
+from megatron_dagger.weights.families.vllm_tensor import Parameter, Piece
 
 FAMILIES: dict[str, Family] = {family.FAMILY.name: family.FAMILY for family in (llama, qwen2, qwen3, qwen3_moe)}
 

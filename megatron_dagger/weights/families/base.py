@@ -16,8 +16,8 @@ from typing import Any
 
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.weights.errors import WeightMapError
-from megatron_dagger.weights.families.layout import Layout, Shape
-from megatron_dagger.weights.families.parameter import Parameter
+from megatron_dagger.weights.families.megatron_tensor import Layout, Shape
+from megatron_dagger.weights.families.vllm_tensor import Parameter
 
 
 @dataclass(frozen=True, kw_only=True)

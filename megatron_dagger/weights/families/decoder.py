@@ -22,8 +22,8 @@ from collections.abc import Callable
 
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.weights.blocks import Cut
-from megatron_dagger.weights.families.layout import Layout, Part, Shape
-from megatron_dagger.weights.families.parameter import Parameter, Piece
+from megatron_dagger.weights.families.megatron_tensor import Layout, Part, Shape
+from megatron_dagger.weights.families.vllm_tensor import Parameter, Piece
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"

@@ -19,8 +19,8 @@ from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.weights.blocks import Cut, Shard
 from megatron_dagger.weights.errors import WeightMapError
 from megatron_dagger.weights.families import lookup
-from megatron_dagger.weights.families.layout import Layout, Part, Shape
-from megatron_dagger.weights.families.parameter import Parameter
+from megatron_dagger.weights.families.megatron_tensor import Layout, Part, Shape
+from megatron_dagger.weights.families.vllm_tensor import Parameter
 
 Quantization = Literal["none", "fp8"]
 BLOCK = 128

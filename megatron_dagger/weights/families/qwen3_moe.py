@@ -19,8 +19,8 @@ from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.weights.blocks import Cut
 from megatron_dagger.weights.families import decoder
 from megatron_dagger.weights.families.base import Family
-from megatron_dagger.weights.families.layout import Layout, Part
-from megatron_dagger.weights.families.parameter import Parameter, Piece
+from megatron_dagger.weights.families.megatron_tensor import Layout, Part
+from megatron_dagger.weights.families.vllm_tensor import Parameter, Piece
 
 
 def _sizes(model: ModelConfig) -> tuple[int, int, int]:

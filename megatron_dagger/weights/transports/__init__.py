@@ -4,7 +4,7 @@
 - ``host``: through shared memory (on a GPU: CUDA IPC) from trainer ranks on the same host;
 - ``live``: point to point from trainer ranks anywhere, by gloo or NCCL.
 
-A trainer makes an Offer; the engine's ranks are told of it and open it. Whatever the way, they are
+A trainer makes an WeightSource; the engine's ranks are told of it and open it. Whatever the way, they are
 given the blocks of their copies one after the other, each valid until the next, so that no more than
 two buckets are in memory. ``send`` is the trainer's end of the last two.
 """
@@ -22,16 +22,16 @@ from megatron_dagger.config.base import require
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.weights.families.fp8 import Quantization, wire_dtypes
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
-from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
-from megatron_dagger.weights.plan import Copy, Plan, plan
-from megatron_dagger.weights.transports.buckets import Wire
+from megatron_dagger.weights.torch_dist.reader import MegatronCheckpoint
+from megatron_dagger.weights.transfer_plan import Copy, TransferPlan, plan
+from megatron_dagger.weights.transports.buckets import BucketSpec
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offer:
+class WeightSource:
     """Where a version of the weights can be had.
 
     ``address``: the checkpoint's directory; the directory of the trainer ranks' sockets; or HOST:PORT of
@@ -57,14 +57,14 @@ class Offer:
         return self.bucket_mib << 20
 
 
-def checkpoint_offer(directory: Path, model: ModelConfig) -> Offer:
-    """The Offer of a Megatron checkpoint. Raises CheckpointReadError if it cannot be read or is another model's."""
+def checkpoint_offer(directory: Path, model: ModelConfig) -> WeightSource:
+    """The WeightSource of a Megatron checkpoint. Raises CheckpointReadError if it cannot be read or is another model's."""
     source = MegatronCheckpoint(directory).source_layout(model)
-    return Offer(kind="checkpoint", address=str(directory), source=source)
+    return WeightSource(kind="checkpoint", address=str(directory), source=source)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class TransferSpec:
     """What both ends of a transfer must have in common, and what follows from it.
 
     ``dtype`` is torch's name of what the engine holds its weights in, but those that are quantised.
@@ -73,16 +73,16 @@ class Agreement:
     model: ModelConfig
     target: TargetLayout
     dtype: str
-    offer: Offer
+    offer: WeightSource
     quantization: Quantization = "none"
 
     @cached_property
-    def wire(self) -> Wire:
+    def wire(self) -> BucketSpec:
         dtypes = wire_dtypes(self.model, self.quantization, self.dtype)
-        return Wire(bucket_bytes=self.offer.bucket_bytes, dtypes=dtypes)
+        return BucketSpec(bucket_bytes=self.offer.bucket_bytes, dtypes=dtypes)
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> TransferPlan:
         return _plan(self.model, self.offer.source, self.target, self.quantization)
 
     def digest(self) -> str:
@@ -95,7 +95,7 @@ _plan = lru_cache(maxsize=4)(plan)
 
 
 class WeightTransport(Protocol):
-    """One rank's way to the weights of an Offer; a context manager."""
+    """One rank's way to the weights of an WeightSource; a context manager."""
 
     def receive(self, copies: Sequence[Copy]) -> Iterator[tuple[Copy, torch.Tensor]]:
         """Yield what the copies bring, in their order: a copy, or a part of it, and its block.
@@ -110,4 +110,4 @@ class WeightTransport(Protocol):
     def __exit__(self, *exc_info: object) -> None: ...
 
 
-__all__ = ["Agreement", "Offer", "WeightTransport", "checkpoint_offer"]
+__all__ = ["TransferSpec", "WeightSource", "WeightTransport", "checkpoint_offer"]

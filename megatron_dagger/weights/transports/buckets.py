@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
 from megatron_dagger.weights.blocks import ITEMSIZE, Box
-from megatron_dagger.weights.plan import Copy, Plan
+from megatron_dagger.weights.transfer_plan import Copy, TransferPlan
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ _ALIGNMENT = 4  # bytes: every dtype's elements can then be viewed where they li
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wire:
+class BucketSpec:
     """How blocks travel: in buckets of so many bytes, and ``dtypes``, of each parameter of the engine."""
 
     bucket_bytes: int
@@ -99,7 +99,7 @@ class Receiver(Protocol):
     def close(self) -> None: ...
 
 
-def buckets(copies: Sequence[Copy], wire: Wire) -> list[list[Copy]]:
+def buckets(copies: Sequence[Copy], wire: BucketSpec) -> list[list[Copy]]:
     """A target rank's copies in buckets; what is larger than a bucket is cut along its first dimensions."""
     found: list[list[Copy]] = []
     room = 0
@@ -112,12 +112,12 @@ def buckets(copies: Sequence[Copy], wire: Wire) -> list[list[Copy]]:
     return found
 
 
-def cut(copies: Iterable[Copy], wire: Wire) -> Iterator[Copy]:
+def cut(copies: Iterable[Copy], wire: BucketSpec) -> Iterator[Copy]:
     """The copies, those that are larger than a bucket in parts."""
     return itertools.chain.from_iterable(_cut(copy, wire.most_elements(copy)) for copy in copies)
 
 
-def segments(bucket: Sequence[Copy], wire: Wire) -> list[Segment]:
+def segments(bucket: Sequence[Copy], wire: BucketSpec) -> list[Segment]:
     """The segments of a bucket, by source rank."""
     by_source: dict[int, list[Copy]] = {}
     for copy in bucket:
@@ -133,7 +133,7 @@ def segments(bucket: Sequence[Copy], wire: Wire) -> list[Segment]:
     ]
 
 
-def outgoing(plan: Plan, source_rank: int, wire: Wire) -> Iterator[Segment]:
+def outgoing(plan: TransferPlan, source_rank: int, wire: BucketSpec) -> Iterator[Segment]:
     """What a source rank sends, in its order."""
     by_target = [buckets(copies, wire) for _, copies in sorted(plan.by_target.items())]
     for row in itertools.zip_longest(*by_target):
@@ -141,7 +141,9 @@ def outgoing(plan: Plan, source_rank: int, wire: Wire) -> Iterator[Segment]:
             yield from (segment for segment in segments(bucket, wire) if segment.source_rank == source_rank)
 
 
-def send(plan: Plan, source_rank: int, pack: Callable[[Copy, torch.Tensor], None], sender: Sender, wire: Wire) -> None:
+def send(
+    plan: TransferPlan, source_rank: int, pack: Callable[[Copy, torch.Tensor], None], sender: Sender, wire: BucketSpec
+) -> None:
     """Send all that the plan wants of this source rank; ``pack`` puts a copy's block where it is told."""
     for segment in outgoing(plan, source_rank, wire):
         for copy, into in wire.blocks(segment.copies, sender.buffer(segment)):
@@ -153,7 +155,7 @@ def send(plan: Plan, source_rank: int, pack: Callable[[Copy, torch.Tensor], None
 class BucketTransport:
     """A WeightTransport over a channel."""
 
-    def __init__(self, receiver: Receiver, wire: Wire):
+    def __init__(self, receiver: Receiver, wire: BucketSpec):
         self._receiver, self._wire = receiver, wire
 
     def receive(self, copies: Sequence[Copy]) -> Iterator[tuple[Copy, torch.Tensor]]:

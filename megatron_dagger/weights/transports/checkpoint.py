@@ -14,9 +14,9 @@ from megatron_dagger.weights.blocks import Box
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.families import lookup
 from megatron_dagger.weights.families.fp8 import VALUES, scales_name, vllm_table
-from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
-from megatron_dagger.weights.plan import Copy
-from megatron_dagger.weights.transports import Agreement
+from megatron_dagger.weights.torch_dist.reader import MegatronCheckpoint
+from megatron_dagger.weights.transfer_plan import Copy
+from megatron_dagger.weights.transports import TransferSpec
 from megatron_dagger.weights.transports.buckets import cut
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class CheckpointTransport:
     """A target rank's WeightTransport; the plan's source is ``checkpoint.source_layout``."""
 
-    def __init__(self, checkpoint: MegatronCheckpoint, agreement: Agreement, target_rank: int):
+    def __init__(self, checkpoint: MegatronCheckpoint, agreement: TransferSpec, target_rank: int):
         self._checkpoint, self._agreement, self._rank = checkpoint, agreement, target_rank
         model = agreement.model
         self._table = vllm_table(model, agreement.quantization)

@@ -1,4 +1,4 @@
-"""Opens an Offer, at the engine's end and at the trainer's."""
+"""Opens an WeightSource, at the engine's end and at the trainer's."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
-from megatron_dagger.weights.transports import Agreement, WeightTransport
+from megatron_dagger.weights.torch_dist.reader import MegatronCheckpoint
+from megatron_dagger.weights.transports import TransferSpec, WeightTransport
 from megatron_dagger.weights.transports.buckets import BucketTransport, send
 from megatron_dagger.weights.transports.checkpoint import CheckpointTransport
-from megatron_dagger.weights.transports.host import HostReceiver, HostSender
-from megatron_dagger.weights.transports.live import LiveReceiver, LiveSender
+from megatron_dagger.weights.transports.p2p import LiveReceiver, LiveSender
 from megatron_dagger.weights.transports.pack import Packer
+from megatron_dagger.weights.transports.shared_memory import HostReceiver, HostSender
 
 
-def open_transport(agreement: Agreement, target_rank: int, device: torch.device) -> WeightTransport:
+def open_transport(agreement: TransferSpec, target_rank: int, device: torch.device) -> WeightTransport:
     """A target rank's way to the weights. Raises WeightSyncError or CheckpointReadError; waits for the sources."""
     offer = agreement.offer
     if offer.kind == "checkpoint":
@@ -27,12 +27,12 @@ def open_transport(agreement: Agreement, target_rank: int, device: torch.device)
 
 
 def send_weights(
-    agreement: Agreement, source_rank: int, tensors: Mapping[str, torch.Tensor], device: torch.device
+    agreement: TransferSpec, source_rank: int, tensors: Mapping[str, torch.Tensor], device: torch.device
 ) -> None:
     """Send what the target ranks want of this source rank's tensors (by global Megatron name), and see it taken.
 
     Called on every source rank; where the engine quantises, with the tables of scales (``BlockScales``) among
-    the tensors. Raises WeightSyncError; then it may be called again with a new Offer.
+    the tensors. Raises WeightSyncError; then it may be called again with a new WeightSource.
     """
     assert agreement.offer.kind != "checkpoint", "a checkpoint is sent by nobody"
     sender = HostSender if agreement.offer.kind == "host" else LiveSender

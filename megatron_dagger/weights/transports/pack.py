@@ -8,9 +8,9 @@ import torch
 
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.families.fp8 import scales_name, source_name, vllm_table
-from megatron_dagger.weights.plan import Copy
 from megatron_dagger.weights.quantise import quantise
-from megatron_dagger.weights.transports import Agreement
+from megatron_dagger.weights.transfer_plan import Copy
+from megatron_dagger.weights.transports import TransferSpec
 
 
 class Packer:
@@ -20,7 +20,7 @@ class Packer:
     for each local one. Where the engine quantises, the scales' tables too (``BlockScales.tensors``).
     """
 
-    def __init__(self, agreement: Agreement, tensors: Mapping[str, torch.Tensor]):
+    def __init__(self, agreement: TransferSpec, tensors: Mapping[str, torch.Tensor]):
         self._tensors, self._target = tensors, agreement.target
         self._table = vllm_table(agreement.model, agreement.quantization)
         self._scales: dict[tuple[int, str], torch.Tensor] = {}

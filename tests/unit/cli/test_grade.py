@@ -10,7 +10,7 @@ pytest.importorskip("zarr")
 from megatron_dagger.cli import grade
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.types import StopReason
-from tests.synthetic import make_trajectory
+from tests.support.trajectories import make_trajectory
 
 
 def test_a_heldout_task_that_was_given_up_counts_with_no_prediction(tmp_path, monkeypatch):

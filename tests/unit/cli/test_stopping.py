@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from megatron_dagger.cli.stopping import stops_when_asked
+from megatron_dagger.driver.preemption import stops_when_asked
 from megatron_dagger.signals import STOPPED
 
 

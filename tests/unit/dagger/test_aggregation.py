@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from megatron_dagger.config import AggregationConfig
 from megatron_dagger.dagger.aggregation import aggregate, labels_of, select_rounds, summarise
-from megatron_dagger.types import Executor, LabelledEpisode, StopReason, Trajectory
-from tests.synthetic import make_trajectory, make_turn
+from megatron_dagger.types import ActedBy, LabelledEpisode, StopReason, Trajectory
+from tests.support.trajectories import make_trajectory, make_turn
 
 # few token values and short parts: states and labels really coincide
 _tokens = st.lists(st.integers(0, 1), max_size=2)
 _turns = st.builds(
     lambda action, label, prompt, teacher: make_turn(
-        action, label, prompt=tuple(prompt), executor=Executor.TEACHER if teacher else Executor.STUDENT
+        action, label, prompt=tuple(prompt), acted_by=ActedBy.TEACHER if teacher else ActedBy.STUDENT
     ),
     _tokens,
     st.none() | _tokens,
@@ -127,7 +127,7 @@ def test_windows(config: AggregationConfig, expected: list[int]) -> None:
 
 
 def test_summary_of_a_collection() -> None:
-    teacher = make_turn([5], [5], executor=Executor.TEACHER)
+    teacher = make_turn([5], [5], acted_by=ActedBy.TEACHER)
     agree, differ, unlabelled = make_turn([5], [5]), make_turn([5], [6]), make_turn([5])
     first = make_trajectory("a", turns=(teacher, agree, differ, agree, differ, agree))
     second = make_trajectory("b", turns=(agree, unlabelled), stop_reason=StopReason.TURN_LIMIT, solved=False)
@@ -148,7 +148,7 @@ def test_summary_of_a_collection() -> None:
 
 def test_summary_of_nothing_and_of_teacher_episodes() -> None:
     assert summarise([])["median_turns"] is None
-    only_teacher = make_trajectory(turns=(make_turn([5], [5], executor=Executor.TEACHER),))
+    only_teacher = make_trajectory(turns=(make_turn([5], [5], acted_by=ActedBy.TEACHER),))
     summary = summarise([only_teacher])
     assert summary["agreement"] is None
     assert summary["agreement_by_depth"] == []

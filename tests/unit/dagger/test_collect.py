@@ -12,26 +12,26 @@ pytest.importorskip("zarr")
 pytest.importorskip("tokenizers")
 pytest.importorskip("httpx")
 
-from megatron_dagger.agents.chat import ChatRenderer
-from megatron_dagger.agents.episode import EpisodeKey
-from megatron_dagger.agents.tokenizer import train_tokenizer
-from megatron_dagger.cli.environments import last_line
 from megatron_dagger.config import DaggerConfig, RunConfig, TeacherConfig
 from megatron_dagger.dagger.collect import TRIES, TooManyBroken
+from megatron_dagger.dagger.context import RunContext, train_manifest
 from megatron_dagger.dagger.loop import collect, evaluate
 from megatron_dagger.dagger.worker import Worker
-from megatron_dagger.dagger.world import World, train_manifest
+from megatron_dagger.driver.environments import last_line
 from megatron_dagger.envs.base import EnvironmentBroken, Observation
 from megatron_dagger.observability.metrics import Metrics
 from megatron_dagger.observability.progress import track
 from megatron_dagger.policies.base import PolicyGone
-from megatron_dagger.policies.endpoint import EndpointPolicy
-from megatron_dagger.policies.replies import ReplyStore
-from megatron_dagger.policies.scripted import RandomPolicy
+from megatron_dagger.policies.openai.cache import ResponseCache
+from megatron_dagger.policies.openai.policy import EndpointPolicy
+from megatron_dagger.rollout.chat import ChatRenderer
+from megatron_dagger.rollout.episode import EpisodeKey
+from megatron_dagger.rollout.tokenizer import train_tokenizer
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import write_json
 from megatron_dagger.types import StopReason
-from tests.unit.policies.endpoint_server import chat_server
+from tools.support.chat_server import chat_server
+from tools.support.scripted_policies import RandomPolicy
 
 TASKS = tuple(f"owner/task-{number}" for number in range(8))
 
@@ -93,7 +93,7 @@ def renderer(tmp_path_factory):
 
 
 @pytest.fixture
-def world(renderer, tmp_path):
+def context(renderer, tmp_path):
     place, seeds = Place(), []
 
     class Noted(RandomPolicy):
@@ -103,7 +103,7 @@ def world(renderer, tmp_path):
 
     policy = Noted(["a", "b", "c", "d"], renderer.action)
     with ThreadPoolExecutor(4) as threads:
-        made = World(
+        made = RunContext(
             config=RunConfig(dagger=DaggerConfig(rounds=0, sft_tasks=8, evaluation_tasks=4)),
             run_dir=tmp_path,
             renderer=renderer,
@@ -124,33 +124,33 @@ def world(renderer, tmp_path):
         yield made, place, seeds
 
 
-def run(world, worker=None):
-    asyncio.run(collect(world, 0, worker))
+def run(context, worker=None):
+    asyncio.run(collect(context, 0, worker))
 
 
-def report(world, name="collect"):
-    return json.loads((world.round_dir(0) / f"{name}.json").read_text())
+def report(context, name="collect"):
+    return json.loads((context.round_dir(0) / f"{name}.json").read_text())
 
 
-def test_a_task_that_breaks_each_time_is_given_up_and_the_others_are_data(world):
-    world, place, seeds = world
+def test_a_task_that_breaks_each_time_is_given_up_and_the_others_are_data(context):
+    context, place, seeds = context
     place.hungry = {TASKS[3]: 99}
-    run(world)
-    found = report(world)
+    run(context)
+    found = report(context)
     assert (found["episodes"], found["broken_episodes"], found["given_up"]) == (7, TRIES, 1)
-    assert {task for task, _ in world.data.committed(0)} == set(TASKS) - {TASKS[3]}
+    assert {task for task, _ in context.data.committed(0)} == set(TASKS) - {TASKS[3]}
     drawn = [seed for task, seed in seeds if task == TASKS[3]]
     assert drawn[0] == drawn[1] != drawn[2], "once more as it was, then with other draws"
-    assert drawn[0] == EpisodeKey(run_seed=world.config.seed, round_index=0, task_id=TASKS[3]).seed(0)
+    assert drawn[0] == EpisodeKey(run_seed=context.config.seed, round_index=0, task_id=TASKS[3]).seed(0)
 
 
-def test_what_broke_once_has_the_name_of_a_first_try(world):
-    world, place, _ = world
+def test_what_broke_once_has_the_name_of_a_first_try(context):
+    context, place, _ = context
     place.hungry = {TASKS[3]: 1, TASKS[4]: TRIES - 1}
-    run(world)
-    found = report(world)
+    run(context)
+    found = report(context)
     assert (found["episodes"], found["broken_episodes"], found["given_up"]) == (8, TRIES, 0)
-    assert world.data.committed(0) == {(task, 0) for task in TASKS}
+    assert context.data.committed(0) == {(task, 0) for task in TASKS}
 
 
 def test_a_first_try_draws_what_it_always_did():
@@ -158,67 +158,67 @@ def test_a_first_try_draws_what_it_always_did():
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_other_workers_and_a_restart_know_what_is_given_up(world, resident):
-    world, place, _ = world
+def test_other_workers_and_a_restart_know_what_is_given_up(context, resident):
+    context, place, _ = context
     place.hungry = {TASKS[3]: 99}
     for index in (1, 0):
-        run(world, Worker(index=index, count=2, resident=resident))
+        run(context, Worker(index=index, count=2, resident=resident))
     if not resident:
-        run(world)
-    found = report(world)
+        run(context)
+    found = report(context)
     assert (found["episodes"], found["broken_episodes"], found["given_up"]) == (7, TRIES, 1)
     assert len(place.opened) == 7 + TRIES
 
 
 @pytest.mark.parametrize("hungry", [TASKS[:3], TASKS])
-def test_where_many_break_the_run_stops_and_once_that_is_mended_misses_nothing(world, hungry):
-    world, place, _ = world
+def test_where_many_break_the_run_stops_and_once_that_is_mended_misses_nothing(context, hungry):
+    context, place, _ = context
     place.hungry = dict.fromkeys(hungry, 99)
     with pytest.raises(TooManyBroken, match=r"3 of 8 tasks broke 3 times each.*out_of_memory: over 512 MiB"):
-        run(world)
-    assert not (world.round_dir(0) / "collect.json").exists()
+        run(context)
+    assert not (context.round_dir(0) / "collect.json").exists()
     place.hungry = {}
-    run(world)
-    assert (report(world)["episodes"], report(world)["given_up"]) == (8, 0)
+    run(context)
+    assert (report(context)["episodes"], report(context)["given_up"]) == (8, 0)
 
 
-def test_a_heldout_task_that_breaks_counts_as_not_solved(world):
-    world, place, _ = world
+def test_a_heldout_task_that_breaks_counts_as_not_solved(context):
+    context, place, _ = context
     place.hungry = {TASKS[3]: 99}
     manifest = {"canary": {"tokens": [1, 2], "logprobs": [-1.0]}, "checkpoint": "checkpoint", "digests": {}}
-    write_json(train_manifest(world.run_dir, 0), manifest)
-    asyncio.run(evaluate(world, 0))
-    found = report(world, "evaluate")["heldout"]
+    write_json(train_manifest(context.run_dir, 0), manifest)
+    asyncio.run(evaluate(context, 0))
+    found = report(context, "evaluate")["heldout"]
     assert (found["tasks"], found["solved"], found["given_up"], found["success"]) == (4, 3, 1, 0.75)
 
 
-def endpoint(world, folder, server):
-    replies = ReplyStore(folder)
+def endpoint(context, folder, server):
+    replies = ResponseCache(folder)
     config = TeacherConfig(urls=(server.url,), model="m", patience_s=1.0)
-    policy = EndpointPolicy(config, replies, read=last_line, encode=world.renderer.action)
-    return closing(replies), replace(world, teacher=policy)
+    policy = EndpointPolicy(config, replies, read=last_line, encode=context.renderer.action)
+    return closing(replies), replace(context, teacher=policy)
 
 
-def test_a_teacher_without_an_action_for_one_task_does_not_block_the_run(world, tmp_path):
-    world, _, _ = world
+def test_a_teacher_without_an_action_for_one_task_does_not_block_the_run(context, tmp_path):
+    context, _, _ = context
 
     def answer(request):
         return "" if request["messages"][1]["content"] == TASKS[3] else "submit"
 
     with chat_server(answer) as server:
-        replies, world = endpoint(world, tmp_path / "teacher", server)
+        replies, context = endpoint(context, tmp_path / "teacher", server)
         with replies:
-            run(world)
-        found = report(world)
+            run(context)
+        found = report(context)
         assert (found["episodes"], found["given_up"]) == (7, 1)
         assert len(server.requests) == 7 + (TRIES - 1) * 4, "each draw asks anew; the same one does not"
 
 
-def test_where_the_teacher_is_gone_the_run_stops_at_once_and_nothing_is_given_up(world, tmp_path):
-    world, place, _ = world
+def test_where_the_teacher_is_gone_the_run_stops_at_once_and_nothing_is_given_up(context, tmp_path):
+    context, place, _ = context
     with chat_server(lambda request: 503) as server:
-        replies, world = endpoint(world, tmp_path / "teacher", server)
+        replies, context = endpoint(context, tmp_path / "teacher", server)
         with replies, pytest.raises(PolicyGone, match="no teacher answered within 1 s"):
-            run(world)
+            run(context)
     assert len(place.opened) == len(set(place.opened)), "no task is tried twice"
-    assert not world.data.given_up(0).tasks()
+    assert not context.data.given_up(0).tasks()

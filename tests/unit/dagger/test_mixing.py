@@ -5,12 +5,12 @@ import asyncio
 import numpy as np
 import pytest
 
-from megatron_dagger.agents.episode import EpisodeKey
 from megatron_dagger.config import DaggerConfig
-from megatron_dagger.dagger.mixing import MixtureActor, SoloActor, mixture, per_turn, student_prefix
+from megatron_dagger.dagger.mixing import MixtureTurnPolicy, SoloTurnPolicy, mixture, per_turn, student_prefix
 from megatron_dagger.policies.base import NoAction
-from megatron_dagger.policies.scripted import ReplayPolicy
-from megatron_dagger.types import Executor, Message, State
+from megatron_dagger.rollout.episode import EpisodeKey
+from megatron_dagger.types import ActedBy, Message, State
+from tools.support.scripted_policies import ReplayPolicy
 
 
 def key(task="t", round_index=1):
@@ -70,12 +70,12 @@ def test_round_zero_is_the_teachers():
 
 def test_teacher_labels_every_state_and_is_asked_once():
     student, teacher = Counting("s"), Counting("t")
-    actor = MixtureActor(student=student, teacher=teacher, teacher_acts=lambda turn: turn % 2 == 0)
+    actor = MixtureTurnPolicy(student=student, teacher=teacher, teacher_acts=lambda turn: turn % 2 == 0)
     by_teacher = asyncio.run(actor.decide(state(), 0))
-    assert (by_teacher.executor, by_teacher.label) == (Executor.TEACHER, by_teacher.action)
+    assert (by_teacher.acted_by, by_teacher.label) == (ActedBy.TEACHER, by_teacher.action)
     assert (student.calls, teacher.calls) == (0, 1)
     by_student = asyncio.run(actor.decide(state(), 1))
-    assert by_student.executor is Executor.STUDENT
+    assert by_student.acted_by is ActedBy.STUDENT
     assert (by_student.action.text, by_student.label.text) == ("s", "t")
     assert (student.calls, teacher.calls) == (1, 2)
 
@@ -90,15 +90,15 @@ class Speechless:
 
 
 def test_a_state_without_a_label_is_the_students_and_in_round_zero_an_error():
-    actor = MixtureActor(student=Counting("s"), teacher=Speechless(), teacher_acts=lambda turn: turn == 0)
+    actor = MixtureTurnPolicy(student=Counting("s"), teacher=Speechless(), teacher_acts=lambda turn: turn == 0)
     for turn in (0, 1):
         decision = asyncio.run(actor.decide(state(), turn))
-        assert (decision.executor, decision.action.text, decision.label) == (Executor.STUDENT, "s", None)
-    alone = MixtureActor(student=None, teacher=Speechless(), teacher_acts=lambda turn: True)
+        assert (decision.acted_by, decision.action.text, decision.label) == (ActedBy.STUDENT, "s", None)
+    alone = MixtureTurnPolicy(student=None, teacher=Speechless(), teacher_acts=lambda turn: True)
     with pytest.raises(NoAction):
         asyncio.run(alone.decide(state(), 0))
 
 
 def test_solo_actor_asks_no_teacher():
-    decision = asyncio.run(SoloActor(policy=Counting("s")).decide(state(), 0))
+    decision = asyncio.run(SoloTurnPolicy(policy=Counting("s")).decide(state(), 0))
     assert decision.label is None

@@ -2,10 +2,10 @@
 
 import pytest
 
-from megatron_dagger.config import TasksConfig
+from megatron_dagger.config import RepoRepairConfig
 from megatron_dagger.envs.repo_repair.generate import SourceTree, make_tasks
 from megatron_dagger.envs.repo_repair.testing import repair_sandbox
-from megatron_dagger.envs.sandbox import SandboxPool
+from megatron_dagger.sandbox import SandboxPool
 
 CODE = b"""
 def clamp(value, low, high):
@@ -66,4 +66,4 @@ def repositories(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tasks(pool, repositories):
-    return make_tasks(TREE, 8, 1, TasksConfig(), pool, repositories)
+    return make_tasks(TREE, 8, 1, RepoRepairConfig(), pool, repositories)

@@ -7,18 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from megatron_dagger.agents.chat import ChatRenderer
-from megatron_dagger.agents.episode import Decision, EpisodeKey, EpisodeRunner
-from megatron_dagger.agents.tokenizer import train_tokenizer
 from megatron_dagger.config import LimitsConfig
-from megatron_dagger.dagger.mixing import SoloActor
+from megatron_dagger.dagger.mixing import SoloTurnPolicy
 from megatron_dagger.envs.base import EnvironmentBroken
 from megatron_dagger.envs.repo_repair.env import SYSTEM_MESSAGE, RepairEnv, plain_words
 from megatron_dagger.envs.repo_repair.expert import RepairExpert
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.policies.base import PolicyError, PolicyGone
-from megatron_dagger.policies.scripted import ReplayPolicy
-from megatron_dagger.types import Action, Executor, StopReason
+from megatron_dagger.rollout.chat import ChatRenderer
+from megatron_dagger.rollout.episode import EpisodeKey, EpisodeRunner, TurnDecision
+from megatron_dagger.rollout.tokenizer import train_tokenizer
+from megatron_dagger.types import ActedBy, Action, StopReason
+from tools.support.scripted_policies import ReplayPolicy
 
 MESS = [
     "locate", "runtests", "undo", "view @1", "view @2", "view @9", "edit @1 return 'return not'", "edit @1 + -",
@@ -62,16 +62,16 @@ class Messy:
     async def decide(self, state, turn):
         label = await self.expert.act(state)
         if turn >= self.turns:
-            return Decision(executor=Executor.TEACHER, action=label, label=label)
+            return TurnDecision(acted_by=ActedBy.TEACHER, action=label, label=label)
         text = self.chance.choice(MESS)
         tokens = np.append(self.expert._encode(text), []).astype(np.int32)
-        return Decision(executor=Executor.STUDENT, action=Action(text=text, tokens=tokens), label=label)
+        return TurnDecision(acted_by=ActedBy.STUDENT, action=Action(text=text, tokens=tokens), label=label)
 
 
 def test_expert_solves_from_the_start(renderer, make_env, tasks):
     expert = RepairExpert(renderer.action)
     for index in range(len(tasks)):
-        episode = run(renderer, lambda index=index: make_env(index), SoloActor(policy=expert))
+        episode = run(renderer, lambda index=index: make_env(index), SoloTurnPolicy(policy=expert))
         assert episode.solved, tasks[index].instance_id
         assert episode.stop_reason is StopReason.SUBMITTED
 
@@ -93,10 +93,10 @@ def test_tokens_of_the_turns_are_the_conversation(renderer, make_env):
 
 def test_a_mistake_that_is_not_undone_derails(renderer, make_env, tasks):
     expert = RepairExpert(renderer.action)
-    gold = [turn.action.text for turn in run(renderer, make_env, SoloActor(policy=expert)).turns]
-    assert run(renderer, make_env, SoloActor(policy=ReplayPolicy(gold, renderer.action))).solved
+    gold = [turn.action.text for turn in run(renderer, make_env, SoloTurnPolicy(policy=expert)).turns]
+    assert run(renderer, make_env, SoloTurnPolicy(policy=ReplayPolicy(gold, renderer.action))).solved
     harm = ["echo 'x = (' >> small.py", *gold]
-    assert not run(renderer, make_env, SoloActor(policy=ReplayPolicy(harm, renderer.action))).solved
+    assert not run(renderer, make_env, SoloTurnPolicy(policy=ReplayPolicy(harm, renderer.action))).solved
 
 
 def test_undo_takes_back_any_change(make_env):
@@ -183,7 +183,7 @@ def test_judge_needs_the_repair(make_env, tasks):
     ],
 )
 def test_every_limit_has_its_reason(renderer, make_env, texts, limits, reason):
-    episode = run(renderer, make_env, SoloActor(policy=ReplayPolicy(texts, renderer.action)), **limits)
+    episode = run(renderer, make_env, SoloTurnPolicy(policy=ReplayPolicy(texts, renderer.action)), **limits)
     assert episode.stop_reason is reason
     assert reason.is_clean
     assert not episode.solved

@@ -11,17 +11,17 @@ import time
 import pytest
 
 from megatron_dagger.envs.base import EnvironmentBroken
-from megatron_dagger.envs.sandbox import (
+from megatron_dagger.sandbox import (
     BubblewrapSandbox,
     ProcessSandbox,
     SandboxLimits,
     SandboxPool,
     bubblewrap_works,
 )
-from megatron_dagger.envs.sandbox.docker import DockerLimits, DockerSandbox
-from megatron_dagger.envs.sandbox.process import HOME_PREFIX
+from megatron_dagger.sandbox.docker.sandbox import DockerLimits, DockerSandbox
+from megatron_dagger.sandbox.local.process import HOME_PREFIX
 from megatron_dagger.types import StopReason
-from tests.docker_engine import IMAGE, processes_with
+from tools.support.docker_engine import IMAGE, processes_with
 
 LIMITS = SandboxLimits(timeout_s=5, memory_mib=400, disk_mib=16, processes=24, output_bytes=2000)
 DOCKER_LIMITS = DockerLimits(timeout_s=5, memory_mib=400, disk_mib=64, processes=24, output_bytes=2000)

@@ -101,14 +101,14 @@ def test_an_unpacking_cut_short_leaves_no_tree(package, tmp_path, monkeypatch):
 
 def test_another_file_than_the_pinned_one_is_refused(package, tmp_path):
     other = dataclasses.replace(package, sha256="0" * 64)
-    with pytest.raises(FetchError, match=r"tinypkg-1\.0\.tar\.gz.*sha256.*tasks\.source=stdlib"):
+    with pytest.raises(FetchError, match=r"tinypkg-1\.0\.tar\.gz.*sha256.*repo_repair\.source=stdlib"):
         fetch(other, tmp_path / "cache")
     assert list((tmp_path / "cache" / "sdists").iterdir()) == []
 
 
 def test_a_missing_file_says_the_way_out_and_keeps_the_others(package, tmp_path):
     missing = dataclasses.replace(package, name="otherpkg", sdist="otherpkg-2.0.tar.gz")
-    with pytest.raises(FetchError, match=r"otherpkg-2\.0\.tar\.gz.*tasks\.source=stdlib"):
+    with pytest.raises(FetchError, match=r"otherpkg-2\.0\.tar\.gz.*repo_repair\.source=stdlib"):
         fetch_all([package, missing], tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache" / "sdists").iterdir()] == [package.sdist]
 
@@ -118,7 +118,7 @@ def test_an_unreachable_index_is_a_clear_error(package, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port: nobody answers
-    with pytest.raises(FetchError, match=r"could not be downloaded.*tasks\.source=stdlib"):
+    with pytest.raises(FetchError, match=r"could not be downloaded.*repo_repair\.source=stdlib"):
         fetch(package, tmp_path / "cache")
 
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from megatron_dagger.config import ConfigError, TasksConfig
+from megatron_dagger.config import ConfigError, RepoRepairConfig
 from megatron_dagger.envs.repo_repair.generate import UnusablePackage, make_tasks
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.envs.repo_repair.task import read_tasks, write_tasks
@@ -51,7 +51,7 @@ def test_rows_have_swe_bench_fields_and_survive_their_file(tasks, tmp_path):
 
 
 def test_same_seed_same_tasks(tasks, pool, tmp_path):
-    assert make_tasks(TREE, 3, 1, TasksConfig(), pool, tmp_path) == tasks[:3]
+    assert make_tasks(TREE, 3, 1, RepoRepairConfig(), pool, tmp_path) == tasks[:3]
 
 
 def test_damaged_row_is_named(tmp_path):
@@ -65,4 +65,4 @@ def test_package_whose_tests_fail_is_refused(pool, tmp_path):
 
     broken = replace(TREE, files={**TREE.files, "tests/test_small.py": b"def test_x():\n    assert False\n"})
     with pytest.raises(UnusablePackage, match="small"):
-        make_tasks(broken, 1, 1, TasksConfig(), pool, tmp_path)
+        make_tasks(broken, 1, 1, RepoRepairConfig(), pool, tmp_path)

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_dagger.config import RunConfig, build, load_yaml, override
 from recipes import RECIPES, find_recipe
-from tests.launch_environment import LACKING, PYTHON, ROOT, nemo
+from tests.support.launch_environment import LACKING, PYTHON, ROOT, nemo
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -74,8 +74,15 @@ def test_settings_are_overridden_and_exported_on_the_command_line(tmp_path):
     """The exported YAML is NeMo-Run's: targets and values."""
     changes = ["training.optimizer.lr=1e-5", "dagger.rounds=1", "rollout.engine.kv_cache_memory_mib=77"]
     settings = ["config=quickstart", "directory=runs/it", *(f"config.{change}" for change in changes)]
-    packages = "tasks.train_packages=[boltons,munch]"
-    nemo(tmp_path, *LAUNCH, "--to-yaml", "it.yaml:config", *settings, "config.tasks.train_packages=['boltons','munch']")
+    packages = "repo_repair.train_packages=[boltons,munch]"
+    nemo(
+        tmp_path,
+        *LAUNCH,
+        "--to-yaml",
+        "it.yaml:config",
+        *settings,
+        "config.repo_repair.train_packages=['boltons','munch']",
+    )
     exported = load_plain(tmp_path / "it.yaml")
     assert build(RunConfig, exported) == override(find_recipe("quickstart")(), [*changes, packages])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dagger.config import override
-from megatron_dagger.training.launch import check_gpus
+from megatron_dagger.training.ranks.launch import check_gpus
 from recipes import find_recipe
 
 FILES = sorted((Path(__file__).resolve().parents[3] / "slurm").glob("*.sbatch"))

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from megatron_dagger.observability.export import FORMATS, export, system_message
-from megatron_dagger.types import Executor, StopReason
-from tests.synthetic import make_trajectory, make_turn, random_trajectory
+from megatron_dagger.types import ActedBy, StopReason
+from tests.support.trajectories import make_trajectory, make_turn, random_trajectory
 
 TURNS = (
-    make_turn([5], [5], executor=Executor.TEACHER, observation="fix the bug"),
+    make_turn([5], [5], acted_by=ActedBy.TEACHER, observation="fix the bug"),
     make_turn([6], [7, 8], observation="output \ud800 é"),
     make_turn([9], None, observation="more"),
 )
@@ -79,7 +79,7 @@ def test_parquet_has_the_tokens(tmp_path):
     table = pq.read_table(written(tmp_path / "it.parquet", "parquet", episodes)).to_pylist()
     turns = [(e, t) for e in episodes for t in e.turns]
     for row, (episode, turn) in zip(table, turns, strict=True):
-        assert (row["task_id"], row["executor"], row["label"]) == (episode.task_id, turn.executor, turn.label.text)
+        assert (row["task_id"], row["executor"], row["label"]) == (episode.task_id, turn.acted_by, turn.label.text)
         assert np.array_equal(row["action_tokens"], turn.action.tokens)
         logprobs = None if turn.action.logprobs is None else turn.action.logprobs.tolist()
         assert row["action_logprobs"] == logprobs

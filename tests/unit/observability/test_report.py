@@ -16,8 +16,8 @@ from megatron_dagger.observability.report import render, write_report
 from megatron_dagger.observability.report_data import choose_evenly, clip, describe, gather
 from megatron_dagger.observability.rundir import NoRunError, read_run
 from megatron_dagger.store.aggregated import DataStore
-from tests.synthetic import make_trajectory, make_turn
-from tests.synthetic_run import HOSTILE, make_run
+from tests.support.run_directory import HOSTILE, make_run
+from tests.support.trajectories import make_trajectory, make_turn
 
 
 @pytest.fixture(scope="module")

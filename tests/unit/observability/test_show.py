@@ -9,8 +9,8 @@ import pytest
 
 from megatron_dagger.observability.show import show
 from megatron_dagger.observability.source import visible
-from megatron_dagger.types import Executor
-from tests.synthetic import make_action, make_trajectory, make_turn
+from megatron_dagger.types import ActedBy
+from tests.support.trajectories import make_action, make_trajectory, make_turn
 
 
 def shown(trajectory: object, **options: object) -> str:
@@ -21,7 +21,7 @@ def shown(trajectory: object, **options: object) -> str:
 
 def test_who_acted_what_the_teacher_would_have_done_and_the_outcome() -> None:
     turns = (
-        make_turn([5], [5], executor=Executor.TEACHER, observation="the task"),
+        make_turn([5], [5], acted_by=ActedBy.TEACHER, observation="the task"),
         make_turn([6], [7], observation="some output"),
         make_turn([8], [8]),
         make_turn([9], None),

@@ -21,8 +21,8 @@ from megatron_dagger.observability.status import status
 from megatron_dagger.observability.status_file import failure_recorded
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import write_json
-from tests.synthetic import random_trajectory
-from tests.synthetic_run import make_run
+from tests.support.run_directory import make_run
+from tests.support.trajectories import random_trajectory
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dagger.config import EngineConfig, OptimizerConfig, ParallelConfig, TrainingConfig, override
+from megatron_dagger.config import OptimizerConfig, ParallelConfig, TrainingConfig, VllmEngineConfig, override
 from megatron_dagger.planning import GPUS, Assumptions
 from megatron_dagger.planning.activations import in_flight_layers, layer_bytes, logits_bytes
 from megatron_dagger.planning.memory import GIB, kv_bytes_per_token, serving_memory, state_bytes, training_memory
@@ -127,7 +127,7 @@ def test_the_canary_needs_logits_of_a_whole_row():
 
 
 def test_kv_cache_of_known_models():
-    engine = EngineConfig(dtype="bfloat16", max_model_len=65_536, kv_cache_memory_mib=None)
+    engine = VllmEngineConfig(dtype="bfloat16", max_model_len=65_536, kv_cache_memory_mib=None)
     assert kv_bytes_per_token(QWEN3_8B, engine) == 36 * 8 * 128 * 2 * 2 == 144 * 1024
     assert kv_bytes_per_token(QWEN3_8B, replace(engine, tensor_parallel_size=16)) == 144 * 1024 / 8
     memory = serving_memory(QWEN3_8B, engine, GPUS["h100"], Assumptions())
@@ -138,14 +138,14 @@ def test_kv_cache_of_known_models():
 
 
 def test_an_engine_holds_all_experts():
-    engine = EngineConfig(dtype="bfloat16", tensor_parallel_size=4, kv_cache_memory_mib=None)
+    engine = VllmEngineConfig(dtype="bfloat16", tensor_parallel_size=4, kv_cache_memory_mib=None)
     memory = serving_memory(QWEN3_30B_A3B, engine, GPUS["h100"], Assumptions())
     assert memory.weights == pytest.approx(2 * 30.5e9 / 4, rel=0.01)
     assert memory.experts == 2 * 48 * 128 * 3 * 2048 * 768 / 4
 
 
 def test_an_engine_in_fp8_has_half_the_matrices():
-    engine = EngineConfig(dtype="bfloat16", tensor_parallel_size=4, kv_cache_memory_mib=None)
+    engine = VllmEngineConfig(dtype="bfloat16", tensor_parallel_size=4, kv_cache_memory_mib=None)
     plain, fp8 = (
         serving_memory(QWEN3_8B, replace(engine, quantization=name), GPUS["h100"], Assumptions())
         for name in ("none", "fp8")

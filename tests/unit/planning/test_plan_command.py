@@ -50,7 +50,7 @@ def test_a_recipe_that_cannot_fit_is_refused_with_reason_and_way_out(capsys):
     ("arguments", "message"),
     [
         (["nosuch"], "unknown recipe"),
-        (["quickstart", "--assume", "mfuu=1"], "did you mean mfu"),
+        (["quickstart", "--assume", "mfuu=1"], "did you mean assume.mfu"),
         (["quickstart", "--assume", "mfu=7"], "must lie in"),
         (["quickstart", "--assume", "expert_load=0.5"], "expert_load must be at least 1"),
         (["qwen3_30b_a3b_swegym_4x8h100", "rollout.engine.quantization=fp8"], "is for dense models"),

@@ -12,14 +12,14 @@ import pytest
 
 pytest.importorskip("httpx")
 
-from megatron_dagger.cli.environments import last_line
 from megatron_dagger.config import ConfigError, SamplingConfig, TeacherConfig
+from megatron_dagger.driver.environments import last_line
 from megatron_dagger.envs.repo_repair.expert import next_command
 from megatron_dagger.policies.base import BudgetSpent, NoAction, Policy, PolicyError, PolicyGone
-from megatron_dagger.policies.endpoint import EndpointPolicy
-from megatron_dagger.policies.replies import Reply, ReplyStore
+from megatron_dagger.policies.openai.cache import Reply, ResponseCache
+from megatron_dagger.policies.openai.policy import EndpointPolicy
 from megatron_dagger.types import Message, State
-from tests.unit.policies.endpoint_server import ChatServer, chat_server, expert
+from tools.support.chat_server import ChatServer, chat_server, expert
 
 SECRET = "sk-a-secret-key"
 
@@ -37,7 +37,7 @@ def state(*texts: str, seed: int = 1) -> State:
 def policy(folder, *servers: ChatServer, **settings) -> EndpointPolicy:
     defaults = {"request_timeout_s": 5.0, "patience_s": 5.0, "sampling": SamplingConfig(max_tokens=50)}
     config = TeacherConfig(urls=tuple(s.url for s in servers), model="teacher-30b", **{**defaults, **settings})
-    return EndpointPolicy(config, ReplyStore(folder), read=last_line, encode=encode)
+    return EndpointPolicy(config, ResponseCache(folder), read=last_line, encode=encode)
 
 
 def act(teacher: EndpointPolicy, *states: State):
@@ -244,10 +244,10 @@ def test_settings_that_cannot_work(settings, message):
 
 
 def test_replies_of_several_writers_are_all_read(tmp_path):
-    with contextlib.closing(ReplyStore(tmp_path)) as one, contextlib.closing(ReplyStore(tmp_path)) as two:
+    with contextlib.closing(ResponseCache(tmp_path)) as one, contextlib.closing(ResponseCache(tmp_path)) as two:
         one.put("a", Reply(text="1", prompt_tokens=3))
         two.put("b", Reply(text="2", tool_calls=(("bash", '{"command": "ls"}'),), completion_tokens=4))
-    store = ReplyStore(tmp_path)
+    store = ResponseCache(tmp_path)
     assert (store.get("a"), len(store), store.prompt_tokens, store.completion_tokens) == (
         Reply(text="1", prompt_tokens=3),
         2,

@@ -7,18 +7,18 @@ import pytest
 
 from megatron_dagger.config import ConfigError, TeacherConfig
 from megatron_dagger.policies.base import BudgetSpent
-from megatron_dagger.policies.replicas import Replicas
-from megatron_dagger.policies.replies import ReplyStore
-from megatron_dagger.policies.scoring import TeacherScores
-from megatron_dagger.types import Executor
-from tests.synthetic import make_trajectory, make_turn
-from tests.unit.policies.endpoint_server import chat_server
+from megatron_dagger.policies.openai.cache import ResponseCache
+from megatron_dagger.policies.openai.endpoint_pool import EndpointPool
+from megatron_dagger.policies.openai.scoring import TeacherScores
+from megatron_dagger.types import ActedBy
+from tests.support.trajectories import make_trajectory, make_turn
+from tools.support.chat_server import chat_server
 
 EPISODE = make_trajectory(
     turns=(
-        make_turn([1, 2], [2], executor=Executor.TEACHER),
+        make_turn([1, 2], [2], acted_by=ActedBy.TEACHER),
         make_turn([3, 4, 5], [6]),
-        make_turn([7], None, executor=Executor.TEACHER),
+        make_turn([7], None, acted_by=ActedBy.TEACHER),
     )
 )
 
@@ -37,8 +37,8 @@ def vllm(request, *, shift=0):
 
 def score(url, folder, **settings):
     config = TeacherConfig(urls=(url,), model="big", **settings)
-    replies = ReplyStore(folder)
-    scores = TeacherScores(config, Replicas(config, replies), replies, decode=letters)
+    replies = ResponseCache(folder)
+    scores = TeacherScores(config, EndpointPool(config, replies), replies, decode=letters)
     try:
         return asyncio.run(scores.score(EPISODE))
     finally:
@@ -55,7 +55,7 @@ def test_only_the_students_turns_are_scored_in_one_request_up_to_the_last_of_the
         stream = [part for turn in EPISODE.turns[:2] for part in (turn.prompt_tokens, turn.action.tokens)]
         assert request["prompt"] == np.concatenate(stream).tolist()
         assert (request["prompt_logprobs"], request["max_tokens"]) == (0, 1)
-        assert ReplyStore(tmp_path).prompt_tokens == len(request["prompt"]), "it counts against the budget"
+        assert ResponseCache(tmp_path).prompt_tokens == len(request["prompt"]), "it counts against the budget"
         with pytest.raises(BudgetSpent):
             score(server.url, tmp_path, token_budget=5)
 

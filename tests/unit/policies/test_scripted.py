@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_dagger.policies.base import Policy, PolicyError
-from megatron_dagger.policies.scripted import RandomPolicy, ReplayPolicy
 from megatron_dagger.types import Message, State
+from tools.support.scripted_policies import RandomPolicy, ReplayPolicy
 
 
 def encode(text: str) -> np.ndarray:

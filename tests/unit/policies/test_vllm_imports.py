@@ -10,16 +10,16 @@ import time
 import pytest
 
 from megatron_dagger.policies.base import PolicyError, PolicyGone
-from megatron_dagger.policies.engine_thread import EngineThread
+from megatron_dagger.policies.vllm.engine_thread import EngineThread
 
 STOPPED_WHILE_IMPORTING = """
 import sys, time
 from functools import partial
-from megatron_dagger.config import EngineConfig
-from megatron_dagger.policies.engine_thread import EngineThread
-from megatron_dagger.policies.vllm_imports import import_vllm
+from megatron_dagger.config import VllmEngineConfig
+from megatron_dagger.policies.vllm.engine_thread import EngineThread
+from megatron_dagger.policies.vllm.preload import import_vllm
 
-thread = EngineThread(build=lambda: None, ahead=partial(import_vllm, EngineConfig()))
+thread = EngineThread(build=lambda: None, ahead=partial(import_vllm, VllmEngineConfig()))
 thread.prepare()
 while "torch.nn" not in sys.modules:
     time.sleep(0.01)

@@ -18,7 +18,7 @@ from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import read_json, write_json
 from megatron_dagger.store.errors import BrokenEpisodeError, CorruptDataError, SealedRoundError, StoreError
 from megatron_dagger.types import StopReason, Trajectory
-from tests.synthetic import make_trajectory, make_turn, random_trajectory, same_trajectory, trajectories
+from tests.support.trajectories import make_trajectory, make_turn, random_trajectory, same_trajectory, trajectories
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_the_digest_covers_what_a_run_must_reproduce_and_no_more(tmp_path: Path)
         replace(base, stop_reason=StopReason.TURN_LIMIT),
         replace(base, task_id="other"),
         replace(base, attempt=1),
-        with_turn(replace(turn, executor="teacher")),
+        with_turn(replace(turn, acted_by="teacher")),
         with_turn(replace(turn, label=None)),
         with_turn(make_turn([7], [8, 10])),
         with_turn(make_turn([6], [8, 9])),

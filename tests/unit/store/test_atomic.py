@@ -53,7 +53,7 @@ import sys
 from pathlib import Path
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import DiskFullError, check_room, write_bytes
-from tests.synthetic import random_trajectory, same_trajectory
+from tests.support.trajectories import random_trajectory, same_trajectory
 
 root = Path(sys.argv[1])
 write_bytes(root / "small", b"old")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from megatron_dagger.store import columns as c
 from megatron_dagger.store.codec import decode, encode
 from megatron_dagger.store.errors import BrokenEpisodeError, StoreError
-from megatron_dagger.types import Action, Executor, StopReason, Trajectory, Turn
-from tests.synthetic import make_trajectory, make_turn, same_trajectory, trajectories
+from megatron_dagger.types import ActedBy, Action, StopReason, Trajectory, Turn
+from tests.support.trajectories import make_trajectory, make_turn, same_trajectory, trajectories
 
 
 @settings(max_examples=80, deadline=None)
@@ -44,12 +44,12 @@ def test_a_broken_episode_is_refused(reason: StopReason) -> None:
 
 def test_every_clean_stop_reason_has_a_code() -> None:
     assert set(c.STOP_REASONS) == {reason for reason in StopReason if reason.is_clean}
-    assert set(c.EXECUTORS) == set(Executor)
+    assert set(c.ACTED_BY) == set(ActedBy)
 
 
 def _turn(tokens: np.ndarray, logprobs: np.ndarray | None = None) -> Turn:
     action = Action(text="", tokens=tokens, logprobs=logprobs)
-    return Turn(observation="", prompt_tokens=np.zeros(0, np.int32), executor=Executor.STUDENT, action=action,
+    return Turn(observation="", prompt_tokens=np.zeros(0, np.int32), acted_by=ActedBy.STUDENT, action=action,
                 label=None)  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dagger.store.aggregated import DataStore
-from tests.synthetic import random_trajectory
+from tests.support.trajectories import random_trajectory
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,7 +27,7 @@ import json, os, shutil, signal, sys, traceback
 from pathlib import Path
 import zarr, zarr.codecs, zarr.storage  # imported once; its threads start only in the children
 from megatron_dagger.store.aggregated import DataStore
-from tests.synthetic import random_trajectory
+from tests.support.trajectories import random_trajectory
 
 root, operation = Path(sys.argv[1]), sys.argv[2]
 store, template = root / "data.zarr", root / "template"
@@ -138,7 +138,7 @@ def test_killed_at_every_change(tmp_path: Path, operation: str, before: str, aft
 WRITER = """
 import sys
 from megatron_dagger.store.aggregated import DataStore
-from tests.synthetic import random_trajectory
+from tests.support.trajectories import random_trajectory
 store = DataStore.create_or_open(sys.argv[1], writer=sys.argv[2])
 print("ready", flush=True)
 for index in map(int, sys.argv[3].split(",")):

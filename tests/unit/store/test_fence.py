@@ -16,7 +16,7 @@ from megatron_dagger.store import atomic, fence
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.fence import FencedError, claim, inherit, permitted
 from megatron_dagger.store.lock import LockedError
-from tests.synthetic import random_trajectory
+from tests.support.trajectories import random_trajectory
 
 ROOT = Path(__file__).parents[3]
 # Claims the run, and then writes whatever it is told.

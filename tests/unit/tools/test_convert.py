@@ -14,14 +14,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_dagger.cli.convert import main
 from megatron_dagger.store.lock import exclusive
 from megatron_dagger.weights import families
 from megatron_dagger.weights.checkpoints import open_checkpoint
-from megatron_dagger.weights.digest import canonical_digests
 from megatron_dagger.weights.hf_files import HfCheckpoint, write_hf
-from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_dagger.weights.torch_dist.reader import MegatronCheckpoint
+from megatron_dagger.weights.verify.digest import canonical_digests
 from tests.unit.weights.sample_models import sample_model
-from tools.convert import main
 
 MODEL = sample_model("qwen3", tie_embeddings=False)
 SOURCES = {"hf-to-megatron": "hf", "reshard": "megatron", "megatron-to-hf": "megatron"}

@@ -9,7 +9,7 @@ import pytest
 
 TOOLS = Path(__file__).resolve().parents[3] / "tools"
 SIGNS = ("--help", "ArgumentParser(")
-WITH_HELP = sorted(tool for tool in TOOLS.glob("*.py") if any(sign in tool.read_text() for sign in SIGNS))
+WITH_HELP = sorted(tool for tool in TOOLS.rglob("*.py") if any(sign in tool.read_text() for sign in SIGNS))
 
 
 @pytest.mark.parametrize("tool", WITH_HELP, ids=lambda tool: tool.name)

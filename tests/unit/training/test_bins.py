@@ -3,12 +3,12 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dagger.training.bins import best_fit, fullest_fit, subset_fit
+from megatron_dagger.training.data.bin_packing import best_fit_decreasing, pack_bins, subset_sum_fit
 
 
 @given(st.lists(st.integers(1, 50), max_size=60))
 def test_best_fit_puts_everything_in_few_enough_bins(lengths):
-    bins = best_fit(lengths, 50)
+    bins = best_fit_decreasing(lengths, 50)
     assert sorted(i for items in bins for i in items) == list(range(len(lengths)))
     loads = [sum(lengths[i] for i in items) for items in bins]
     assert all(load <= 50 for load in loads)
@@ -20,13 +20,13 @@ def test_best_fit_puts_everything_in_few_enough_bins(lengths):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(0, 50))
 def test_subset_fit_packs_everything_and_the_no_fuller_packing_is_missed(lengths, slack):
-    bins = subset_fit(lengths, 50, slack)
+    bins = subset_sum_fit(lengths, 50, slack)
     assert sorted(i for items in bins for i in items) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in items) <= 50 for items in bins)
-    assert len(fullest_fit(lengths, 50)) <= len(best_fit(lengths, 50))
+    assert len(pack_bins(lengths, 50)) <= len(best_fit_decreasing(lengths, 50))
 
 
 def test_a_bin_is_filled_by_several_items_where_the_longest_one_wastes_room():
     lengths = [29, 44, 31, 17, 43, 25]
-    assert best_fit(lengths, 100) == [(1, 4), (2, 0, 5), (3,)]
-    assert fullest_fit(lengths, 100) == [(1, 2, 5), (4, 0, 3)]
+    assert best_fit_decreasing(lengths, 100) == [(1, 4), (2, 0, 5), (3,)]
+    assert pack_bins(lengths, 100) == [(1, 2, 5), (4, 0, 3)]

@@ -10,9 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_mask
 
 from megatron_dagger.training import flex_attention
+from megatron_dagger.training.data.packing import pack
 from megatron_dagger.training.flex_attention import BLOCK, TreeFlexAttention, block_mask, blocks
 from megatron_dagger.training.local_modules import TreeAttention, tree_params
-from megatron_dagger.training.packing import pack
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 HEADS, GROUPS, SIZE, LENGTH = 4, 2, 16, 12 * BLOCK

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dagger.config import ConfigError, ParallelConfig
-from megatron_dagger.training import launch as module
-from megatron_dagger.training.launch import LaunchError, check_gpus, launch, warm_up
+from megatron_dagger.training.ranks import launch as module
+from megatron_dagger.training.ranks.launch import LaunchError, check_gpus, launch, warm_up
 
 TWO = ParallelConfig(world_size=2)
 PRELOAD = module.PRELOAD
@@ -151,7 +151,7 @@ def test_nothing_outlives_a_killed_launcher(tmp_path, way):
             "-c",
             "import sys; from pathlib import Path\n"
             "from megatron_dagger.config import ParallelConfig\n"
-            "from megatron_dagger.training import launch\n"
+            "from megatron_dagger.training.ranks import launch\n"
             f"launch.PRELOAD, launch._forks = (), lambda: {way == 'forked'}\n"
             "launch.launch(['rank_program', sys.argv[1]], ParallelConfig(world_size=2), Path(sys.argv[1]), 60)\n",
             str(tmp_path),
@@ -257,7 +257,7 @@ def test_a_server_does_not_import_for_a_killed_launcher(tmp_path):
         "        pass\n"
     )
     code = (
-        "from megatron_dagger.training import launch\n"
+        "from megatron_dagger.training.ranks import launch\n"
         "launch.PRELOAD, launch._forks = ('slow',), lambda: True\n"
         "launch.warm_up()\n"
         "print(launch._server.pid, flush=True)\n"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_dagger.training.layout import cut
+from megatron_dagger.training.param_names import cut
 from megatron_dagger.weights import families
 from megatron_dagger.weights.blocks import Shard
 from tests.unit.weights.sample_models import sample_model

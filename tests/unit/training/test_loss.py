@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from megatron_dagger.training.data.packing import pack
 from megatron_dagger.training.loss import micro_batch, weighted_loss
-from megatron_dagger.training.packing import pack
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_dagger.config import ConfigError, ModelConfig, ParallelConfig, TrainingConfig
-from megatron_dagger.training.episode_file import load_episodes, save_episodes
+from megatron_dagger.training.data.episode_file import load_episodes, save_episodes
 from megatron_dagger.training.job import TrainJob
 from megatron_dagger.training.metrics import Metrics, read
 from megatron_dagger.types import LabelledEpisode, StateLabel

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_dagger.training.packing import pack, padded_length, samples_of
+from megatron_dagger.training.data.packing import pack, padded_length, samples_of
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 CAPACITY = 48

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dagger.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from megatron_dagger.training.batches import EMPTY_ROW, BatchPlan, row_lengths, share_out
-from megatron_dagger.training.cost import row_flops
-from megatron_dagger.training.packing import pack
+from megatron_dagger.training.data.batches import EMPTY_ROW, BatchPlan, row_lengths, share_out
+from megatron_dagger.training.data.flops import row_flops
+from megatron_dagger.training.data.packing import pack
 from megatron_dagger.training.schedule import learning_rate
 from megatron_dagger.types import LabelledEpisode, StateLabel
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dagger.training.data.packing import pack
 from megatron_dagger.training.local_modules import TreeAttention, tree_params
-from megatron_dagger.training.packing import pack
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 HEADS, GROUPS, SIZE = 4, 2, 8

@@ -6,10 +6,10 @@ import xxhash
 
 from megatron_dagger.weights import families
 from megatron_dagger.weights.blocks import Block, Box
-from megatron_dagger.weights.cells import cells
-from megatron_dagger.weights.digest import canonical_digests, compare, digest_shares, merge
-from megatron_dagger.weights.digest_pool import DigestPool
 from megatron_dagger.weights.errors import WeightMapError
+from megatron_dagger.weights.verify.digest import canonical_digests, compare, digest_shares, merge
+from megatron_dagger.weights.verify.digest_pool import DigestPool
+from megatron_dagger.weights.verify.hash_tiles import hash_tiles
 from tests.unit.weights.naive_shards import canonical_tensors, megatron_ranks, vllm_ranks
 from tests.unit.weights.sample_models import FAMILIES, PADDED, VOCAB, sample_model, sources, targets
 
@@ -41,7 +41,9 @@ def test_the_portions_in_which_bytes_are_fetched_do_not_matter(monkeypatch, cell
     rows = range(0, MODEL.vocab_size, 4)
     hashes = [xxhash.xxh3_64_intdigest(embedding[r : r + 4].numpy().tobytes(), seed=r // 4) for r in rows]
     assert len(hashes) > 4
-    monkeypatch.setattr("megatron_dagger.weights.digest._PORTION_BYTES", int(cells_of_a_portion * embedding[:4].nbytes))
+    monkeypatch.setattr(
+        "megatron_dagger.weights.verify.digest._PORTION_BYTES", int(cells_of_a_portion * embedding[:4].nbytes)
+    )
     expected = f"float32 ({MODEL.vocab_size}, 8) {sum(hashes) % 2**64:016x}"
     assert digest(EMBEDDING, embedding) == digest(EMBEDDING, embedding.numpy()) == expected
 
@@ -54,7 +56,7 @@ def test_a_pool_finds_the_same_digests_and_says_what_is_wrong():
             pool.add([Block(name, whole, whole.start)], tensor)
         assert merge([pool.finish()], MODEL) == canonical_digests(tensors.items(), MODEL)
         pool.add([Block(QUERY, Box((1, 0), (2, 8)), (0, 0))], tensors[QUERY])
-        with pytest.raises(WeightMapError, match="cuts a cell"):
+        with pytest.raises(WeightMapError, match="cuts a tile"):
             pool.finish()
 
 
@@ -112,7 +114,7 @@ def test_ranks_that_differ_or_miss_something_are_named():
     query = torch.randn(8, 8)
     upper, lower = shares_of(QUERY, query, 0, 4), shares_of(QUERY, query, 4, 4)
     assert merge([upper, lower], MODEL)[QUERY] == digest(QUERY, query)
-    with pytest.raises(WeightMapError, match=r"no rank holds cell 2 of the 4 of tensor .*q_proj"):
+    with pytest.raises(WeightMapError, match=r"no rank holds tile 2 of the 4 of tensor .*q_proj"):
         merge([upper], MODEL)
     with pytest.raises(WeightMapError, match="overlapping shares"):
         merge([shares_of(QUERY, query), lower], MODEL)
@@ -120,7 +122,7 @@ def test_ranks_that_differ_or_miss_something_are_named():
         merge([upper, lower, shares_of(QUERY, query + 1, 0, 4)], MODEL)
     with pytest.raises(WeightMapError, match="float32 on one rank and bfloat16 on rank 1"):
         merge([upper, shares_of(QUERY, query.bfloat16(), 4, 4)], MODEL)
-    with pytest.raises(WeightMapError, match=r"q_proj.*from 0 to 3 cuts a cell of 2"):
+    with pytest.raises(WeightMapError, match=r"q_proj.*from 0 to 3 cuts a tile of 2"):
         shares_of(QUERY, query, 0, 3)
     with pytest.raises(ValueError, match="comes twice"):
         canonical_digests([(NORM, torch.zeros(8)), (NORM, torch.zeros(8))], MODEL)
@@ -136,6 +138,6 @@ def test_the_difference_is_named():
 
 def test_every_usual_size_is_whole_cells():
     model = sample_model("qwen3", ffn_hidden_size=9728, vocab_size=151_936, num_attention_heads=32, num_query_groups=8)
-    table = cells(model)
+    table = hash_tiles(model)
     assert table[DOWN].count == 32 and table[QUERY].count == 32
     assert table["model.embed_tokens.weight"].count == 151_936 // 4

@@ -15,11 +15,11 @@ import torch.distributed.checkpoint as dcp
 from megatron_dagger.config import ModelConfig, ParallelConfig
 from megatron_dagger.weights import families
 from megatron_dagger.weights.blocks import Box
-from megatron_dagger.weights.dist_metadata import read_metadata
 from megatron_dagger.weights.errors import CheckpointReadError
 from megatron_dagger.weights.layouts import SourceLayout
-from megatron_dagger.weights.megatron_checkpoint import MegatronCheckpoint
-from megatron_dagger.weights.megatron_writer import write_megatron
+from megatron_dagger.weights.torch_dist.metadata import read_metadata
+from megatron_dagger.weights.torch_dist.reader import MegatronCheckpoint
+from megatron_dagger.weights.torch_dist.writer import write_megatron
 
 MODEL = ModelConfig(num_layers=3, hidden_size=8, ffn_hidden_size=6, kv_channels=4, vocab_size=10)
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from megatron_dagger.weights.blocks import Box, Shard
-from megatron_dagger.weights.digest import canonical_digests, compare, digest_shares, digest_whole, merge
 from megatron_dagger.weights.errors import WeightMapError
 from megatron_dagger.weights.families import canonical_names, lookup
 from megatron_dagger.weights.families.fp8 import is_quantised, scales_name, vllm_table
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
-from megatron_dagger.weights.plan import plan
 from megatron_dagger.weights.quantise import BlockScales, fold_maxima, quantise, quantise_matrix, scales_of
-from megatron_dagger.weights.transports import Agreement, Offer
+from megatron_dagger.weights.transfer_plan import plan
+from megatron_dagger.weights.transports import TransferSpec, WeightSource
 from megatron_dagger.weights.transports.open import open_transport, send_weights
+from megatron_dagger.weights.verify.digest import canonical_digests, compare, digest_shares, digest_whole, merge
 from tests.unit.weights.fp8_tensors import dequantised, quantised, taken_back
 from tests.unit.weights.naive_shards import megatron_ranks, vllm_ranks
 from tests.unit.weights.sample_models import PADDED, VOCAB, sample_model
@@ -113,15 +113,15 @@ def own_blocks(model, source, rank_tensors, rank):
 
 def agreed_scales(model, source, ranks):
     """Each rank's scales, after the all-reduce that the trainer does."""
-    everybodys = [BlockScales(model, CPU) for _ in ranks]
-    for rank, (scales, tensors) in enumerate(zip(everybodys, ranks, strict=True)):
+    all_tasks = [BlockScales(model, CPU) for _ in ranks]
+    for rank, (scales, tensors) in enumerate(zip(all_tasks, ranks, strict=True)):
         for blocks, tensor in own_blocks(model, source, tensors, rank):
             scales.add(blocks, tensor)
-    largest = torch.stack([scales.maxima for scales in everybodys]).amax(0)
-    for scales in everybodys:
+    largest = torch.stack([scales.maxima for scales in all_tasks]).amax(0)
+    for scales in all_tasks:
         scales.maxima.copy_(largest)
         scales.finish()
-    return everybodys
+    return all_tasks
 
 
 def take(agreement, rank):
@@ -142,10 +142,10 @@ def take(agreement, rank):
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_rank_gets_the_values_and_scales_of_the_whole_tensors(kind, source, target, tmp_path, monkeypatch):
-    monkeypatch.setattr(Offer, "bucket_bytes", 10_000)  # so that copies are cut within blocks
+    monkeypatch.setattr(WeightSource, "bucket_bytes", 10_000)  # so that copies are cut within blocks
     (model, tensors), source = case(tie_embeddings=source == "one"), SOURCES[source]
     offer = offered(kind, tmp_path, source, model, tensors)
-    agreement = Agreement(model=model, target=TARGETS[target], dtype="float32", offer=offer, quantization="fp8")
+    agreement = TransferSpec(model=model, target=TARGETS[target], dtype="float32", offer=offer, quantization="fp8")
     ranks = [as_torch(rank) for rank in megatron_ranks(model, source, tensors)]
     scales = agreed_scales(model, source, ranks)
     sent = [] if kind == "checkpoint" else [r | s.tensors() for r, s in zip(ranks, scales, strict=True)]
@@ -179,11 +179,11 @@ def test_every_rank_gets_the_values_and_scales_of_the_whole_tensors(kind, source
 
 def test_half_of_the_bytes_of_bfloat16_travel():
     model, _ = case(hidden_size=512, num_layers=2)
-    agreement = Agreement(
+    agreement = TransferSpec(
         model=model,
         target=TargetLayout(),
         dtype="bfloat16",
-        offer=Offer(kind="host", address="x", source=ONE),
+        offer=WeightSource(kind="host", address="x", source=ONE),
         quantization="fp8",
     )
     linear = sum(np.prod(p.shape(Shard())) for p in lookup(model).vllm(model).values() if is_quantised(p))

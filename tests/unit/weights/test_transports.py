@@ -23,9 +23,10 @@ from megatron_dagger.config import ConfigError
 from megatron_dagger.weights import families
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
-from megatron_dagger.weights.transports import Agreement, Offer, checkpoint_offer, host
-from megatron_dagger.weights.transports.live import free_address
+from megatron_dagger.weights.transports import TransferSpec, WeightSource, checkpoint_offer
+from megatron_dagger.weights.transports import shared_memory as host
 from megatron_dagger.weights.transports.open import open_transport, send_weights
+from megatron_dagger.weights.transports.p2p import free_address
 from tests.unit.weights.naive_shards import canonical_tensors, megatron_ranks, vllm_ranks
 from tests.unit.weights.sample_models import PADDED, VOCAB, sample_model
 
@@ -73,12 +74,12 @@ def save(directory, model, tensors, dtype=torch.float32):
 
 
 def offered(kind, directory, source, model, tensors, **settings):
-    """An Offer of this kind; one of a checkpoint lies there."""
+    """An WeightSource of this kind; one of a checkpoint lies there."""
     if kind == "checkpoint":
         save(directory, model, tensors)
         return replace(checkpoint_offer(directory, model), **settings)
     address = str(directory) if kind == "host" else free_address()
-    return Offer(kind=kind, address=address, source=source, **{"deadline_s": 20.0, **settings})
+    return WeightSource(kind=kind, address=address, source=source, **{"deadline_s": 20.0, **settings})
 
 
 def transfer(agreement, model, tensors, dtype=torch.float32):
@@ -116,7 +117,7 @@ def assert_equal(got, wanted):
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
     """Of 400 bytes: most tensors are cut, many share one."""
-    monkeypatch.setattr(Offer, "bucket_bytes", 400)
+    monkeypatch.setattr(WeightSource, "bucket_bytes", 400)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -125,7 +126,7 @@ def small_buckets(monkeypatch):
 def test_every_target_rank_gets_its_parameters(kind, source, target, tmp_path):
     model, tensors = case(tied=source != "tp2")
     offer = offered(kind, tmp_path, SOURCES[source], model, tensors)
-    agreement = Agreement(model=model, target=TARGETS[target], dtype="float32", offer=offer)
+    agreement = TransferSpec(model=model, target=TARGETS[target], dtype="float32", offer=offer)
     assert_equal(*transfer(agreement, model, tensors))
     assert not list(tmp_path.glob("*.sock")), "nothing is left behind"
 
@@ -136,14 +137,14 @@ def test_experts_and_another_dtype(kind, tmp_path):
     source = replace(ONE, tensor_model_parallel_size=2, data_parallel_size=2, expert_model_parallel_size=2)
     target = TargetLayout(tensor_parallel_size=2, enable_expert_parallel=True)
     offer = offered(kind, tmp_path, source, model, tensors)
-    agreement = Agreement(model=model, target=target, dtype="bfloat16", offer=offer)
+    agreement = TransferSpec(model=model, target=target, dtype="bfloat16", offer=offer)
     assert_equal(*transfer(agreement, model, tensors, torch.bfloat16))
 
 
 def test_a_checkpoint_of_another_dtype_is_refused(tmp_path):
     model, tensors = case()
     offer = offered("checkpoint", tmp_path, ONE, model, tensors)
-    agreement = Agreement(model=model, target=TargetLayout(), dtype="bfloat16", offer=offer)
+    agreement = TransferSpec(model=model, target=TargetLayout(), dtype="bfloat16", offer=offer)
     with pytest.raises(WeightSyncError, match=r"holds float32, the engine wants bfloat16: set rollout\.engine\.dtype"):
         open_transport(agreement, 0, CPU)
 
@@ -152,7 +153,7 @@ def test_a_checkpoint_of_another_dtype_is_refused(tmp_path):
 def test_ends_that_do_not_agree_say_so(kind, tmp_path):
     model, tensors = case()
     offer = offered(kind, tmp_path, ONE, model, tensors, deadline_s=5.0)
-    ours = Agreement(model=model, target=TargetLayout(), dtype="float32", offer=offer)
+    ours = TransferSpec(model=model, target=TargetLayout(), dtype="float32", offer=offer)
     theirs = replace(ours, model=replace(model, layernorm_epsilon=1e-3))
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(send_weights, theirs, 0, as_torch(megatron_ranks(model, ONE, tensors)[0]), CPU)
@@ -166,7 +167,7 @@ def test_ends_that_do_not_agree_say_so(kind, tmp_path):
 def test_a_trainer_that_never_comes_is_an_error_within_the_deadline(kind, tmp_path):
     model, tensors = case()
     offer = offered(kind, tmp_path, ONE, model, tensors, deadline_s=1.0)
-    agreement = Agreement(model=model, target=TargetLayout(), dtype="float32", offer=offer)
+    agreement = TransferSpec(model=model, target=TargetLayout(), dtype="float32", offer=offer)
     began = time.monotonic()
     with pytest.raises(WeightSyncError, match=r"cannot be reached|no connection through the store"):
         open_transport(agreement, 0, CPU)
@@ -177,7 +178,7 @@ def test_a_trainer_that_never_comes_is_an_error_within_the_deadline(kind, tmp_pa
 def test_an_engine_that_never_comes_is_an_error_within_the_deadline(kind, tmp_path):
     model, tensors = case()
     offer = offered(kind, tmp_path, ONE, model, tensors, deadline_s=1.0)
-    agreement = Agreement(model=model, target=TargetLayout(), dtype="float32", offer=offer)
+    agreement = TransferSpec(model=model, target=TargetLayout(), dtype="float32", offer=offer)
     began = time.monotonic()
     with pytest.raises(WeightSyncError, match=r"did not come within 1 s|no connection"):
         send_weights(agreement, 0, as_torch(megatron_ranks(model, ONE, tensors)[0]), CPU)
@@ -186,18 +187,18 @@ def test_an_engine_that_never_comes_is_an_error_within_the_deadline(kind, tmp_pa
 
 def test_a_trainer_that_cannot_share_its_memory_fails_the_transfer_and_not_itself(tmp_path):
     model, tensors = case()
-    offer = Offer(kind="host", address=str(tmp_path / "nowhere"), source=ONE)
-    agreement = Agreement(model=model, target=TargetLayout(), dtype="float32", offer=offer)
+    offer = WeightSource(kind="host", address=str(tmp_path / "nowhere"), source=ONE)
+    agreement = TransferSpec(model=model, target=TargetLayout(), dtype="float32", offer=offer)
     with pytest.raises(WeightSyncError, match=r"source rank 0 cannot share memory through .*nowhere"):
         send_weights(agreement, 0, as_torch(megatron_ranks(model, ONE, tensors)[0]), CPU)
 
 
 SENDER = """
 import os, pickle, sys, torch
-from megatron_dagger.weights.transports import Offer
+from megatron_dagger.weights.transports import WeightSource
 from megatron_dagger.weights.transports.open import send_weights
 from tests.unit.weights import test_transports as tests
-Offer.bucket_bytes = 400
+WeightSource.bucket_bytes = 400
 agreement = pickle.load(sys.stdin.buffer)
 model, tensors = tests.case()
 held = tests.as_torch(tests.megatron_ranks(model, agreement.offer.source, tensors)[0])
@@ -216,7 +217,7 @@ def test_a_trainer_killed_in_the_middle_is_named_at_once_and_the_next_transfer_w
 
     model, tensors = case()
     offer = offered(kind, tmp_path, ONE, model, tensors, deadline_s=60.0)
-    agreement = Agreement(model=model, target=TargetLayout(), dtype="float32", offer=offer)
+    agreement = TransferSpec(model=model, target=TargetLayout(), dtype="float32", offer=offer)
     process = subprocess.Popen([sys.executable, "-c", SENDER], stdin=subprocess.PIPE, cwd=ROOT)
     try:
         assert process.stdin is not None
@@ -236,7 +237,7 @@ def test_a_trainer_killed_in_the_middle_is_named_at_once_and_the_next_transfer_w
 def test_an_engine_that_ends_in_the_middle_is_named(tmp_path):
     model, tensors = case()
     offer = offered("host", tmp_path, ONE, model, tensors)
-    agreement = Agreement(model=model, target=TargetLayout(), dtype="float32", offer=offer)
+    agreement = TransferSpec(model=model, target=TargetLayout(), dtype="float32", offer=offer)
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(send_weights, agreement, 0, as_torch(megatron_ranks(model, ONE, tensors)[0]), CPU)
         with open_transport(agreement, 0, CPU) as transport:
@@ -248,7 +249,7 @@ def test_an_engine_that_ends_in_the_middle_is_named(tmp_path):
 def test_strangers_are_turned_away(tmp_path):
     model, tensors = case()
     offer = offered("host", tmp_path, ONE, model, tensors)
-    agreement = Agreement(model=model, target=TargetLayout(), dtype="float32", offer=offer)
+    agreement = TransferSpec(model=model, target=TargetLayout(), dtype="float32", offer=offer)
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(send_weights, agreement, 0, {}, CPU)
         with contextlib.closing(host._reach(str(tmp_path / "source-0.sock"), 30.0)) as stranger:
@@ -260,7 +261,7 @@ def test_strangers_are_turned_away(tmp_path):
 def test_a_source_without_a_tensor_names_it(tmp_path):
     model, tensors = case()
     offer = offered("host", tmp_path, ONE, model, tensors)
-    agreement = Agreement(model=model, target=TargetLayout(), dtype="float32", offer=offer)
+    agreement = TransferSpec(model=model, target=TargetLayout(), dtype="float32", offer=offer)
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(send_weights, agreement, 0, {}, CPU)
         with contextlib.suppress(WeightSyncError), open_transport(agreement, 0, CPU) as transport:
@@ -283,4 +284,4 @@ def test_no_thread_is_left():
 )
 def test_an_offer_that_makes_no_sense(settings, message):
     with pytest.raises(ConfigError, match=message):
-        Offer(**{"kind": "host", "address": "x", "source": ONE, **settings})
+        WeightSource(**{"kind": "host", "address": "x", "source": ONE, **settings})

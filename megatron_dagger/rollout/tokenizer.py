@@ -1,0 +1,66 @@
+"""A small tokenizer in Qwen's form, for students that start from nothing.
+
+Byte-level BPE with Qwen's pre-tokenization and control tokens, trained on given texts; the same
+texts give the same tokenizer. Real students bring their own tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_dagger.config import ConfigError
+from megatron_dagger.rollout.chat import END, END_OF_TEXT, START
+from megatron_dagger.store.atomic import write_json, write_text
+
+# Qwen2's and Qwen3's own pattern (tokenizer.json of Qwen/Qwen3-8B, pre_tokenizer).
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+    "'<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` of a new tokenizer to ``folder``."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": END_OF_TEXT,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    write_text(folder / "tokenizer.json", json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False))
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def take_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a model's own tokenizer, from what its converted checkpoint carries along; ConfigError if it has none."""
+    if not (source / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"init_checkpoint: {source}/tokenizer.json is missing; make the checkpoint with "
+            "`megatron-dagger convert hf-to-megatron`, of a model directory with its tokenizer"
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (source / name).is_file():
+            write_text(folder / name, (source / name).read_text())

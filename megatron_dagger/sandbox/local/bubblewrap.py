@@ -1,0 +1,84 @@
+"""A sandbox in namespaces of its own, by bubblewrap.
+
+No network, no host files but the interpreter's (read-only), a work tree and a /tmp of limited size
+in memory that vanish with it, its own process numbers, no capabilities. Started by root, it runs
+as an unprivileged user number of its own, so that the limit on processes counts only its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_dagger.sandbox.local.process import PYTHON_OPTIONS, SERVER, ProcessSandbox
+
+BWRAP = "bwrap"
+WORK_DIRS = ("/work", "/sandbox/work")  # the second where the interpreter itself is below the first
+_FIRST_UID = 1_000_000  # far from any account's
+_uids = itertools.count(_FIRST_UID + os.getpid() % 10_000 * 1000)
+
+
+@functools.cache
+def bubblewrap_works() -> bool:
+    """Whether bwrap is installed and this kernel lets it make its namespaces."""
+    if shutil.which(BWRAP) is None:
+        return False
+    probe = [BWRAP, "--unshare-all", "--ro-bind", "/", "/", "true"]
+    return subprocess.run(probe, capture_output=True, timeout=30, check=False).returncode == 0
+
+
+class BubblewrapSandbox(ProcessSandbox):
+    """The Sandbox that isolates. Memory is limited per process, disk per sandbox."""
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        work = _work_dir()
+        options = self._server_options(work, ["/sandbox/tools"] if self._tool_dir else [], processes=-1)
+        if os.geteuid() == 0:
+            # Real root sees paths that a mapped user could not, so no user namespace: the server
+            # takes an unprivileged number for itself before it reads a request.
+            command = [BWRAP, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+            command += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
+            for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_CHOWN"):
+                command += ["--cap-add", capability]
+            options += ["--uid", str(next(_uids)), "--processes", str(self.limits.processes)]
+        else:  # the limit on processes would count the caller's own: the namespace must do
+            command = [BWRAP, "--unshare-all", "--cap-drop", "ALL"]
+        command += ["--die-with-parent", "--new-session"]
+        size = str(self.limits.disk_mib << 20)
+        command += ["--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/tmp"]
+        command += ["--size", size, "--tmpfs", work, "--chdir", work]
+        for path in _system_paths():
+            for parent in reversed(Path(path).parents[:-1]):
+                command += ["--dir", str(parent)]  # made here, so that the unprivileged user may pass
+            command += ["--ro-bind", path, path]
+        for link in ("bin", "sbin", "lib", "lib64"):
+            if os.path.islink(f"/{link}"):
+                command += ["--symlink", os.readlink(f"/{link}"), f"/{link}"]
+        command += ["--dir", "/sandbox", "--ro-bind", str(SERVER), "/sandbox/server.py"]
+        if self._tool_dir:
+            command += ["--ro-bind", str(self._tool_dir), "/sandbox/tools"]
+            command += ["--dir", "/sandbox/bin"]
+            command += ["--setenv", "PATH", "/sandbox/bin:/usr/local/bin:/usr/bin:/bin"]
+            options += ["--stubs", "/sandbox/bin"]
+        command += [self._python, *PYTHON_OPTIONS, "/sandbox/server.py", "--owns-pid-namespace", *options]
+        return self._spawn(command)
+
+
+@functools.cache
+def _work_dir() -> str:
+    """Return where the work tree is mounted: no read-only path of the host may appear in it."""
+    return next(work for work in WORK_DIRS if not any(Path(path).is_relative_to(work) for path in _system_paths()))
+
+
+@functools.cache
+def _system_paths() -> tuple[str, ...]:
+    """Read-only paths that the interpreter and a shell need, none of them inside another."""
+    wanted = {"/usr", "/etc/alternatives", "/etc/ld.so.cache", sys.prefix, sys.base_prefix, sys.exec_prefix}
+    wanted |= {f"/{d}" for d in ("bin", "sbin", "lib", "lib64") if not os.path.islink(f"/{d}")}
+    existing = sorted({os.path.realpath(p) for p in wanted if os.path.exists(p)} | {sys.prefix})
+    return tuple(p for p in existing if not any(Path(q) in Path(p).parents for q in existing))

@@ -1,0 +1,228 @@
+"""Forks ranks off one process that has imported torch and Megatron-Core: those take seconds, and each rank did it anew.
+
+``RankServer`` is the driver's end; ``python -m megatron_dagger.training.ranks.forkserver`` is the process. It has
+one thread, never computes, and ends with the driver; its ranks end with it. It is not multiprocessing's
+forkserver because there the children keep the server alive when the driver is killed, each runs the driver's
+main module again, a failed preload stays unsaid, and the driver's engine may want the one that there is.
+
+What torch and OpenMP read from the environment while they are imported, they read from the server's; a rank
+gets its own environment, ``sys.path`` and directory before its module runs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+import types
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe
+from typing import IO
+
+from megatron_dagger.signals import STOP_SIGNALS, dies_with_this_process
+
+STORE_FD = "MEGATRON_DAGGER_STORE_FD"  # a listening socket that ``launch`` hands to rank 0
+
+# Or numpy starts its threads as it is imported. A rank sets torch's own number.
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_POLL_S = 0.05
+_IDLE_S = 1.0
+_END_S = 10.0  # a killed rank is gone long before
+_PR_SET_NAME = 15
+
+
+class RankServerError(RuntimeError):
+    """The server ended, and its ranks with it; says how, with the end of what it wrote."""
+
+
+class RankServer:
+    """A server that imports the modules ``preload`` in the background; ``fork`` need not wait for that."""
+
+    def __init__(self, preload: Sequence[str], environment: Mapping[str, str]):
+        self._requests, theirs = socket.socketpair()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the server
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid()), *preload],
+                env={**environment, **_ONE_THREAD, "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[theirs.fileno()],
+            )
+        self.pid = self._process.pid
+        atexit.register(self.close)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def fork(
+        self, module_args: Sequence[str], variables: Mapping[str, str], log: IO[bytes], store: socket.socket | None
+    ) -> ForkedRank:
+        """A child that does what ``python -m *module_args`` does; ``store`` is handed to it in STORE_FD."""
+        ours, theirs = Pipe()
+        given = [theirs.fileno(), log.fileno(), *([store.fileno()] if store is not None else [])]
+        with theirs:
+            try:
+                socket.send_fds(self._requests, [b"\0"], given)
+            except OSError as error:
+                raise self.error() from error
+        return ForkedRank(self, ours, ([*module_args], {**variables}, os.getcwd()))
+
+    def error(self) -> RankServerError:
+        """Why the server answers no more."""
+        try:
+            code = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            how = "does not answer"
+        else:
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        self._output.seek(0)
+        text = self._output.read().decode(errors="replace")[-4000:]
+        return RankServerError(f"the process that the ranks are forked from {how}" + (f":\n{text}" if text else ""))
+
+    def close(self) -> None:
+        """End the server and its ranks. May be called twice."""
+        atexit.unregister(self.close)
+        self._process.kill()
+        self._process.wait()
+        self._requests.close()
+        self._output.close()
+
+
+class ForkedRank:
+    """A rank as its driver sees it, like a Popen: a child of the server, which tells its exit code."""
+
+    def __init__(self, server: RankServer, connection: Connection, job: tuple[list[str], dict[str, str], str]):
+        self._server, self._connection, self._job = server, connection, job
+        self.pid: int | None = None  # of it and its process group, once it has told
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code (-N: killed by signal N), None while it runs. Raises RankServerError."""
+        try:
+            while self.returncode is None and self._connection.poll():
+                what, number = self._connection.recv()
+                if what == "pid":
+                    self.pid = number
+                    with contextlib.suppress(ConnectionError):  # it was killed: its exit code follows
+                        self._connection.send(self._job)
+                else:
+                    self.returncode = number
+        except (EOFError, OSError) as error:
+            raise self._server.error() from error
+        return self.returncode
+
+    def end(self) -> None:
+        """Kill the rank and its process group, and wait for it; without its job it ends by itself."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            if self.returncode is None:
+                self._connection.poll(_END_S)
+        self._connection.close()
+
+
+def main() -> None:
+    """Import, then fork a rank for each request, until the driver is gone. In a rank: run its module."""
+    for number in STOP_SIGNALS:  # SLURM asks every process to stop; this one ends with the driver
+        signal.signal(number, signal.SIG_IGN)
+    requests = socket.socket(fileno=int(sys.argv[1]))
+    driver = int(sys.argv[2])
+    failures = _import(sys.argv[3:], driver)
+    gc.freeze()  # a rank's collector does not touch, and so copy, what is shared
+    job = _serve(requests, driver)
+    if job is not None:
+        sys.stderr.write(failures)
+        sys.argv = job
+        runpy.run_module(job[0], run_name="__main__", alter_sys=True)
+
+
+def _import(names: Sequence[str], driver: int) -> str:
+    """Import the modules, but not for a driver that is gone; returns the tracebacks of what failed."""
+
+    def find_spec(*_: object) -> None:
+        if os.getppid() != driver:
+            os._exit(1)
+
+    failures, watch = "", types.SimpleNamespace(find_spec=find_spec)
+    sys.meta_path.insert(0, watch)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception:
+            failures += f"{name} could not be imported in advance:\n{traceback.format_exc()}"
+    sys.meta_path.remove(watch)
+    return failures
+
+
+def _serve(requests: socket.socket, driver: int) -> list[str] | None:
+    """Returns in each rank, with its module and arguments, and at the end, with None."""
+    die_with_the_server = dies_with_this_process()
+    ranks: dict[int, Connection] = {}
+    while os.getppid() == driver:
+        if select.select([requests], [], [], _POLL_S if ranks else _IDLE_S)[0]:
+            _, given, _, _ = socket.recv_fds(requests, 1, 3, socket.MSG_CMSG_CLOEXEC)
+            if not given:
+                break
+            connection, log, *store = Connection(given[0]), *given[1:]
+            pid = os.fork()
+            if pid == 0:
+                die_with_the_server()
+                requests.close()
+                for other in ranks.values():
+                    other.close()
+                return _become_rank(connection, log, *store)
+            ranks[pid] = connection
+            for descriptor in (log, *store):
+                os.close(descriptor)
+        for pid in list(ranks):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                with ranks.pop(pid) as connection, contextlib.suppress(ConnectionError):
+                    connection.send(("exit code", os.waitstatus_to_exitcode(status)))
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    return None
+
+
+def _become_rank(connection: Connection, log: int, store: int | None = None) -> list[str]:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    os.setsid()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    with connection:
+        try:
+            connection.send(("pid", os.getpid()))
+            module_args, variables, directory = connection.recv()
+        except (EOFError, OSError):
+            os._exit(1)  # the driver gave it up
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank-{variables['RANK']}".encode(), 0, 0, 0)
+    os.environ.clear()
+    os.environ.update(variables)
+    if store is not None:
+        os.environ[STORE_FD] = str(store)
+    os.chdir(directory)
+    first = [directory, *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:] = [*first, *(path for path in sys.path if path not in first)]
+    return module_args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Starts and ends this process's part in the job: process groups, parallel layout, seeds, device.
+
+The rank comes from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), so
+one host or many, torchrun, SLURM or ``launch`` all look alike. Every collective has a deadline.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed
+
+from megatron_dagger.config import ConfigError, ParallelConfig
+from megatron_dagger.training import compat, cpu_shim
+from megatron_dagger.training.ranks.forkserver import STORE_FD
+
+_stores: list[torch.distributed.Store] = []  # the rendezvous, kept for the next block of this process
+_joins = itertools.count()
+
+
+@contextmanager
+def process_groups(parallel: ParallelConfig, *, seed: int, deadline_s: float, threads: int) -> Iterator[torch.device]:
+    """Within the block, torch.distributed and Megatron's parallel state are up; yields this rank's device.
+
+    Raises ConfigError if the number of started processes is not ``parallel.world_size``.
+    """
+    cpu = cpu_shim.install()
+    compat.quiet()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != parallel.world_size:
+        raise ConfigError(f"{world} processes were started, but training.parallel.world_size={parallel.world_size}")
+    if cpu:
+        torch.set_num_threads(threads)
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    _join(world, "gloo" if cpu else "nccl", deadline_s)
+    try:
+        _lay_out(parallel, seed, deadline_s)
+        yield device
+    finally:
+        _leave()
+
+
+def is_rank_zero() -> bool:
+    return torch.distributed.get_rank() == 0
+
+
+def _join(world: int, backend: str, deadline_s: float) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    timeout = datetime.timedelta(seconds=deadline_s)
+    if not _stores:
+        _stores.append(_rendezvous(rank, world, timeout))
+    store = torch.distributed.PrefixStore(f"join{next(_joins)}", _stores[0])
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def _rendezvous(rank: int, world: int, timeout: datetime.timedelta) -> torch.distributed.Store:
+    if world == 1 and "MASTER_PORT" not in os.environ:
+        return torch.distributed.HashStore()
+    descriptor = os.environ.get(STORE_FD) if rank == 0 else None
+    return torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world,
+        is_master=rank == 0,
+        timeout=timeout,
+        master_listen_fd=int(descriptor) if descriptor else None,
+    )
+
+
+def _lay_out(parallel: ParallelConfig, seed: int, deadline_s: float) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual and virtual > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, round(deadline_s / 60)),
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _leave() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()

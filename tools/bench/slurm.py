@@ -1,0 +1,223 @@
+"""Two rounds as a SLURM job, from an idle cluster to the end: by stages, resident, and preempted in the middle.
+
+The SLURM is real, of two virtual nodes on this host (slurm_cluster.py); the run is a tiny one whose tasks
+are made beforehand. First slurm/single_node.sbatch runs undisturbed, one stage after the other: where its
+time went is read from the stages' own numbers and the log. Then slurm/resident.sbatch does the same, with
+trainer and worker side by side. Where neither episodes are under way nor a training, the time is idle
+(idle_share), and that includes an engine's start. Last, the first job runs again, a job of a higher partition
+takes both nodes while round 0 trains, and the time is taken from that job's submission to the next optimizer
+step. At the end the runs' episodes are compared.
+
+    tools/bench/slurm.py                  prints a table, and as its last line RESULT {json}
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_dagger.config import RepoRepairConfig, RunConfig, dump_yaml
+from megatron_dagger.dagger.context import round_dir
+from megatron_dagger.driver.context import cache_dir, create_run
+from megatron_dagger.envs.repo_repair.taskset import prepare_tasks
+from megatron_dagger.envs.repo_repair.testing import repair_sandbox
+from megatron_dagger.observability.logs import DRIVER, log_file
+from megatron_dagger.observability.metrics import STAGES, read_lines, read_metrics
+from megatron_dagger.observability.progress import track
+from megatron_dagger.observability.rundir import MANIFESTS
+from megatron_dagger.sandbox import SandboxPool
+from megatron_dagger.store.aggregated import DataStore
+from megatron_dagger.store.atomic import read_json
+from recipes import find_recipe
+from tools.virtual_slurm.cluster import SlurmCluster, fitted
+from tools.virtual_slurm.packages import SlurmError, install
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE_S = 900.0
+ROUNDS = (0, 1)
+TASKS = RepoRepairConfig(
+    source="stdlib",
+    train_packages=("textwrap", "graphlib"),
+    heldout_packages=("colorsys",),
+    train_tasks=8,
+    heldout_tasks=3,
+)
+
+
+def tiny_config() -> RunConfig:
+    """Two rounds of the quickstart on a few tasks, trained by two ranks."""
+    recipe = find_recipe("quickstart")()
+    training = replace(
+        recipe.training,
+        parallel=replace(recipe.training.parallel, world_size=2, tensor_model_parallel_size=1),
+        max_steps=20,
+    )
+    dagger = replace(recipe.dagger, rounds=ROUNDS[-1], sft_tasks=4, tasks_per_round=4, evaluation_tasks=3)
+    return replace(recipe, repo_repair=TASKS, training=training, dagger=dagger)
+
+
+class Bench:
+    """A cluster, the folder that the runs lie in, and the environment of their jobs."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        program = folder / "bin" / "megatron-dagger"
+        program.parent.mkdir()
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m megatron_dagger.cli.main "$@"\n')
+        program.chmod(0o755)
+        self.environment = {
+            "VENV": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "MEGATRON_DAGGER_CACHE": str(cache_dir()),
+            "SERVE": "sleep infinity",
+            "MASTER_ADDR": "127.0.0.1",  # the nodes' names are this host's only
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+
+    def submit(self, name: str, file: str = "single_node.sbatch", *words: str) -> tuple[str, Path]:
+        """Submit the whole run ``name``, further ``words`` after it; its job, and its directory."""
+        run = self.folder / name
+        create_run(tiny_config(), run)
+        options = (f"--chdir={ROOT}", f"--output={run}.log")
+        script = fitted(ROOT / "slurm" / file, self.folder)
+        return self.cluster.submit(*options, str(script), str(run), *words, env=self.environment), run
+
+    def by_stages(self) -> dict[str, Any]:
+        wall, idle, began, run = self._undisturbed("by_stages")
+        items = where_the_time_went(run, began)
+        items["end"] = wall - sum(items.values())
+        return {"two_rounds_s": wall, "idle_share": idle / wall, **{f"{k}_s": v for k, v in items.items()}}
+
+    def resident(self) -> dict[str, Any]:
+        """The tasks' own expert is the teacher, as in the other runs; what is served beside it is not asked."""
+        file = self.folder / "settings.yaml"
+        file.write_text(dump_yaml(tiny_config()))
+        wall, idle, began, run = self._undisturbed("resident", "resident.sbatch", "--config", str(file))
+        found = work(run)
+        items = {
+            "begin": min(begin for begin, _ in found) - began,
+            "end": began + wall - max(end for _, end in found),
+            "engine_start": sum(map(float, re.findall(r"vLLM is up after ([\d.]+) s", worker_log(run)))),
+        }
+        values = {"two_rounds_s": wall, "idle_share": idle / wall, **{f"{k}_s": v for k, v in items.items()}}
+        return {f"resident_{name}": value for name, value in values.items()}
+
+    def _undisturbed(self, name: str, *submitted: str) -> tuple[float, float, float, Path]:
+        """Seconds in all and idle ones, the time of the submission, and the run."""
+        began = time.time()
+        job, run = self.submit(name, *submitted)
+        self.cluster.wait_for(job, "COMPLETED", deadline_s=DEADLINE_S)
+        wall = time.time() - began
+        return wall, wall - covered(work(run)) + engine_seconds(run), began, run
+
+    def preempted(self) -> dict[str, Any]:
+        job, run = self.submit("preempted")
+        steps = run / "rounds/0000/train/metrics.jsonl"
+        self._wait(lambda: len(read_lines(steps)) >= 3, "three steps", job)
+        began = time.monotonic()
+        options = ("--partition=high", "--nodes=2", "--exclusive", "--mem=0", "--output=/dev/null")
+        urgent = self.cluster.submit(*options, "--wrap=true")
+        self.cluster.wait_for(urgent, "COMPLETED", deadline_s=DEADLINE_S)
+        freed = time.monotonic() - began
+        saved = len(read_lines(steps))
+        self._wait(lambda: len(read_lines(steps)) > saved, "the next step", job)
+        productive = time.monotonic() - began
+        self.cluster.wait_for(job, "COMPLETED", deadline_s=DEADLINE_S)
+        return {"preempt_to_productive_s": productive, "preempt_to_free_nodes_s": freed}
+
+    def compare(self) -> dict[str, int]:
+        lost = duplicates = 0
+        for name, index in itertools.product(("resident", "preempted"), ROUNDS):
+            expected, found = (self._tasks(run, index) for run in ("by_stages", name))
+            lost += len(set(expected) - set(found))
+            duplicates += len(found) - len(set(found))
+        return {"lost_episodes": lost, "duplicate_episodes": duplicates}
+
+    def _tasks(self, name: str, index: int) -> list[tuple[str, int]]:
+        episodes = DataStore.open(self.folder / name / "data.zarr").episodes(index)
+        return [(episode.task_id, episode.attempt) for episode in episodes]
+
+    def _wait(self, condition: Callable[[], bool], what: str, job: str) -> None:
+        self.cluster.wait(condition, DEADLINE_S, what, lambda: self.cluster.log(job))
+
+
+def work(run: Path) -> list[tuple[float, float]]:
+    """When each stage began and ended, as its manifest says it and as old as that is."""
+    paths = [round_dir(run, index) / name for index in ROUNDS for name in MANIFESTS.values()]
+    return [(path.stat().st_mtime - read_json(path)["duration_s"], path.stat().st_mtime) for path in paths]
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The seconds in which at least one of the spans is under way."""
+    total, until = 0.0, 0.0
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
+
+def engine_seconds(run: Path) -> float:
+    """What an engine's start with weights, or bringing it new ones, takes of a stage."""
+    return sum(map(float, re.findall(r"weights \d+: \d+ tensors in ([\d.]+) s", worker_log(run))))
+
+
+def worker_log(run: Path) -> str:
+    [log] = [path for name in (DRIVER, "worker-0") if (path := log_file(run, name)).exists()]
+    return log.read_text()
+
+
+def where_the_time_went(run: Path, submitted: float) -> dict[str, float]:
+    """Seconds by item, from a stage's end and length in metrics.jsonl, and from what the log says of the engine."""
+    records = read_metrics(run / "metrics.jsonl")  # in the order in which the stages ended
+    engine = engine_seconds(run)
+    spent = {stage: sum(r["duration_s"] for r in records if r["stage"] == stage) for stage in STAGES}
+    gaps = {(b["round"], b["stage"]): b["time"] - b["duration_s"] - a["time"] for a, b in itertools.pairwise(records)}
+    return {
+        "begin": records[0]["time"] - records[0]["duration_s"] - submitted,
+        "episodes": spent["collect"] + spent["evaluate"] - engine,
+        "engine_start": engine,
+        "train": spent["train"],
+        "ranks_start": sum(gap for (_, stage), gap in gaps.items() if stage == "train"),
+        "between_stages": sum(gap for (_, stage), gap in gaps.items() if stage != "train"),
+    }
+
+
+def prepare(config: RunConfig) -> None:
+    """Make the tasks, which a run finds in the cache from its second time on."""
+    with SandboxPool(repair_sandbox) as pool:
+        prepare_tasks(config.repo_repair, config.seed, cache_dir(), pool, track)
+
+
+def main() -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that jobs, cluster and folder go as well
+    try:
+        install()
+        prepare(tiny_config())
+        with tempfile.TemporaryDirectory(prefix="bench-slurm-") as folder, SlurmCluster() as cluster:
+            bench = Bench(cluster, Path(folder))
+            result = {**bench.by_stages(), **bench.resident(), **bench.preempted(), **bench.compare()}
+            result["leftover_processes"] = len(cluster.job_processes())
+    except SlurmError as error:
+        sys.exit(f"error: {error}")
+    for name, value in result.items():
+        print(f"{name:28} {value:.3f}" if isinstance(value, float) else f"{name:28} {value}")
+    print("RESULT " + json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Mutated packages as SWE-bench 5.x's rows with images of this machine, and a teacher that has read the gold patches.
+
+What the repair tasks are (a package with one wrong token, and its own tests) in the form in which SWE-bench's
+tasks come: an image with the repository in /testbed, an issue, an eval script, the tests by name. The teacher
+answers any conversation with the next tool call of a repair: look, edit, run the tests, submit; what another
+did in between does not confuse it. It is for machines without a language model, and shows how a round works,
+not how hard a task is.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_dagger.envs.repo_repair.repository import read_repository
+from megatron_dagger.envs.repo_repair.task import RepairTask
+from megatron_dagger.envs.swe.pytest_script import eval_script, quoted
+from megatron_dagger.envs.swe.tool_calls import ToolCall
+from megatron_dagger.sandbox.docker.daemon import DockerHost
+
+WORKDIR = "/testbed"
+REPOSITORY = "megatron-dagger-mutant"  # of the images; the tag is the task's
+SHOWN_LINES = 12  # around the bug
+
+
+def image_of(task: RepairTask) -> str:
+    return f"{REPOSITORY}:{re.sub(r'[^A-Za-z0-9_.-]', '_', task.instance_id)}"
+
+
+def row(task: RepairTask) -> dict[str, Any]:
+    """The task as a row of SWE-bench 5.x."""
+    files = sorted({test.partition("::")[0] for test in task.tests})
+    paths = ":".join(f"{WORKDIR}/{path}" for path in task.python_paths)
+    tests = f"python -m pytest -rA -p no:cacheprovider {quoted(task.pytest_args)} {quoted(files)}"
+    restore = f"git checkout {task.base_commit} -- {quoted(files)}"
+    environment = f"export PYTHONPATH={paths}:$PYTHONPATH PYTHONDONTWRITEBYTECODE=1"
+    return {
+        "instance_id": task.instance_id,
+        "repo": f"mutants/{task.repo}",
+        "version": task.version,
+        "base_commit": task.base_commit,
+        "problem_statement": task.problem_statement,
+        "patch": task.patch,
+        "test_patch": "",
+        "FAIL_TO_PASS": task.FAIL_TO_PASS,
+        "PASS_TO_PASS": task.PASS_TO_PASS,
+        "image": image_of(task),
+        "eval_script": eval_script(tests, workdir=WORKDIR, activate=f"{environment}; cd {WORKDIR} && {restore}"),
+        "log_parser": "parse_log_pytest_v2",
+        "eval_type": "pass_and_fail",
+    }
+
+
+def write_rows(path: Path, tasks: Iterable[RepairTask]) -> None:
+    path.write_text("".join(json.dumps(row(task)) + "\n" for task in tasks))
+
+
+def build_images(
+    host: DockerHost, base: str, tasks: Iterable[RepairTask], repository: Callable[[RepairTask], Path]
+) -> None:
+    """An image for each task: ``base``, and the task's git repository in /testbed."""
+    for task in tasks:
+        # Without this signal, which the image keeps, SWE-bench's harness waits 15 s for a container to stop.
+        container = host.client.api.create_container(base, ["true"], stop_signal="SIGKILL")["Id"]
+        try:
+            host.client.api.put_archive(container, "/", _archive(read_repository(repository(task))))
+            name, _, tag = image_of(task).rpartition(":")
+            host.client.api.commit(container, name, tag)
+        finally:
+            host.remove(container)
+
+
+class GoldTeacher:
+    """Answers chat completion requests; see the module. Called with a request, returns the reply's text."""
+
+    def __init__(self, tasks: Sequence[RepairTask]):
+        self._repairs = {task.problem_statement: _Repair(task) for task in tasks}
+
+    def replies(self, task: RepairTask) -> tuple[str, ...]:
+        """What it says where nobody interferes."""
+        repair = self._repairs[task.problem_statement]
+        return repair.look, repair.edit, repair.test, repair.submit
+
+    def __call__(self, request: Mapping[str, Any]) -> str:
+        messages = request["messages"]
+        task = messages[1]["content"]
+        repair = next(repair for statement, repair in self._repairs.items() if statement in task)
+        answers = {one["content"]: other["content"] for one, other in itertools.pairwise(messages)}
+        if repair.look not in answers:
+            return repair.look
+        if repair.edit not in answers:
+            return repair.edit
+        if "error: " in answers[repair.edit]:  # somebody has changed these lines before
+            return repair.edit_by_force if repair.edit_by_force not in answers else repair.submit
+        return repair.test if repair.test not in answers else repair.submit
+
+
+class _Repair:
+    """The replies of one task."""
+
+    def __init__(self, task: RepairTask):
+        header, _, hunk = task.patch.partition("\n@@")
+        name = header.rpartition("+++ b/")[2].split()[0]
+        lines = [line for line in hunk.split("\n")[1:] if line]
+        first = int(hunk.partition("-")[2].partition(",")[0])
+        old = "\n".join(line[1:] for line in lines if line[0] != "+")
+        new = "\n".join(line[1:] for line in lines if line[0] != "-")
+        files = quoted(sorted({test.partition("::")[0] for test in task.fail_to_pass}))
+        path = f"{WORKDIR}/{name}"
+        edit = {"command": "str_replace", "path": path, "old_str": old, "new_str": new}
+        self.look = _call("bash", f"sed -n {max(1, first - 1)},{first + SHOWN_LINES}p {name}", "Let me look.")
+        self.edit = ToolCall(name="str_replace_editor", arguments=edit).text()
+        force = f"git checkout -q HEAD -- {name} && python - <<'END'\np = {path!r}\nt = open(p).read()\n"
+        self.edit_by_force = _call("bash", f"{force}open(p, 'w').write(t.replace({old!r}, {new!r}))\nEND")
+        self.test = _call("bash", f"python -m pytest -q -p no:cacheprovider {files} 2>&1 | tail -n 3")
+        self.submit = ToolCall(name="submit", arguments={}).text()
+
+
+def _call(name: str, command: str, thought: str = "") -> str:
+    call = ToolCall(name=name, arguments={"command": command}).text()
+    return f"{thought}\n{call}" if thought else call
+
+
+def _archive(files: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"{WORKDIR.lstrip('/')}/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The GPUs of this host, seen without an engine and without a driver being asked."""
+"""The GPUs of this host, found without importing an engine and without asking a driver."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _DEVICES = Path("/dev")
-_CONTROL = "nvidiactl"  # NVIDIA's
-_OTHERS = ("kfd", "dxg")  # AMD's, and those of a Windows host
+_NVIDIA = "nvidiactl"
+_OTHER_DRIVERS = ("kfd", "dxg")  # AMD's, and a Windows host's
 
 
 def has_gpus(environ: Mapping[str, str], devices: Path = _DEVICES) -> bool:
-    """Whether NVIDIA's driver is here and a process with that environment is not kept from it."""
-    return (devices / _CONTROL).exists() and environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+    """Return whether NVIDIA's driver is here and the environment does not hide all GPUs from a process."""
+    return (devices / _NVIDIA).exists() and environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 
 
 def visible_gpus(environ: Mapping[str, str], devices: Path = _DEVICES) -> int | None:
-    """How many of NVIDIA's GPUs a process with that environment sees; None where it has none."""
-    if not (devices / _CONTROL).exists():
+    """Return how many NVIDIA GPUs a process with this environment sees; None if it sees none."""
+    if not (devices / _NVIDIA).exists():
         return None
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -27,5 +27,5 @@ def visible_gpus(environ: Mapping[str, str], devices: Path = _DEVICES) -> int | 
 
 
 def any_driver(devices: Path = _DEVICES) -> bool:
-    """Whether any vendor's driver is here, for processes to be kept from or not."""
-    return any((devices / name).exists() for name in (_CONTROL, *_OTHERS))
+    """Return whether any vendor's GPU driver is here, whatever the environment hides."""
+    return any((devices / name).exists() for name in (_NVIDIA, *_OTHER_DRIVERS))

@@ -1,4 +1,7 @@
-"""How processes end: asked to before a cluster takes a machine away, or with the one that started them. No engines."""
+"""Which signals ask a process to stop, its exit code then, and how a child is bound to its parent. No engines.
+
+``driver.preemption`` reacts to these signals in the driver, ``training.ranks.stop_signal`` in a rank.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,21 @@ import os
 import signal
 from collections.abc import Callable
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-STOPPED = os.EX_TEMPFAIL  # 75: what was done is saved, and the same command goes on from there
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a cluster sends one before it takes a machine away
+STOPPED = os.EX_TEMPFAIL  # 75: progress is saved, and the same command resumes
 _PR_SET_PDEATHSIG = 1
 
 
-def dies_with_this_process() -> Callable[[], None]:
-    """What a child is to call first, so that it is killed with the thread that forked it; Linux only."""
+def parent_death_hook() -> Callable[[], None]:
+    """Return a function that a child calls first, to be killed when the thread that forked it ends. Linux only.
+
+    Call this in the parent, before the fork. The setting survives an exec.
+    """
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
-    def die_with_the_parent() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    def die_with_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
-            os._exit(1)  # it was gone before the call
+            os._exit(1)  # the parent ended before the call
 
-    return die_with_the_parent
+    return die_with_parent

@@ -1,7 +1,7 @@
-"""The words everybody shares: turns, trajectories, labels, stop reasons.
+"""The types that all packages share: turns, trajectories, labels, stop reasons.
 
-No engine is imported here. Token arrays are 1-D ``numpy.int32``; log-probs are
-1-D ``numpy.float32`` of the same length, natural logarithm, at temperature 1.
+Imports no engine. Token arrays are 1-D ``numpy.int32``. Log-probs are 1-D ``numpy.float32`` of the same length, in
+natural logarithm, at temperature 1.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ SCHEMA_VERSION = 1
 
 
 class ActedBy(StrEnum):
-    """Who chose the action that was executed in a turn."""
+    """The policy whose action was executed in a turn."""
 
     STUDENT = "student"
     TEACHER = "teacher"
 
 
 class StopReason(StrEnum):
-    """Why an episode ended. Only a clean ending may become data."""
+    """Why an episode ended. Only episodes with a clean reason become data."""
 
-    SUBMITTED = "submitted"  # the agent said it was done
+    SUBMITTED = "submitted"  # the agent declared that it is done
     TURN_LIMIT = "turn_limit"
     CONTEXT_LIMIT = "context_limit"
     TIME_LIMIT = "time_limit"  # the episode's wall-clock budget
-    REPEAT_LIMIT = "repeat_limit"  # the same reply again and again: it leads nowhere new
-    FORMAT_LIMIT = "format_limit"  # too many replies in a row that are no command
-    ENVIRONMENT_ERROR = "environment_error"  # the sandbox broke: never data
-    OUT_OF_MEMORY = "out_of_memory"  # the sandbox's memory limit: never data
+    REPEAT_LIMIT = "repeat_limit"  # the same reply too many times in a row
+    FORMAT_LIMIT = "format_limit"  # too many replies in a row that hold no command
+    ENVIRONMENT_ERROR = "environment_error"  # the sandbox failed: never data
+    OUT_OF_MEMORY = "out_of_memory"  # the sandbox exceeded its memory limit: never data
     POLICY_ERROR = "policy_error"  # the engine or the teacher failed: never data
 
     @property
     def is_clean(self) -> bool:
-        """Whether the episode shows what the policies did, and not what broke under them."""
+        """Whether the policies ended the episode, and not an infrastructure failure."""
         return self not in _BROKEN
 
     @property
     def is_finished(self) -> bool:
-        """Whether the agent ended the episode itself, right or wrong."""
+        """Whether the agent ended the episode itself, solved or not."""
         return self is StopReason.SUBMITTED
 
 
@@ -50,7 +50,7 @@ _BROKEN = frozenset({StopReason.ENVIRONMENT_ERROR, StopReason.OUT_OF_MEMORY, Sto
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One chat message; ``role`` is system, user or assistant."""
+    """One chat message. ``role`` is system, user or assistant."""
 
     role: str
     content: str
@@ -58,10 +58,10 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class State:
-    """What a policy sees: the whole conversation so far, as text and as the exact tokens.
+    """The input of a policy: the whole conversation so far, as text and as the exact tokens.
 
-    ``tokens`` is (n,) int32, the prompt after which the next action's tokens come: it ends
-    with the chat format's assistant header. ``seed`` is unique to the state of one episode.
+    ``tokens`` is (n,) int32, the prompt of the next action; it ends with the chat format's assistant header.
+    ``seed`` is unique to this state of this episode.
     """
 
     messages: tuple[Message, ...]
@@ -71,10 +71,10 @@ class State:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Action:
-    """One turn of a policy: the text, and the tokens verbatim, end-of-turn token included.
+    """One reply of a policy: the text, and the sampled tokens verbatim, end-of-turn token included.
 
-    ``logprobs`` is (n,) float32 under the policy that sampled the tokens, or None for a policy
-    that has none. ``weight_version`` is the student's weight version, -1 for other policies.
+    ``tokens`` is (n,) int32. ``logprobs`` is (n,) float32 under the policy that sampled the tokens, or None if that
+    policy gives none. ``weight_version`` is the student's weight version, and -1 for other policies.
     """
 
     text: str
@@ -85,12 +85,12 @@ class Action:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """One visited state, what was executed there, and what the teacher would have done.
+    """One visited state, the action executed there, and the teacher's action for it.
 
-    ``prompt_tokens`` are the tokens that the conversation gained since the last action (for turn
-    0 the system and task messages): concatenating prompt and action tokens of all turns gives the
-    episode's token stream. ``label`` is the teacher's action in this state, whoever acted. ``teacher_logprobs``
-    is (n,) float32, of the action's tokens under the teacher, where it was asked for them.
+    ``prompt_tokens`` is (p,) int32: the tokens that the conversation gained since the last action, in turn 0 the system
+    and task messages. Prompt and action tokens of all turns, concatenated, are the episode's token stream. ``label``
+    is the teacher's action in this state, whoever acted. ``teacher_logprobs`` is (n,) float32, the log-probs of the
+    executed action's tokens under the teacher, or None if they were not requested.
     """
 
     observation: str
@@ -102,13 +102,13 @@ class Turn:
 
     @property
     def agrees(self) -> bool:
-        """Whether the executed action is, token for token, what the teacher would have done."""
+        """Whether the executed action equals the teacher's, token for token."""
         return self.label is not None and np.array_equal(self.action.tokens, self.label.tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trajectory:
-    """One whole episode. ``(round_index, task_id, attempt)`` names it within a run."""
+    """One episode. ``(round_index, task_id, attempt)`` identifies it within a run."""
 
     task_id: str
     attempt: int
@@ -127,11 +127,10 @@ class Trajectory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateLabel:
-    """A label in an episode: in the state ``tokens[:position]`` the teacher answers ``tokens``.
+    """A label of an episode: after the episode's first ``position`` tokens the teacher answers ``tokens``.
 
-    ``tokens`` is (m,) int32, end-of-turn token included. Where they equal the episode's own next
-    m tokens the label lies on the episode's trunk; else it is a branch after ``position`` tokens.
-    ``weight`` multiplies its loss.
+    ``tokens`` is (m,) int32, end-of-turn token included. If they equal the episode's own next m tokens, the label lies
+    on the episode's trunk; otherwise it is a branch off it. ``weight`` multiplies the label's loss.
     """
 
     position: int
@@ -141,7 +140,7 @@ class StateLabel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledEpisode:
-    """What training sees of an episode: the executed token stream and the labels kept of it."""
+    """An episode as training sees it: the executed token stream, (n,) int32, and the labels to train on."""
 
     tokens: np.ndarray
     labels: tuple[StateLabel, ...]

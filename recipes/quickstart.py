@@ -40,7 +40,7 @@ def quickstart() -> RunConfig:
             vocab_size=1024,
             max_position_embeddings=TOKENS,
             rotary_base=10_000,
-            init_std=0.07,  # near 1 / sqrt(hidden_size): at 0.02 so narrow a model learns half as fast
+            init_std=0.07,  # near 1 / sqrt(hidden_size); with 0.02 a model this narrow learns half as fast
         ),
         training=TrainingConfig(
             parallel=ParallelConfig(world_size=4, tensor_model_parallel_size=2, pipeline_model_parallel_size=2),

@@ -2,11 +2,11 @@
 
 SWE-Gym with 100 tasks held out, 64k tokens and 100 turns, 5 rounds of 512 tasks, 3 passes over the data, lr 3e-6
 constant without warm-up, batches of about 16 episodes; the student samples at temperature 0.7 and top-p 0.9 and is
-evaluated greedily; containers have 4 processors and 16 GB. The teacher, Qwen3-Coder-30B-A3B-Instruct, is asked at
-``teacher.urls``: on 8 GPUs it is served on four of them while a round is collected, with the student on the others
-(``slurm/single_node_with_teacher.sbatch``); on four nodes, wherever it is served (``slurm/multi_node.sbatch``).
+evaluated greedily; containers have 4 processors and 16 GB. The teacher, Qwen3-Coder-30B-A3B-Instruct, is an endpoint
+at ``teacher.urls``. On 8 GPUs it is served on four of them while a round is collected, with the student on the other
+four (``slurm/single_node_with_teacher.sbatch``); for four nodes it is served elsewhere (``slurm/multi_node.sbatch``).
 
-Layouts are those that ``megatron-dagger plan`` finds to fit H100s; none has run on one.
+The layouts fit H100s according to ``megatron-dagger plan``; none of them has run on one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ QWEN3_4B = ModelConfig(  # Qwen3-4B-Instruct-2507
     rotary_base=5_000_000,
     tie_embeddings=True,
 )
-QWEN3_8B = ModelConfig(  # Qwen3-8B, its rotary base raised from 1e6 and its limit from 40,960, as published
+QWEN3_8B = ModelConfig(  # Qwen3-8B with its rotary base raised from 1e6 and its limit from 40,960, as published
     num_layers=36,
     hidden_size=4096,
     ffn_hidden_size=12_288,
@@ -81,8 +81,8 @@ QWEN3_30B_A3B = ModelConfig(  # Qwen3-30B-A3B-Instruct-2507
 def qwen3_4b_swegym_8h100() -> RunConfig:
     """Qwen3-4B-Instruct-2507 on SWE-Gym; 64k tokens, FP8, one node of 8 H100s.
 
-    Begin with ``megatron-dagger convert hf-to-megatron Qwen3-4B-Instruct-2507 checkpoints/qwen3_4b_instruct_2507
-    --tensor-parallel 8 --dtype bfloat16``, or name another checkpoint: ``init_checkpoint=PATH``.
+    First run ``megatron-dagger convert hf-to-megatron Qwen3-4B-Instruct-2507 checkpoints/qwen3_4b_instruct_2507
+    --tensor-parallel 8 --dtype bfloat16``, or name another checkpoint with ``init_checkpoint=PATH``.
     """
     return _recipe("qwen3_4b_swegym_8h100", QWEN3_4B, "checkpoints/qwen3_4b_instruct_2507", _parallel(nodes=1))
 
@@ -90,9 +90,9 @@ def qwen3_4b_swegym_8h100() -> RunConfig:
 def qwen3_8b_swegym_8h100() -> RunConfig:
     """Qwen3-8B on SWE-Gym; 64k tokens, FP8, one node of 8 H100s.
 
-    Set ``rope_theta`` to 5000000 and ``max_position_embeddings`` to 65536 in its config.json, then begin with
-    ``megatron-dagger convert hf-to-megatron Qwen3-8B checkpoints/qwen3_8b --tensor-parallel 8 --dtype bfloat16``, or name
-    another checkpoint: ``init_checkpoint=PATH``.
+    Set ``rope_theta`` to 5000000 and ``max_position_embeddings`` to 65536 in its config.json, then run
+    ``megatron-dagger convert hf-to-megatron Qwen3-8B checkpoints/qwen3_8b --tensor-parallel 8 --dtype bfloat16``,
+    or name another checkpoint with ``init_checkpoint=PATH``.
     """
     return _recipe("qwen3_8b_swegym_8h100", QWEN3_8B, "checkpoints/qwen3_8b", _parallel(nodes=1))
 
@@ -100,7 +100,7 @@ def qwen3_8b_swegym_8h100() -> RunConfig:
 def qwen3_4b_swegym_4x8h100() -> RunConfig:
     """Qwen3-4B-Instruct-2507 on SWE-Gym; 64k tokens, FP8, four nodes of 8 H100s.
 
-    Begins as ``qwen3_4b_swegym_8h100`` does. Each node that collects has an engine of its own.
+    Make the checkpoint as for ``qwen3_4b_swegym_8h100``. Each node that collects has its own engine.
     """
     return _recipe("qwen3_4b_swegym_4x8h100", QWEN3_4B, "checkpoints/qwen3_4b_instruct_2507", _parallel(nodes=4))
 
@@ -108,7 +108,7 @@ def qwen3_4b_swegym_4x8h100() -> RunConfig:
 def qwen3_8b_swegym_4x8h100() -> RunConfig:
     """Qwen3-8B on SWE-Gym; 64k tokens, FP8, four nodes of 8 H100s.
 
-    Begins as ``qwen3_8b_swegym_8h100`` does. Each node that collects has an engine of its own.
+    Make the checkpoint as for ``qwen3_8b_swegym_8h100``. Each node that collects has its own engine.
     """
     return _recipe("qwen3_8b_swegym_4x8h100", QWEN3_8B, "checkpoints/qwen3_8b", _parallel(nodes=4))
 
@@ -116,9 +116,9 @@ def qwen3_8b_swegym_4x8h100() -> RunConfig:
 def qwen3_30b_a3b_swegym_4x8h100() -> RunConfig:
     """Qwen3-30B-A3B-Instruct-2507 on SWE-Gym; 64k tokens, BF16, experts over 8 GPUs, four nodes of 8 H100s.
 
-    Begin with ``megatron-dagger convert hf-to-megatron Qwen3-30B-A3B-Instruct-2507 checkpoints/qwen3_30b_a3b_instruct_2507
-    --tensor-parallel 4 --dtype bfloat16``, or name another checkpoint: ``init_checkpoint=PATH``. Rollouts use one
-    node: the student is one engine.
+    First run ``megatron-dagger convert hf-to-megatron Qwen3-30B-A3B-Instruct-2507
+    checkpoints/qwen3_30b_a3b_instruct_2507 --tensor-parallel 4 --dtype bfloat16``, or name another checkpoint with
+    ``init_checkpoint=PATH``. An engine does not span nodes.
     """
     parallel = _parallel(nodes=4, tensor=4, experts=8)  # there are four KV heads
     return _recipe(

@@ -37,8 +37,8 @@ SMOLLM2_135M = ModelConfig(
 def smollm2_135m_repair_1gpu() -> RunConfig:
     """SmolLM2-135M-Instruct repairs packages; BF16 on one GPU, trainer and engine side by side.
 
-    Begin with ``megatron-dagger convert hf-to-megatron SmolLM2-135M-Instruct checkpoints/smollm2_135m_instruct``, or
-    name another checkpoint: ``init_checkpoint=PATH``.
+    First run ``megatron-dagger convert hf-to-megatron SmolLM2-135M-Instruct checkpoints/smollm2_135m_instruct``, or
+    name another checkpoint with ``init_checkpoint=PATH``.
     """
     return RunConfig(
         name="smollm2_135m_repair_1gpu",
@@ -57,7 +57,7 @@ def smollm2_135m_repair_1gpu() -> RunConfig:
             engine=VllmEngineConfig(
                 dtype="bfloat16",
                 max_model_len=TOKENS,
-                kv_cache_memory_mib=16 << 10,  # the rest of the GPU is the trainer's
+                kv_cache_memory_mib=16 << 10,  # the trainer uses the rest of the GPU
                 gpu_memory_utilization=0.3,
                 enforce_eager=False,
             ),

@@ -1,4 +1,10 @@
-"""``megatron-dagger plan``: what a recipe needs on a kind of GPU, as a table or as JSON; refuses what cannot fit."""
+"""Plan a recipe or a run on GPUs: memory, rates and hours, before it is queued.
+
+A recipe that cannot fit is refused with the reason and the nearest settings that do:
+
+  megatron-dagger plan qwen3_8b_swegym_8h100
+  megatron-dagger plan qwen3_8b_swegym_8h100 training.recompute=full --gpu h200 --assume mfu=0.35 --json
+"""
 
 from __future__ import annotations
 
@@ -6,13 +12,15 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from megatron_dagger.cli.arguments import recipe_config
 from megatron_dagger.config import ConfigError, RunConfig, build, override, to_dict
+from megatron_dagger.config.base import parse_value
 from megatron_dagger.dagger.beta import beta
-from megatron_dagger.planning import GPUS, Assumptions, Change, Gpu, Plan, make_plan, nearest_that_fits
+from megatron_dagger.driver.run_dir import load_run_config
+from megatron_dagger.planning import GPUS, Assumptions, Change, Gpu, RunPlan, nearest_that_fits, plan_run
 from megatron_dagger.planning.memory import GIB
 from megatron_dagger.planning.parameters import active_parameters, total_parameters
 
@@ -23,65 +31,79 @@ _PARTS = ("weights", "fp8_weights", "gradients", "optimizer", "activations", "wo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a recipe (see `recipes`)")
-    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings that differ from the recipe's")
+    parser.add_argument("--recipe", metavar="NAME", help="the recipe to plan; its name alone means the same")
+    parser.add_argument(
+        "words", nargs="*", metavar="RECIPE|RUN|NAME=VALUE", help="a recipe or a run directory; settings"
+    )
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="the kind of GPU (default: h100)")
     parser.add_argument(
         "--assume",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help=f"an assumption that differs from its default: {', '.join(f.name for f in fields(Assumptions))}",
+        help=f"change an assumption: {', '.join(f.name for f in fields(Assumptions))}",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
 
 
-def plan(arguments: argparse.Namespace) -> int:
-    """0 if the recipe fits, 1 with the reason and the nearest settings that do if not."""
-    from recipes import find_recipe
-
-    config = override(find_recipe(arguments.recipe)(), arguments.settings)
+def main(arguments: argparse.Namespace) -> int:
+    """Return 0 if the recipe fits, 1 (after the reason and the nearest settings that do) if not."""
+    name, config = _subject(arguments)
     gpu, assumed = GPUS[arguments.gpu], _assumptions(arguments.assume)
-    made = make_plan(
-        config, [beta(config.dagger.beta, index) for index in range(config.dagger.rounds + 1)], gpu, assumed
-    )
-    change = None if made.fits else nearest_that_fits(config, gpu, assumed)
+    if config.training.precision == "fp32":
+        sys.stderr.write(f"note: {name} trains in fp32, which is for the CPU; these are the numbers of an {gpu.name}\n")
+    betas = [beta(config.dagger.beta, index) for index in range(config.dagger.rounds + 1)]
+    plan = plan_run(config, betas, gpu, assumed)
+    change = None if plan.fits else nearest_that_fits(config, gpu, assumed)
     if arguments.json:
-        sys.stdout.write(json.dumps(report(config, gpu, assumed, made, change), indent=1) + "\n")
+        print(json.dumps(report(config, gpu, assumed, plan, change), indent=1))
     else:
-        _print(config, gpu, assumed, made)
-    if made.fits:
+        _print(config, gpu, assumed, plan)
+    if plan.fits:
         return 0
-    sys.stderr.write(f"error: {arguments.recipe} does not fit {config.training.parallel.world_size} x {gpu.name}\n")
-    sys.stderr.writelines(f"  {problem}\n" for problem in made.problems)
+    sys.stderr.write(f"error: {name} does not fit {config.training.parallel.world_size} x {gpu.name}\n")
+    sys.stderr.writelines(f"  {problem}\n" for problem in plan.problems)
     sys.stderr.write(f"  {_advice(change)}\n")
     return 1
 
 
+def _subject(arguments: argparse.Namespace) -> tuple[str, RunConfig]:
+    """Return the name and the config of what is to be planned: a recipe, or an existing run."""
+    names = [word for word in arguments.words if "=" not in word]
+    settings = [word for word in arguments.words if "=" in word]
+    names += [arguments.recipe] if arguments.recipe else []
+    if len(names) != 1:
+        raise ConfigError(f"name one recipe or run directory to plan, not {len(names)} ({' '.join(names) or 'none'})")
+    [name] = names
+    if Path(name, "config.yaml").is_file():
+        return name, override(load_run_config(Path(name)), settings)
+    return name, override(recipe_config(name), settings)
+
+
 def report(
-    config: RunConfig, gpu: Gpu, assumed: Assumptions, made: Plan, change: Change | None = None
+    config: RunConfig, gpu: Gpu, assumed: Assumptions, plan: RunPlan, change: Change | None = None
 ) -> dict[str, Any]:
-    """All of a plan as plain values; sizes in GiB."""
-    serving = made.memory.serving
+    """Return all of a plan as plain values; sizes in GiB."""
+    serving = plan.memory.serving
     return {
-        "fits": made.fits,
-        "problems": list(made.problems),
+        "fits": plan.fits,
+        "problems": list(plan.problems),
         "nearest": list(change.settings) if change else None,
         "gpu": asdict(gpu),
         "parameters": total_parameters(config.model),
         "active_parameters": active_parameters(config.model),
         "training_gib": [
             {"stage": m.stage, "parameters": m.parameters, **{part: getattr(m, part) / GIB for part in _PARTS}}
-            for m in made.memory.training
+            for m in plan.memory.training
         ],
         "serving_gib": {name: getattr(serving, name) / GIB for name in ("weights", "working", "kv_cache", "total")},
         "kv_tokens": serving.kv_tokens,
         "full_sequences": serving.full_sequences,
-        "fit_together": made.memory.fit_together,
-        "episode": to_dict(made.episodes),
-        "rollout": to_dict(made.rollout),
-        "teacher": to_dict(made.teacher),
-        "rounds": [to_dict(r) | {"total_s": r.total_s} for r in made.rounds],
+        "fit_together": plan.memory.fit_together,
+        "episode": to_dict(plan.episodes),
+        "rollout": to_dict(plan.rollout),
+        "teacher": to_dict(plan.teacher),
+        "rounds": [to_dict(r) | {"total_s": r.total_s} for r in plan.rounds],
         "assumptions": to_dict(assumed),
     }
 
@@ -89,21 +111,21 @@ def report(
 def _assumptions(assignments: list[str]) -> Assumptions:
     values = {}
     for assignment in assignments:
-        name, sign, text = assignment.partition("=")
+        name, sign, _ = assignment.partition("=")
         if not sign:
             raise ConfigError(f"--assume: expected NAME=VALUE, got {assignment!r}")
-        values[name.strip()] = yaml.safe_load(text)
+        values[name.strip()] = parse_value(assignment)
     return build(Assumptions, values, "assume")
 
 
 def _advice(change: Change | None) -> str:
     if change is None:
-        return "no change of layout, recomputation or length makes it fit: take more GPUs, or a smaller model"
+        return "no change of layout, recomputation or length makes it fit: take more GPUs or a smaller model"
     needs = change.memory.fullest.total / GIB
     return f"the nearest settings that fit ({needs:.1f} GiB in training): {' '.join(change.settings)}"
 
 
-def _print(config: RunConfig, gpu: Gpu, assumed: Assumptions, made: Plan) -> None:
+def _print(config: RunConfig, gpu: Gpu, assumed: Assumptions, plan: RunPlan) -> None:
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 110
@@ -122,12 +144,12 @@ def _print(config: RunConfig, gpu: Gpu, assumed: Assumptions, made: Plan) -> Non
         f"{training.sequence_length} tokens, {training.micro_batches} per GPU and step\n"
         f"serving: {config.rollout.engine.dtype}, one engine on {config.rollout.engine.tensor_parallel_size} GPUs"
     )
-    for table in (_training_table(made), _serving_table(made), _rates_table(made), _rounds_table(made)):
+    for table in (_training_table(plan), _serving_table(plan), _rates_table(plan), _rounds_table(plan)):
         console.print(table)
-    if not made.memory.fit_together:
+    if not plan.memory.fit_together:
         console.print(
-            "Trainer and engine do not fit the same GPUs at once: run the stages as jobs of their own (rollout, "
-            "train, evaluate),\nnot all in one process with `megatron-dagger run`."
+            "Trainer and engine do not fit the same GPUs at once: run the stages as separate jobs (rollout, train, "
+            "evaluate), not in one process with `megatron-dagger run`."
         )
     console.print("assumed, not measured: " + ", ".join(f"{k}={v:g}" for k, v in to_dict(assumed).items()))
 
@@ -143,44 +165,44 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _training_table(made: Plan) -> Table:
-    """One column for each kind of stage, not for each of many that are alike."""
-    stages = made.memory.training
-    shown = sorted({0, made.memory.fullest.stage, len(stages) - 1})
+def _training_table(plan: RunPlan) -> Table:
+    """Show the first, the fullest and the last pipeline stage: the ones between are alike."""
+    stages = plan.memory.training
+    shown = sorted({0, plan.memory.fullest.stage, len(stages) - 1})
     table = _table("training, GiB per GPU", "", *(f"stage {index}" for index in shown))
     for part in _PARTS:
         table.add_row(part.replace("_", " "), *(f"{getattr(stages[index], part) / GIB:.1f}" for index in shown))
     return table
 
 
-def _serving_table(made: Plan) -> Table:
-    serving = made.memory.serving
+def _serving_table(plan: RunPlan) -> Table:
+    serving = plan.memory.serving
     table = _table("serving, GiB per GPU", "", "")
     for part in ("weights", "working", "kv_cache", "total", "capacity"):
         table.add_row(part.replace("_", " "), f"{getattr(serving, part) / GIB:.1f}")
-    table.add_row("tokens that the KV cache holds", f"{serving.kv_tokens:,}")
+    table.add_row("tokens in the KV cache", f"{serving.kv_tokens:,}")
     table.add_row(f"sequences of {serving.max_model_len} tokens at once", f"{serving.full_sequences}")
     return table
 
 
-def _rates_table(made: Plan) -> Table:
-    rollout, teacher = made.rollout, made.teacher
+def _rates_table(plan: RunPlan) -> Table:
+    rollout, teacher = plan.rollout, plan.teacher
     table = _table("rates while a round collects", "", "")
-    table.add_row("episodes at once, of these in the engine", f"{rollout.episodes}, {rollout.decoding:.1f}")
+    table.add_row("concurrent episodes, of which in the engine", f"{rollout.episodes}, {rollout.decoding:.1f}")
     table.add_row("turns/s", f"{rollout.turns_per_s:.2f}")
-    table.add_row("student tokens/s, if it acted in every turn", f"{rollout.tokens_per_s:.0f}")
+    table.add_row("student tokens/s if it acted in every turn", f"{rollout.tokens_per_s:.0f}")
     table.add_row("teacher: labels/s", f"{teacher.requests_per_s:.2f}")
-    table.add_row("teacher: tokens/s written, read anew", f"{teacher.written_per_s:.0f}, {teacher.read_per_s:.0f}")
+    table.add_row("teacher: tokens/s generated, newly read", f"{teacher.written_per_s:.0f}, {teacher.read_per_s:.0f}")
     table.add_row("teacher: mean prompt, tokens", f"{teacher.context:.0f}")
     return table
 
 
-def _rounds_table(made: Plan) -> Table:
+def _rounds_table(plan: RunPlan) -> Table:
     columns = ("round", "student's turns", "labels", "steps", "train tokens", "tokens/s")
     table = _table("rounds", *columns, "rollout h", "train h", "evaluate h", "total h")
-    for r in made.rounds:
+    for r in plan.rounds:
         hours = [f"{seconds / 3600:.2f}" for seconds in (r.rollout_s, r.train_s, r.evaluate_s, r.total_s)]
         counts = [f"{r.student_share:.0%}", f"{r.turns:,.0f}", f"{r.optimizer_steps}", f"{r.train_tokens / 1e6:,.1f}M"]
         table.add_row(str(r.round_index), *counts, f"{r.train_tokens_per_s:,.0f}", *hours)
-    table.add_row("all", *[""] * 8, f"{sum(r.total_s for r in made.rounds) / 3600:.2f}")
+    table.add_row("all", *[""] * 8, f"{sum(r.total_s for r in plan.rounds) / 3600:.2f}")
     return table

@@ -1,4 +1,4 @@
-"""``megatron-dagger validate``: find the tasks of a data set that are fit to train on.
+"""Validate SWE tasks: the gold patch must pass and the unpatched repository must fail, N times.
 
 The report is written after every task, so the repeated command resumes and judges broken tasks again. A run
 trains on the valid tasks only with ``swe.validation=FILE``.
@@ -36,16 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @stops_when_asked()
-def validate(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Return 0 if every task was judged, 1 if some could not be: no image, or the container broke."""
-    from megatron_dagger.driver.environments import containers, swe_tasks
     from megatron_dagger.envs.swe import validation
+    from megatron_dagger.envs.swe.containers import open_containers
+    from megatron_dagger.envs.swe.load import load_tasks
     from megatron_dagger.store.lock import exclusive
 
     require(arguments.repeats > 0 and arguments.workers > 0, "--repeats and --workers must be positive")
     swe = override(_base(arguments.recipe), [setting.removeprefix("swe.") for setting in arguments.settings])
     require(bool(swe.train), "validate: name the tasks with swe.train and swe.train_dataset, or with --recipe")
-    train, heldout = swe_tasks(swe)
+    train, heldout = load_tasks(swe)
     tasks = heldout if arguments.heldout else train
     source = swe.heldout if arguments.heldout and swe.heldout else swe.train
     subject = {"source": source, "heldout": arguments.heldout, "repeats": arguments.repeats}
@@ -54,7 +55,7 @@ def validate(arguments: argparse.Namespace) -> int:
     with exclusive(path.with_name(f".{path.name}.lock"), deadline_s=5.0), ExitStack() as stack:
         rows = validation.read_report(path, subject)
         pending = [task for task in tasks if task.instance_id not in rows]
-        images, open_sandbox = containers(swe, path, stack)
+        images, open_sandbox = open_containers(swe, path, stack)
         images.prefetch(task.image for task in pending)
         progress = stack.enter_context(track("validate", len(tasks), unit="tasks", done=len(tasks) - len(pending)))
         results = validation.validate_tasks(pending, open_sandbox, repeats=arguments.repeats, at_once=arguments.workers)
@@ -68,7 +69,7 @@ def validate(arguments: argparse.Namespace) -> int:
 def _base(recipe: str | None) -> SweConfig:
     if recipe is None:
         return SweConfig()
-    from recipes import find_recipe
+    from megatron_dagger.recipes import find_recipe
 
     return find_recipe(recipe)().swe
 

@@ -1,4 +1,4 @@
-"""Settings, without any engine: what recipes build and run directories hold."""
+"""The settings of a run: recipes build them, run directories store them. No engine is imported."""
 
 from megatron_dagger.config.base import (
     ConfigError,

@@ -100,8 +100,8 @@ def current_name(cls: Any, name: str) -> str:
 
 def differing(first: Any, second: Any) -> list[str]:
     """Return the dotted names of the settings in which two configs of one class differ."""
-    theirs = dict(_leaves(to_dict(second)))
-    return [name for name, value in _leaves(to_dict(first)) if name not in theirs or theirs[name] != value]
+    others = dict(_leaves(to_dict(second)))
+    return [name for name, value in _leaves(to_dict(first)) if name not in others or others[name] != value]
 
 
 def load_yaml(cls: type[T], path: Path) -> T:

@@ -1,4 +1,4 @@
-"""The algorithm's settings: who acts, what is kept, what is trained on."""
+"""The settings of the algorithm: who acts, and which episodes are trained on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_dagger.config.base import require
 
 @dataclass(frozen=True, kw_only=True)
 class BetaConfig:
-    """The share of turns in which the teacher acts, by round (round 0 is always 1)."""
+    """The probability beta that the teacher acts in a turn, by round (always 1 in round 0)."""
 
     schedule: Literal["linear", "cosine", "exponential", "step", "constant"] = "linear"
     start: float = 1.0  # in round 1
@@ -35,8 +35,8 @@ class AggregationConfig:
     window: Literal["all", "last", "current"] = "all"
     last_rounds: int = 3  # for window=last
     filter: Literal["none", "finished", "solved"] = "none"
-    deduplicate: bool = True  # the same label after the same tokens counts once
-    max_labels_per_round: int | None = None  # so many of each round, drawn from all its labels; None: all
+    deduplicate: bool = True  # count the same label after the same tokens once
+    max_labels_per_round: int | None = None  # drawn at random from each round's labels; None: all
 
     def __post_init__(self) -> None:
         require(self.last_rounds > 0, "dagger.aggregation.last_rounds must be positive")
@@ -44,18 +44,18 @@ class AggregationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DaggerConfig:
-    """Rounds of collect, label, aggregate, train, sync, evaluate. Round 0 is SFT on the teacher."""
+    """Rounds of collect, label, aggregate, train, sync, evaluate. Round 0 is SFT on the teacher's episodes."""
 
     rounds: int = 3  # after round 0
     tasks_per_round: int = 64
     sft_tasks: int = 64  # of round 0
     mixing: Literal["per_turn", "prefix"] = "per_turn"
     beta: BetaConfig = BetaConfig()
-    prefix_turns_per_round: int = 20  # prefix: T_max = min(prefix_turns_per_round x round, limit)
+    prefix_turns_per_round: int = 20  # prefix: the student acts in the first 0 to min(this x round, limit) turns
     prefix_turns_limit: int = 100
     aggregation: AggregationConfig = AggregationConfig()
     evaluation_tasks: int = 48  # held-out tasks, the same in every round
-    evaluation_train_tasks: int = 0  # training tasks evaluated as well
+    evaluation_train_tasks: int = 0  # training tasks that are evaluated too
     evaluate_rounds: Literal["all", "last"] = "all"
 
     def __post_init__(self) -> None:

@@ -1,20 +1,15 @@
-"""The student's architecture, in Megatron-Core's words, and the same in Hugging Face's."""
+"""The student's architecture under Megatron-Core's names, and its conversion to and from Hugging Face's config.json."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from megatron_dagger.config.base import require
+from megatron_dagger.config.base import ConfigError, require
+from megatron_dagger.config.families import FAMILIES
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
-# Entries of a config.json that must have this value, or be missing, for our model to be the same.
+# A config.json is supported only if these entries are missing or have these values.
 _HF_PLAIN = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -23,12 +18,13 @@ _HF_PLAIN = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
-_VOCAB_MULTIPLE = 128  # as Megatron pads, but the same for every power-of-two tensor-parallel size
+VLLM_VOCAB_MULTIPLE = 64  # DEFAULT_VOCAB_PADDING_SIZE in vllm/model_executor/layers/vocab_parallel_embedding.py
+_VOCAB_MULTIPLE = 128  # Megatron's; it gives the same padding for every power-of-two tensor-parallel size
 
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
-    """RoPE stretched for longer sequences (YaRN, arXiv 2309.00071), as Qwen3 does it beyond 32,768 tokens."""
+    """RoPE scaled for longer sequences (YaRN, arXiv 2309.00071), as in Qwen3 beyond 32,768 tokens."""
 
     factor: float = 4.0
     original_max_position_embeddings: int = 32_768
@@ -43,11 +39,13 @@ class YarnConfig:
         )
 
     def hf_rope_scaling(self) -> dict[str, Any]:
-        return {"rope_type": "yarn", **{field.name: getattr(self, field.name) for field in fields(self)}}
+        """Return the content of ``rope_scaling`` in a config.json."""
+        return {"rope_type": "yarn", **{setting.name: getattr(self, setting.name) for setting in fields(self)}}
 
     @classmethod
     def from_hf(cls, rope: dict[str, Any]) -> YarnConfig:
-        names = {field.name for field in fields(cls)}
+        """Return the settings from ``rope_scaling`` in a config.json. Raises ConfigError for unsupported entries."""
+        names = {setting.name for setting in fields(cls)}
         others = {
             k: v for k, v in rope.items() if k not in {*names, "rope_type", "type", "rope_theta"} and v is not None
         }
@@ -57,14 +55,12 @@ class YarnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder with RMSNorm, SwiGLU, GQA and RoPE (plain or YaRN), of one of four families.
+    """A decoder with RMSNorm, SwiGLU, GQA and RoPE (plain or YaRN), of a family in ``families.FAMILIES``.
 
-    They differ so: ``llama`` (SmolLM2 too) has nothing more, ``qwen2`` has biases on Q, K and V,
-    ``qwen3`` normalises Q and K per head, and ``qwen3_moe`` is ``qwen3`` with a mixture of experts
-    (no shared ones) instead of the MLP in every layer; ``ffn_hidden_size`` is not used there.
+    A family with experts has them in every layer; ``ffn_hidden_size`` is not used there.
     """
 
-    family: Literal["llama", "qwen2", "qwen3", "qwen3_moe"] = "qwen3"
+    family: str = field(default="qwen3", metadata={"choices": FAMILIES})  # llama: SmolLM2 too; qwen2: Qwen2.5 too
     num_layers: int = 4
     hidden_size: int = 128
     ffn_hidden_size: int = 384
@@ -74,16 +70,17 @@ class ModelConfig:
     vocab_size: int = 1024  # the tokenizer's, unpadded
     max_position_embeddings: int = 4096
     rotary_base: int = 1_000_000
-    yarn: YarnConfig | None = None  # RoPE's scaling
+    yarn: YarnConfig | None = None  # scaling of RoPE; null: none
     layernorm_epsilon: float = 1e-6
     tie_embeddings: bool = True
     init_std: float = 0.02
-    num_moe_experts: int | None = None  # this and the next are for qwen3_moe only, and needed there
+    num_moe_experts: int | None = None  # this and the next: required by families with experts, refused by others
     moe_ffn_hidden_size: int | None = None  # of one expert
     moe_router_topk: int = 2  # experts per token
     norm_topk_prob: bool = True  # the chosen experts' weights sum to one
 
     def __post_init__(self) -> None:
+        require(self.family in FAMILIES, f"model.family={self.family!r}: choose one of {', '.join(FAMILIES)}")
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "kv_channels"):
             require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
         require(
@@ -96,16 +93,26 @@ class ModelConfig:
             reach = self.yarn.factor * self.yarn.original_max_position_embeddings
             require(
                 self.max_position_embeddings <= reach,
-                f"model.max_position_embeddings={self.max_position_embeddings} exceeds what model.yarn reaches: "
+                f"model.max_position_embeddings={self.max_position_embeddings} exceeds the reach of model.yarn: "
                 f"factor x original_max_position_embeddings = {reach:g}",
             )
         self._check_head_size()
         self._check_experts()
 
+    @property
+    def qk_norm(self) -> bool:
+        """Whether the queries and keys of each head are normalised."""
+        return FAMILIES[self.family].qk_norm
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether Q, K and V have biases."""
+        return FAMILIES[self.family].qkv_bias
+
     def hf_config(self) -> dict[str, Any]:
-        """The content of a Hugging Face ``config.json`` for this model."""
+        """Return the content of a Hugging Face config.json for this model."""
         return {
-            "architectures": [_ARCHITECTURES[self.family]],
+            "architectures": [FAMILIES[self.family].hf_architecture],
             "model_type": self.family,
             "num_hidden_layers": self.num_layers,
             "hidden_size": self.hidden_size,
@@ -127,22 +134,23 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelConfig:
-        """The settings of a model by its Hugging Face ``config.json``.
+        """Return the settings of a model with this Hugging Face config.json.
 
-        Raises ConfigError, naming the entry, for a family that is not known and for what changes the
-        model and is not covered (RoPE scaling but for YaRN, sliding windows, other biases, dense layers among experts).
+        Raises ConfigError, naming the entry, for an unknown family and for an unsupported feature: RoPE scaling other
+        than YaRN, sliding windows, other biases, dense layers among experts.
         """
-        family = config.get("model_type")
-        require(family in _ARCHITECTURES, f"model_type={family!r} is not known; there are {', '.join(_ARCHITECTURES)}")
+        family = str(config.get("model_type"))
+        if family not in FAMILIES:
+            raise ConfigError(f"model_type={family!r} is not known; there are {', '.join(FAMILIES)}")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         for name, plain in _HF_PLAIN.items():
             require(config.get(name, plain) in (plain, None), f"{name}={config.get(name)!r} is not supported")
         kind = rope.get("rope_type", rope.get("type", "default"))
         require(kind in ("default", "yarn"), f"rope_type={kind!r} is not supported")
         heads = config["num_attention_heads"]
-        moe = family == "qwen3_moe"
+        moe = FAMILIES[family].experts
         return cls(
-            family=cast(Any, family),
+            family=family,
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             ffn_hidden_size=config["intermediate_size"],
@@ -163,48 +171,44 @@ class ModelConfig:
         )
 
     def _hf_family(self) -> dict[str, Any]:
-        """What only this family's Hugging Face config has."""
-        head = {"head_dim": self.kv_channels, "attention_bias": False}
-        match self.family:
-            case "llama":
-                # LlamaConfig's own defaults are the ids of Llama 2's tokenizer
-                return {**head, "mlp_bias": False, "bos_token_id": None, "eos_token_id": None}
-            case "qwen2":
-                return {"use_sliding_window": False}
-            case "qwen3":
-                return {**head, "use_sliding_window": False}
-            case "qwen3_moe":
-                return {
-                    **head,
-                    "use_sliding_window": False,
-                    "num_experts": self.num_moe_experts,
-                    "num_experts_per_tok": self.moe_router_topk,
-                    "moe_intermediate_size": self.moe_ffn_hidden_size,
-                    "norm_topk_prob": self.norm_topk_prob,
-                    "decoder_sparse_step": 1,
-                    "mlp_only_layers": [],
-                }
+        """Return the entries that only this family's config.json has."""
+        family = FAMILIES[self.family]
+        entries: dict[str, Any] = {"head_dim": self.kv_channels} if family.hf_head_dim else {}
+        entries |= family.hf_entries
+        if family.experts:
+            entries |= {
+                "num_experts": self.num_moe_experts,
+                "num_experts_per_tok": self.moe_router_topk,
+                "moe_intermediate_size": self.moe_ffn_hidden_size,
+                "norm_topk_prob": self.norm_topk_prob,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+            }
+        return entries
 
     def _check_head_size(self) -> None:
-        heads, hidden = self.num_attention_heads, self.hidden_size
+        family, heads, hidden = FAMILIES[self.family], self.num_attention_heads, self.hidden_size
         require(
-            self.family != "qwen2" or self.kv_channels * heads == hidden,
+            family.hf_head_dim or self.kv_channels * heads == hidden,
             f"model.kv_channels={self.kv_channels} x model.num_attention_heads={heads} must be "
-            f"model.hidden_size={hidden}: family qwen2 has no setting for the size of a head",
+            f"model.hidden_size={hidden}: family {self.family} has no setting for the size of a head",
         )
         require(
-            self.family != "llama" or hidden % heads == 0,
-            f"model.num_attention_heads={heads} must divide model.hidden_size={hidden} in family llama",
+            not family.heads_divide_hidden or hidden % heads == 0,
+            f"model.num_attention_heads={heads} must divide model.hidden_size={hidden} in family {self.family}",
         )
 
     def _check_experts(self) -> None:
         experts, size = self.num_moe_experts, self.moe_ffn_hidden_size
-        if self.family != "qwen3_moe":
+        if not FAMILIES[self.family].experts:
             for name, value in (("num_moe_experts", experts), ("moe_ffn_hidden_size", size)):
                 require(value is None, f"model.{name}={value}: family {self.family} has no experts; leave it out")
             return
-        require(experts is not None and experts > 0, f"model.num_moe_experts={experts}: qwen3_moe needs experts")
-        require(size is not None and size > 0, f"model.moe_ffn_hidden_size={size}: qwen3_moe needs its experts' size")
+        require(experts is not None and experts > 0, f"model.num_moe_experts={experts}: {self.family} needs experts")
+        require(
+            size is not None and size > 0,
+            f"model.moe_ffn_hidden_size={size}: {self.family} needs the size of its experts",
+        )
         require(
             1 <= self.moe_router_topk <= (experts or 0),
             f"model.moe_router_topk={self.moe_router_topk} must lie between 1 and model.num_moe_experts={experts}",
@@ -212,6 +216,6 @@ class ModelConfig:
 
 
 def padded_vocab_size(model: ModelConfig, tensor_parallel: int) -> int:
-    """The rows of our trainer's embedding: the vocabulary, filled up so that every rank has as many."""
+    """Return the rows of the trainer's embedding: the vocabulary, padded to a multiple that all ranks share equally."""
     multiple = math.lcm(_VOCAB_MULTIPLE, tensor_parallel)
     return -(-model.vocab_size // multiple) * multiple

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: what a recipe returns and a run directory holds."""
+"""The configuration of a run: recipes return it, run directories store it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_dagger.config.swe import SweConfig
 from megatron_dagger.config.teacher import TeacherConfig
 from megatron_dagger.config.training import TrainingConfig
 
-# What a run may take of time, money and connections, and where it is told: its results do not depend on these.
+# Settings that may change during a run: limits of time and money, connections and reporting. They change no result.
 CHANGEABLE = (
     "wandb_project",
     "teacher.urls",
@@ -40,12 +40,12 @@ class RunConfig:
     RENAMED: ClassVar = {"tasks": "repo_repair"}
 
     name: str = "run"
-    wandb_project: str | None = None  # mode and key are W&B's own variables (WANDB_MODE, WANDB_API_KEY)
+    wandb_project: str | None = None  # None: no W&B; mode and key come from WANDB_MODE and WANDB_API_KEY
     seed: int = 1234
     repo_repair: RepoRepairConfig = RepoRepairConfig()
     swe: SweConfig = SweConfig()
     model: ModelConfig = ModelConfig()
-    init_checkpoint: str | None = None  # what round 0 begins with, by megatron-dagger convert; None: random weights
+    init_checkpoint: str | None = None  # weights of round 0, made by megatron-dagger convert; None: random
     training: TrainingConfig = TrainingConfig()
     rollout: RolloutConfig = RolloutConfig()
     teacher: TeacherConfig = TeacherConfig()
@@ -81,7 +81,9 @@ class RunConfig:
 
 
 def fixed_differences(existing: RunConfig, config: RunConfig) -> list[str]:
-    """The names of settings in which ``config`` differs and which the existing run must keep."""
+    """Return the names of the settings in which ``config`` differs from ``existing`` and which the run must keep."""
     teachers = bool(existing.teacher.urls) != bool(config.teacher.urls)  # the environment's expert, or a model
     changeable = set(CHANGEABLE) - ({"teacher.urls"} if teachers else set())
+    if config.dagger.rounds > existing.dagger.rounds:  # no round so far depends on how many there will be
+        changeable.add("dagger.rounds")
     return [name for name in differing(existing, config) if name not in changeable]

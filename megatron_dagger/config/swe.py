@@ -1,4 +1,4 @@
-"""Software-engineering tasks in Docker containers: which datasets, and what a container may use."""
+"""Software-engineering tasks in Docker containers: the datasets, and the limits of a container."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ Dataset = Literal["swe-bench", "swe-gym", "swe-smith", "r2e-gym"]
 
 @dataclass(frozen=True, kw_only=True)
 class SweConfig:
-    """Where ``train`` is set, a run is on these tasks, and not on repair tasks.
+    """Tasks from SWE datasets. If ``train`` is set, a run uses these tasks instead of repair tasks.
 
-    A dataset is a json, jsonl or parquet file of its rows, or its id on the hub. What is evaluated on never
-    enters the training data, whichever dataset it comes from.
+    A dataset is a json, jsonl or parquet file of its rows, or its id on the Hugging Face hub. A task that is in the
+    evaluation set never enters the training data, whichever dataset it comes from.
     """
 
     RENAMED: ClassVar = {"admission": "validation"}
 
-    train: str = ""
+    train: str = ""  # the training dataset; empty: repair tasks
     train_dataset: Dataset = "swe-gym"
     train_split: str = "train"
-    validation: str = ""  # a report of `megatron-dagger validate`: train only on its valid tasks
-    heldout: str = ""  # empty: ``heldout_of_train`` tasks of the training dataset
+    validation: str = ""  # a report of `megatron-dagger validate`: train on its valid tasks only
+    heldout: str = ""  # empty: heldout_of_train tasks of the training dataset
     heldout_dataset: Dataset = "swe-bench"
     heldout_split: str = "test"
-    heldout_of_train: int = 0  # published for SWE-Gym: 100 of 2,438
-    heldout_seed: int = 0  # which ones; not the run's seed, so that runs of several seeds compare
-    whole_repositories: bool = False  # keep all of an evaluated repository out of training
+    heldout_of_train: int = 0  # the published setting for SWE-Gym: 100 of 2,438
+    heldout_seed: int = 0  # selects heldout_of_train; not the run's seed, so runs with several seeds compare
+    whole_repositories: bool = False  # keep every task of an evaluated repository out of training
     docker_url: str | None = None  # None: DOCKER_HOST, or the usual socket
     image_budget_mib: int = 200_000  # of the daemon's disk
-    cpus: float = 4.0  # of a container, as the other limits
+    cpus: float = 4.0  # of one container, like the limits below
     memory_mib: int = 16_384
     disk_mib: int = 8_192
     processes: int = 512
-    command_timeout_s: float = 120.0
-    observation_characters: int = 12_000
+    command_timeout_s: float = 120.0  # of one command of the agent
+    observation_characters: int = 12_000  # longer output is clipped
 
     def __post_init__(self) -> None:
         require(

@@ -1,4 +1,4 @@
-"""The teacher where it is a language model: an OpenAI-compatible endpoint, its price and its limits."""
+"""A language model as teacher: an OpenAI-compatible endpoint, its prices and budgets."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from megatron_dagger.config.rollout import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """A model behind the chat completions API (vLLM, SGLang, hosted ones), on one or several replicas.
+    """A model behind the chat completions API (vLLM, SGLang, hosted models), on one or several replicas.
 
-    The key is not a setting: ``api_key_env`` names the environment variable that holds it. Where the replicas
-    are found anew by each job, MEGATRON_DAGGER_TEACHER_URLS (addresses, blanks between) wins over ``urls``.
+    The key is not a setting: ``api_key_env`` names the environment variable that holds it. The variable
+    MEGATRON_DAGGER_TEACHER_URLS (addresses, separated by blanks) overrides ``urls``, for jobs that start the replicas.
     """
 
-    urls: tuple[str, ...] = ()  # of each replica, e.g. http://node1:8000/v1; empty: the environment's own expert
-    model: str = ""
+    urls: tuple[str, ...] = ()  # one per replica, e.g. http://node1:8000/v1; empty: the environment's expert
+    model: str = ""  # the name that the endpoint serves
     api_key_env: str = "OPENAI_API_KEY"
     sampling: SamplingConfig = SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=4096)
     concurrent_requests: int = 64  # over all replicas
     request_timeout_s: float = 300.0  # for one answer
-    patience_s: float = 1800.0  # how long an answer is asked for, again and again, while no replica gives one
-    score_student_turns: bool = False  # also ask for log-probs of the student's tokens: vLLM, the same vocabulary
-    malformed_retries: int = 3  # answers without an action, until the state has no label
-    token_budget: int | None = None  # of the whole run: tokens read and written
+    patience_s: float = 1800.0  # how long a request is repeated while no replica answers
+    score_student_turns: bool = False  # also request log-probs of the student's tokens (vLLM, same vocabulary)
+    malformed_retries: int = 3  # answers without a valid action before a state is left without a label
+    token_budget: int | None = None  # of the whole run: prompt and completion tokens
     price_per_million_prompt_tokens: float = 0.0
     price_per_million_completion_tokens: float = 0.0
     money_budget: float | None = None  # of the whole run, in the currency of the prices
 
     def __post_init__(self) -> None:
         for url in self.urls:
-            require(url.startswith(("http://", "https://")), f"teacher.urls: {url!r} is no http address")
+            require(url.startswith(("http://", "https://")), f"teacher.urls: {url!r} is not an http address")
             require("@" not in url, "teacher.urls: an address must hold no key; name a variable in teacher.api_key_env")
         require(not self.urls or bool(self.model), "teacher.model is missing: the name the endpoint serves")
         require(bool(self.urls) or not self.score_student_turns, "teacher.score_student_turns needs teacher.urls")

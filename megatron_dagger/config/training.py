@@ -16,22 +16,22 @@ RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Megatron-Core's parallel layout; the data-parallel size is what the world size leaves."""
+    """Megatron-Core's parallel layout. The data-parallel size is world_size / (TP x PP x CP)."""
 
-    world_size: int = 1  # processes in all
-    nodes: int = 1  # hosts that torchrun is started on
+    world_size: int = 1  # ranks in total
+    nodes: int = 1  # hosts that the ranks run on
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     sequence_parallel: bool = False
-    expert_model_parallel_size: int = 1  # ranks, of tensor and data parallelism, that share a layer's experts
+    expert_model_parallel_size: int = 1  # tensor- and data-parallel ranks that share a layer's experts
     expert_tensor_parallel_size: int = 1  # ranks that share one expert
 
     def __post_init__(self) -> None:
         require(
             self.world_size % self.model_parallel_size == 0,
-            f"training.parallel.world_size={self.world_size} is no multiple of TP x PP x CP = "
+            f"training.parallel.world_size={self.world_size} is not a multiple of TP x PP x CP = "
             f"{self.model_parallel_size}",
         )
         require(
@@ -48,20 +48,22 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
+        """The number of ranks that hold one copy of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
     def data_parallel_size(self) -> int:
+        """The number of copies of the model."""
         return self.world_size // self.model_parallel_size
 
     @property
     def expert_data_parallel_size(self) -> int:
-        """The ranks of a pipeline stage that hold the same experts."""
+        """The number of ranks in a pipeline stage that hold the same experts."""
         stage = self.world_size // self.pipeline_model_parallel_size
         return stage // (self.expert_model_parallel_size * self.expert_tensor_parallel_size)
 
     def check_model(self, model: ModelConfig) -> None:
-        """Raise ConfigError if the model cannot be laid out so."""
+        """Raise ConfigError if this layout does not fit the model."""
         for name in ("num_attention_heads", "num_query_groups"):
             self._check_divides("tensor_model_parallel_size", model, name)
         if model.num_moe_experts is None:
@@ -103,9 +105,9 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
     distributed: bool = True  # Megatron's distributed optimizer
-    reset_each_round: bool = False  # forget the moments when a new round begins
-    moments: Literal["fp32", "bf16", "fp8"] = "fp32"  # in which they are kept; below fp32 by Transformer Engine's AdamW
-    cpu_offload_fraction: float = 0.0  # of the optimizer's state that is kept and updated in the host's memory
+    reset_each_round: bool = False  # discard the moments when a new round begins
+    moments: Literal["fp32", "bf16", "fp8"] = "fp32"  # their precision; bf16 and fp8 need Transformer Engine's AdamW
+    cpu_offload_fraction: float = 0.0  # share of the optimizer state kept and updated in host memory
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"training.optimizer.lr must be positive, got {self.lr}")
@@ -117,7 +119,7 @@ class OptimizerConfig:
 
     @property
     def precision_aware(self) -> bool:
-        """Whether Megatron's precision-aware optimizer is needed (it is the one that can be offloaded, too)."""
+        """Whether Megatron's precision-aware optimizer is needed, which also does the offloading."""
         return self.moments != "fp32" or self.cpu_offload_fraction > 0
 
 
@@ -128,18 +130,18 @@ class TrainingConfig:
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Precision = "fp32"
-    fp8_param_gather: bool = False  # weights are FP8 between steps too, and gathered so by the distributed optimizer
-    bf16_layers_at_ends: int = 0  # the first and the last so many layers stay in BF16 in an FP8 precision
-    epochs: float = 3.0  # passes over the round's aggregated data, at most max_steps
-    max_steps: int | None = None  # optimizer steps a round, at most
-    sequence_length: int = 4096  # tokens of one packed micro-batch row, at most
-    packing: Packing = "separate"  # shared_prefix: an episode's labels share their prefix
-    global_batch_tokens: int = 16384  # tokens of one optimizer step at most, a multiple of sequence_length
+    fp8_param_gather: bool = False  # keep weights in FP8 between steps and gather them in FP8
+    bf16_layers_at_ends: int = 0  # first and last layers, this many each, that stay in BF16 with FP8
+    epochs: float = 3.0  # passes over the round's aggregated data, limited by max_steps
+    max_steps: int | None = None  # limit of optimizer steps per round
+    sequence_length: int = 4096  # maximum tokens of a packed row (a micro-batch)
+    packing: Packing = "separate"  # shared_prefix: compute an episode's prefix once for all its labels
+    global_batch_tokens: int = 16384  # maximum tokens of an optimizer step, a multiple of sequence_length
     recompute: Literal["none", "selective", "full"] = "none"
-    recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # with selective
-    checkpoint_interval: int = 50  # steps between two checkpoints within a round
+    recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # for recompute=selective
+    checkpoint_interval: int = 50  # steps between checkpoints within a round
     threads_per_process: int = 1  # OpenMP threads, on the CPU
-    deadline_s: float = 7200.0  # a round over this is ended with an error
+    deadline_s: float = 7200.0  # a round that takes longer fails
 
     def __post_init__(self) -> None:
         rows = self.global_batch_tokens / self.sequence_length / self.parallel.data_parallel_size
@@ -153,9 +155,9 @@ class TrainingConfig:
 
     @property
     def row_multiple(self) -> int:
-        """Tokens that a row's length is a multiple of.
+        """The tokens that a row's length must be a multiple of.
 
-        Each rank's share suits FP8 (GEMMs of 16, blocks of 128), and below fp32 block masks of 128 the row.
+        Each rank's share must suit FP8 (GEMMs: 16, blocks: 128); below fp32, block masks need a multiple of 128.
         """
         masked = self.packing == "shared_prefix" and self.precision != "fp32"
         share = (128 if self.precision == "fp8_blockwise" else 16) * self.parallel.tensor_model_parallel_size
@@ -163,5 +165,5 @@ class TrainingConfig:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of one packed row each, per optimizer step and data-parallel rank."""
+        """The micro-batches, of one packed row each, per optimizer step and data-parallel rank."""
         return self.global_batch_tokens // self.sequence_length // self.parallel.data_parallel_size

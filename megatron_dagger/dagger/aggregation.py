@@ -1,7 +1,7 @@
-"""From the episodes of all rounds to what one round trains on, and to the numbers that describe a round.
+"""Aggregate the episodes of all rounds into one round's training data, and summarise a round in numbers.
 
-Pure functions over trajectories in (round, task, attempt) order, which is how the store yields them
-round after round; they are read once, and kept of them are the tokens and labels that are trained on.
+These are pure functions over trajectories in (round, task, attempt) order, which is the store's order. Each
+trajectory is read once; only the tokens and labels that are trained on stay in memory.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ DEPTH_BUCKET_TURNS = 4
 
 
 def select_rounds(config: AggregationConfig, current: int, available: Sequence[int]) -> list[int]:
-    """Which of the rounds that hold data round ``current`` trains on, in order; later rounds never count."""
+    """Return the rounds that round ``current`` trains on, ascending, out of ``available``; never a later one."""
     first = {"all": 0, "last": current - config.last_rounds + 1, "current": current}[config.window]
     return sorted(index for index in available if first <= index <= current)
 
 
 def aggregate(trajectories: Iterable[Trajectory], config: AggregationConfig) -> list[LabelledEpisode]:
-    """What to train on: each episode that passes the filter, with those labels that count.
+    """Return the episodes that pass the filter, each with the labels to train on.
 
-    A label belongs to the state it was given in: all tokens of the episode before the action. With
-    ``config.deduplicate`` the same label after exactly the same tokens counts once, where it came
-    first in (round, task, attempt, turn) order. An episode of which no label is left is dropped.
-    ValueError if the trajectories are out of that order: then "first" would mean nothing.
+    A label belongs to the state in which it was given: all tokens of the episode before the action. With
+    ``config.deduplicate``, the same label after exactly the same tokens counts once: its first occurrence in
+    (round, task, attempt, turn) order. An episode without a remaining label is dropped. Raises ValueError if
+    the trajectories are not in that order, because then "first" would mean nothing.
     """
     by_round: dict[int, list[LabelledEpisode]] = {}
     seen: set[bytes] = set()
@@ -55,32 +55,32 @@ def aggregate(trajectories: Iterable[Trajectory], config: AggregationConfig) -> 
             episode = LabelledEpisode(tokens=tokens, labels=tuple(labels))
             by_round.setdefault(trajectory.round_index, []).append(episode)
     if config.max_labels_per_round is not None:
-        most = config.max_labels_per_round
-        by_round = {index: _drawn(episodes, most, seed=index) for index, episodes in by_round.items()}
+        limit = config.max_labels_per_round
+        by_round = {index: _sample_labels(episodes, limit, seed=index) for index, episodes in by_round.items()}
     return [episode for episodes in by_round.values() for episode in episodes]
 
 
-def _drawn(episodes: list[LabelledEpisode], most: int, *, seed: int) -> list[LabelledEpisode]:
-    """The episodes with at most ``most`` of their labels, drawn from all alike."""
-    places = [(episode, label) for episode, found in enumerate(episodes) for label in range(len(found.labels))]
-    chosen = set(random.Random(seed).sample(places, min(most, len(places))))
+def _sample_labels(episodes: list[LabelledEpisode], limit: int, *, seed: int) -> list[LabelledEpisode]:
+    """Return the episodes with at most ``limit`` of their labels in all, every label with the same probability."""
+    indices = [(row, column) for row, episode in enumerate(episodes) for column in range(len(episode.labels))]
+    chosen = set(random.Random(seed).sample(indices, min(limit, len(indices))))
     kept = []
-    for number, episode in enumerate(episodes):
-        labels = tuple(label for place, label in enumerate(episode.labels) if (number, place) in chosen)
+    for row, episode in enumerate(episodes):
+        labels = tuple(label for column, label in enumerate(episode.labels) if (row, column) in chosen)
         if labels:
             kept.append(replace(episode, labels=labels))
     return kept
 
 
 def passes(trajectory: Trajectory, name: str) -> bool:
-    """Whether the filter (none, finished, solved) keeps the episode."""
+    """Return whether the filter (none, finished or solved) keeps the episode."""
     if name == "none":
         return True
     return trajectory.solved if name == "solved" else trajectory.stop_reason.is_finished
 
 
 def labels_of(trajectory: Trajectory) -> tuple[np.ndarray, list[StateLabel]]:
-    """The episode's token stream, (n,) int32, and the labels given in it, each at its position."""
+    """Return the episode's token stream, (n,) int32, and its labels, each with its position in the stream."""
     parts: list[np.ndarray] = [np.zeros(0, np.int32)]
     labels: list[StateLabel] = []
     position = 0
@@ -94,11 +94,11 @@ def labels_of(trajectory: Trajectory) -> tuple[np.ndarray, list[StateLabel]]:
 
 
 def summarise(trajectories: Iterable[Trajectory]) -> dict[str, Any]:
-    """The numbers of a collection for its ``collect.json``.
+    """Return a collection's numbers for its ``collect.json``.
 
-    ``agreement`` is the share of student-executed, labelled turns in which the student did, token for
-    token, what the teacher would have done (None if there are none): where the teacher acted there is
-    nothing to compare. ``agreement_by_depth`` has [first turn of the bucket, turns, agreeing turns].
+    ``agreement`` is the share of the student's labelled turns in which it did, token for token, what the teacher
+    would have done (None if there are none; turns of the teacher have nothing to compare).
+    ``agreement_by_depth`` has rows of [first turn of the bucket, turns, agreeing turns].
     """
     turns_by_episode: list[int] = []
     reasons: Counter[str] = Counter()
@@ -134,16 +134,16 @@ def summarise(trajectories: Iterable[Trajectory]) -> dict[str, Any]:
 
 
 def _first_seen(tokens: np.ndarray, labels: list[StateLabel], seen: set[bytes]) -> list[StateLabel]:
-    """Those labels whose (state tokens, label tokens) are not in ``seen``, which they join."""
+    """Return the labels whose (state tokens, label tokens) are not in ``seen`` yet, and add them to it."""
     kept, state, hashed = [], hashlib.sha256(), 0
     for label in labels:  # positions ascend, so each token of the stream is hashed once
         state.update(np.ascontiguousarray(tokens[hashed : label.position], "<i4").tobytes())
         hashed = label.position
-        together = state.copy()
-        together.update(b"label" + np.ascontiguousarray(label.tokens, "<i4").tobytes())
-        # the position keeps apart a state's end and a label's beginning
-        name = together.digest() + label.position.to_bytes(8, "little")
-        if name not in seen:
-            seen.add(name)
+        pair = state.copy()
+        pair.update(b"label" + np.ascontiguousarray(label.tokens, "<i4").tobytes())
+        # the position tells where the state ends and the label begins
+        key = pair.digest() + label.position.to_bytes(8, "little")
+        if key not in seen:
+            seen.add(key)
             kept.append(label)
     return kept

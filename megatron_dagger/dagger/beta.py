@@ -1,7 +1,7 @@
-"""Beta: the share of turns in which the teacher acts, as a function of the round.
+"""Beta: the probability that the teacher acts in a turn, as a function of the round.
 
-Round 0 is SFT: the teacher acts alone. From round 1 on a schedule falls from ``start`` to ``floor``
-(Ross, Gordon & Bagnell, 2011, ask only that beta's mean over the rounds goes to 0).
+In round 0 (SFT) the teacher acts alone. From round 1 on, a schedule falls from ``start`` to ``floor``. The
+convergence proof only needs the mean of beta over the rounds to go to 0 (Ross, Gordon & Bagnell, 2011).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from megatron_dagger.config import BetaConfig
 
 
 def beta(config: BetaConfig, round_index: int) -> float:
-    """The teacher's share in a round, in [0, 1]."""
+    """Return beta for a round, in [0, 1]."""
     if round_index == 0:
         return 1.0
-    since = max(0, round_index - 1 - config.warmup_rounds)  # rounds of decay so far
+    since = max(0, round_index - 1 - config.warmup_rounds)  # rounds that have decayed so far
     span = config.start - config.floor
     match config.schedule:
         case "constant":

@@ -1,9 +1,9 @@
-"""Collecting a round: the mixture acts on the round's tasks, every state is labelled, episodes commit.
+"""Run a stage's episodes: one per task, several at a time, each committed as soon as it ends.
 
-An episode is committed as soon as it has ended; what is committed is never run again. A broken one
-(its sandbox or engine failed) never becomes data. It is tried once more as it was, for the machine may have been
-at fault and the data are then those of an undisturbed run, and after that with other draws. After ``TRIES`` its
-task is given up for this round, which the store keeps. Where too many are, the run stops instead.
+A committed episode is never run again. A broken one (its sandbox or engine failed) never becomes data. It is
+retried once with the same random draws, because the machine may have been at fault and the data are then those
+of an undisturbed run, and after that with new draws. After ``TRIES`` the task is abandoned for this round, which
+the store records. If too many tasks are abandoned, the run stops instead.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
-from megatron_dagger.config import RunConfig, SamplingConfig
-from megatron_dagger.dagger.context import EpisodeStore, RunContext, Score
+from megatron_dagger.config import RunConfig
+from megatron_dagger.dagger.context import RunContext
 from megatron_dagger.dagger.worker import finished_tasks
 from megatron_dagger.rollout.episode import EpisodeKey, EpisodeRunner, TurnPolicy
-from megatron_dagger.store.abandoned import AbandonedTasks
 from megatron_dagger.types import Trajectory
+
+if TYPE_CHECKING:
+    from megatron_dagger.dagger.stage import Stage
 
 logger = logging.getLogger(__name__)
 
 TRIES = 3  # of an episode that breaks
-TOO_MANY, TOO_LARGE_SHARE = 3, 0.1  # of a stage's tasks given up: that many, and more than this share
-COMMIT_EPISODES = 8  # at most so many finished episodes wait for their commit
+TOO_MANY, TOO_LARGE_SHARE = 3, 0.1  # abandoned tasks of a stage: this many, and more than this share
+COMMIT_EPISODES = 8  # so many finished episodes are committed together
 
 
 class TooManyBroken(RuntimeError):
@@ -34,7 +37,7 @@ class TooManyBroken(RuntimeError):
 
 
 def round_tasks(config: RunConfig, tasks: Sequence[str], round_index: int) -> list[str]:
-    """The training tasks of a round: each round takes on where the last one ended, in a seeded order."""
+    """Return a round's training tasks: each round continues where the previous one stopped, in a seeded order."""
     first = config.dagger.sft_tasks + (round_index - 1) * config.dagger.tasks_per_round if round_index else 0
     count = config.dagger.tasks_per_round if round_index else config.dagger.sft_tasks
     chosen: list[str] = []
@@ -52,101 +55,91 @@ def _shuffled(tasks: tuple[str, ...], seed: int) -> list[str]:
 
 
 async def run_episodes(
-    context: RunContext,
-    store: EpisodeStore,
-    round_index: int,
-    tasks: Sequence[str],
-    actor: Callable[[EpisodeKey], TurnPolicy],
-    sampling: SamplingConfig,
-    *,
-    beta: float,
-    stage: str,
-    all_tasks: int,
-    score: Score | None = None,
+    context: RunContext, stage: Stage, tasks: Sequence[str], policy: Callable[[EpisodeKey], TurnPolicy]
 ) -> int:
-    """Run one episode for each task that has not ended yet, and ``score`` it; the number that broke.
+    """Run an episode for each of ``tasks`` that is not finished, and commit it; return how many tries broke.
 
-    ``all_tasks``: how many tasks the stage has, with the other workers'. Raises TooManyBroken.
+    ``tasks`` are all of the stage's, or one worker's share of them. Raises TooManyBroken.
     """
-    done = finished_tasks(store, round_index)
-    waiting = [task for task in tasks if task not in done]
-    runner = EpisodeRunner(
-        renderer=context.renderer,
-        limits=context.config.rollout.limits,
-        max_action_tokens=sampling.max_tokens,
-        threads=context.threads,
-    )
+    finished = finished_tasks(stage.store, stage.round_index)
+    waiting = [task for task in tasks if task not in finished]
     broken = solved = 0
     clean: list[Trajectory] = []
     with context.track(
-        f"round {round_index} {stage}",
+        f"round {stage.round_index} {stage.name}",
         len(tasks),
         done=len(tasks) - len(waiting),
-        run_dir=context.run_dir,
-        round_index=round_index,
-        stage=stage,
+        stage=(stage.round_index, stage.name),
     ) as progress:
         try:
-            async with aclosing(_stream_episodes(context, runner, round_index, waiting, actor, beta, score)) as endings:
-                async for trajectory, tries in endings:
-                    broken += tries - trajectory.stop_reason.is_clean
+            async with aclosing(_stream_episodes(context, stage, waiting, policy)) as episodes:
+                async for trajectory, tries in episodes:
                     if trajectory.stop_reason.is_clean:
+                        broken += tries - 1
                         solved += trajectory.solved
                         clean.append(trajectory)
                     else:
-                        _give_up(store.given_up(round_index), trajectory, tasks, all_tasks)
+                        broken += tries
+                        _abandon(stage, trajectory, tasks)
                     if len(clean) >= COMMIT_EPISODES:
-                        store.append(clean)
+                        stage.store.append(clean)
                         clean = []
                     progress.advance(note=f"{solved} solved")
         finally:  # also when this process is asked to stop, or another episode cannot be run
             if clean:
-                store.append(clean)
+                stage.store.append(clean)
     return broken
 
 
-def _give_up(given_up: AbandonedTasks, last: Trajectory, tasks: Sequence[str], all_tasks: int) -> None:
-    """Give up the task of ``last``, or none of ``tasks`` and raise TooManyBroken."""
-    given_up.add(last)
-    number = len(given_up.tasks())
-    if number == all_tasks or (number >= TOO_MANY and number > TOO_LARGE_SHARE * all_tasks):
-        given_up.withdraw(tasks)  # the environment is to be mended; then they are tried again
+def _abandon(stage: Stage, last: Trajectory, tasks: Sequence[str]) -> None:
+    """Record that the task of ``last`` is skipped this round.
+
+    If too many tasks of the stage are skipped, put all of ``tasks`` back, to be tried again once the
+    environment is mended, and raise TooManyBroken.
+    """
+    abandoned = stage.store.abandoned(stage.round_index)
+    abandoned.add(last)
+    number, total = len(abandoned.tasks()), len(stage.tasks)
+    if number == total or (number >= TOO_MANY and number > TOO_LARGE_SHARE * total):
+        abandoned.withdraw(tasks)
         raise TooManyBroken(
-            f"{number} of {all_tasks} tasks broke {TRIES} times each, the last of them {last.task_id} with "
+            f"{number} of {total} tasks broke {TRIES} times each, the last of them {last.task_id} with "
             f"{last.stop_reason}: {last.details.get('error')}"
         )
-    logger.warning("%s is given up for this round", last.task_id)
+    logger.warning("%s is abandoned for this round", last.task_id)
 
 
 async def _stream_episodes(
-    context: RunContext,
-    runner: EpisodeRunner,
-    round_index: int,
-    tasks: Sequence[str],
-    actor: Callable[[EpisodeKey], TurnPolicy],
-    beta: float,
-    score: Score | None,
+    context: RunContext, stage: Stage, tasks: Sequence[str], policy: Callable[[EpisodeKey], TurnPolicy]
 ) -> AsyncGenerator[tuple[Trajectory, int], None]:
-    """Each task's episode, in the order in which they end, and its tries; one that is not clean broke in all."""
-    at_once = context.config.rollout.concurrent_episodes
-    places = asyncio.Semaphore(at_once)  # given in the order of the tasks
+    """Yield ``(trajectory, tries)`` for every task as it finishes. If the trajectory is not clean, all tries broke."""
+    config = context.config
+    concurrent = config.rollout.concurrent_episodes
+    slots = asyncio.Semaphore(concurrent)  # taken in the order of the tasks
+    runner = EpisodeRunner(
+        renderer=context.renderer,
+        limits=config.rollout.limits,
+        max_action_tokens=stage.sampling.max_tokens,
+        threads=context.threads,
+    )
 
-    async def one(number: int, task: str) -> tuple[Trajectory, int]:
-        async with places:
-            context.prefetch(tasks[number + 1 : number + 1 + at_once])
-            for broke in range(TRIES):
-                draw = max(0, broke - 1)
-                key = EpisodeKey(run_seed=context.config.seed, round_index=round_index, task_id=task, draw=draw)
-                trajectory = await runner.run(functools.partial(context.make_env, task), actor(key), key, beta)
+    async def run_task(number: int, task: str) -> tuple[Trajectory, int]:
+        async with slots:
+            context.prefetch(tasks[number + 1 : number + 1 + concurrent])
+            for failures in range(TRIES):
+                draw = max(0, failures - 1)
+                key = EpisodeKey(run_seed=config.seed, round_index=stage.round_index, task_id=task, draw=draw)
+                make_env = functools.partial(context.make_env, task)
+                trajectory = await runner.run(make_env, policy(key), key, stage.beta)
                 if trajectory.stop_reason.is_clean:
-                    return trajectory if score is None else await score(trajectory), broke + 1
+                    return (await stage.score(trajectory) if stage.score else trajectory), failures + 1
                 logger.warning("%s broke (%s): %s", task, trajectory.stop_reason, trajectory.details.get("error"))
         return trajectory, TRIES
 
-    running = [asyncio.create_task(one(number, task)) for number, task in enumerate(tasks)]
+    running = [asyncio.create_task(run_task(number, task)) for number, task in enumerate(tasks)]
     try:
-        for next_ended in asyncio.as_completed(running):
-            yield await next_ended
+        for next_finished in asyncio.as_completed(running):
+            yield await next_finished
     finally:
         for task_running in running:
             task_running.cancel()

@@ -1,97 +1,77 @@
-"""DAgger on one screen: rounds of collect, label, aggregate, train, sync, evaluate.
+"""DAgger: rounds of collect (with labels), train, sync and evaluate.
 
-Every stage reads files and ends by writing its own manifest atomically. A stage whose manifest is
-there is not run again, so the same command carries on wherever a killed run was.
+Every stage reads files and ends by writing its own manifest atomically. A stage that has its manifest is
+skipped, so repeating the command of a killed run resumes it.
 """
 
 from __future__ import annotations
 
 import itertools
-import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_dagger.config import build
 from megatron_dagger.dagger.aggregation import summarise
 from megatron_dagger.dagger.beta import beta
-from megatron_dagger.dagger.collect import round_tasks, run_episodes
+from megatron_dagger.dagger.collect import round_tasks
 from megatron_dagger.dagger.context import RunContext, train_dir, train_manifest
 from megatron_dagger.dagger.mixing import MixtureTurnPolicy, SoloTurnPolicy, mixture
-from megatron_dagger.dagger.worker import Worker, all_finished, recorded_by_workers, wait_for_workers
+from megatron_dagger.dagger.stage import Stage, run_stage
+from megatron_dagger.dagger.worker import Worker
 from megatron_dagger.evaluation.success import success
 from megatron_dagger.observability.metrics import read_lines
+from megatron_dagger.policies.base import Policy
 from megatron_dagger.rollout.episode import EpisodeKey, TurnPolicy
-from megatron_dagger.store.atomic import read_json, write_json
-from megatron_dagger.weights.verify.canary import Canary
+from megatron_dagger.store.atomic import read_json
+
+if TYPE_CHECKING:
+    from megatron_dagger.store.manifest import Manifest
 
 
 async def run_rounds(context: RunContext) -> None:
-    """Round 0 is SFT on the teacher's episodes; then N rounds on the states that the student visits."""
+    """Run round 0, which is SFT on the teacher's episodes, and then N rounds on the student's own states."""
     for round_index in range(context.config.dagger.rounds + 1):
         await collect(context, round_index)
         if not train_manifest(context.run_dir, round_index).exists():
-            context.student()  # it gets ready while the trainer works
+            context.start_student()  # its engine starts while the trainer works
         train(context, round_index)
         await evaluate(context, round_index)
 
 
 async def collect(context: RunContext, round_index: int, worker: Worker | None = None) -> None:
-    """Let the mixture act on the round's tasks, label every visited state, seal the round.
+    """Run the round's tasks with student and teacher mixed, label every visited state, and seal the round.
 
-    One ``worker`` of several does its share of the tasks and, unless it is one that seals, seals nothing:
-    collecting once more, with no worker, does what is missing and seals.
+    A ``worker`` collects its share of the tasks and leaves the sealing to a later call without one.
     """
-    report = context.round_dir(round_index) / "collect.json"
-    if report.exists():
-        return
-    started, config = time.monotonic(), context.config
+    config, store = context.config, context.data
     share = beta(config.dagger.beta, round_index)
-    all_tasks = round_tasks(config, context.train_tasks, round_index)
-    tasks = worker.share(all_tasks) if worker else all_tasks
-    student = None
-    if round_index and not all_finished(context.data, round_index, tasks):
-        sync(context, round_index - 1)
-        student = context.student().with_sampling(config.rollout.sampling)
 
-    def actor(key: EpisodeKey) -> TurnPolicy:
+    def turn_policy(student: Policy | None, key: EpisodeKey) -> TurnPolicy:
         acts = mixture(config.dagger, share, key)
         return MixtureTurnPolicy(student=student, teacher=context.teacher, teacher_acts=acts)
 
-    broken = 0
-    if context.data.manifest(round_index) is None:
-        broken = await run_episodes(
-            context,
-            context.data,
-            round_index,
-            tasks,
-            actor,
-            config.rollout.sampling,
-            beta=share,
-            stage="collect",
-            all_tasks=len(all_tasks),
-            score=context.score,
-        )
-    duration_s = time.monotonic() - started
-    if worker:
-        worker.record(report.parent, broken_episodes=broken, duration_s=duration_s)
-        broken, duration_s = 0, 0.0
-    if not await wait_for_workers(worker, context.data, round_index, all_tasks, config.rollout.stage_deadline_s):
-        return
-    manifest = context.data.seal(round_index)
-    workers_broken, workers_s = recorded_by_workers(report.parent)
-    values = summarise(context.data.episodes(round_index)) | {
-        "beta": share,
-        "broken_episodes": broken + workers_broken,
-        "given_up": len(context.data.given_up(round_index).tasks()),
-        "weight_version": round_index - 1,
-        "digest": manifest.digest,
-        "duration_s": workers_s + duration_s,
-    }
-    write_json(report, {"round": round_index, **values})
-    context.metrics.record(round_index, "collect", values)
+    def summary(manifest: Manifest) -> dict[str, Any]:
+        return summarise(store.episodes(round_index)) | {
+            "beta": share,
+            "given_up": len(store.abandoned(round_index).tasks()),
+            "digest": manifest.digest,
+        }
+
+    stage = Stage(
+        name="collect",
+        round_index=round_index,
+        store=store,
+        tasks=round_tasks(config, context.train_tasks, round_index),
+        weight_version=round_index - 1,  # -1: round 0 needs no student
+        sampling=config.rollout.sampling,
+        beta=share,
+        turn_policy=turn_policy,
+        score=context.score,
+        summary=summary,
+    )
+    await run_stage(context, stage, worker)
 
 
 def train(context: RunContext, round_index: int) -> None:
-    """Train the student on the aggregated labels, from the last round's weights."""
+    """Train the student on the aggregated labels, starting from the previous round's weights."""
     manifest = train_manifest(context.run_dir, round_index)
     if not manifest.exists():
         context.train(round_index)
@@ -101,60 +81,39 @@ def train(context: RunContext, round_index: int) -> None:
     context.metrics.record(round_index, "train", shown, steps=steps)
 
 
-def sync(context: RunContext, round_index: int) -> None:
-    """Bring the weights trained in a round to the rollout workers, proven tensor by tensor and by a canary."""
-    manifest = read_json(train_manifest(context.run_dir, round_index))
-    canary = build(Canary, manifest["canary"])
-    checkpoint = train_dir(context.run_dir, round_index) / manifest["checkpoint"]
-    context.student().sync(checkpoint, round_index, manifest["digests"], canary)
-
-
 async def evaluate(context: RunContext, round_index: int, worker: Worker | None = None) -> None:
-    """Let the student alone work on the held-out tasks, and on some training tasks where asked.
+    """Run the student alone on the held-out tasks, and on some training tasks if the settings say so.
 
     ``worker``: as in ``collect``.
     """
-    report = context.round_dir(round_index) / "evaluate.json"
-    skipped = context.config.dagger.evaluate_rounds == "last" and round_index < context.config.dagger.rounds
-    if report.exists() or skipped:
+    config, store = context.config, context.evaluations
+    if config.dagger.evaluate_rounds == "last" and round_index < config.dagger.rounds:
         return
-    started, config = time.monotonic(), context.config
     heldout = list(itertools.islice(context.heldout_tasks, config.dagger.evaluation_tasks))
     trained = list(itertools.islice(context.train_tasks, config.dagger.evaluation_train_tasks))
-    tasks = worker.share(heldout + trained) if worker else heldout + trained
-    if not all_finished(context.evaluations, round_index, tasks):
-        sync(context, round_index)
-        sampling = config.evaluation_sampling
-        actor = SoloTurnPolicy(policy=context.student().with_sampling(sampling))
-        await run_episodes(
-            context,
-            context.evaluations,
-            round_index,
-            tasks,
-            lambda key: actor,
-            sampling,
-            beta=0.0,
-            stage="evaluate",
-            all_tasks=len(heldout + trained),
-        )
-    if not await wait_for_workers(
-        worker, context.evaluations, round_index, heldout + trained, config.rollout.stage_deadline_s
-    ):
-        return
-    context.evaluations.seal(round_index)
-    episodes, given_up = (
-        list(context.evaluations.episodes(round_index)),
-        context.evaluations.given_up(round_index).tasks(),
+
+    def turn_policy(student: Policy | None, key: EpisodeKey) -> TurnPolicy:
+        assert student is not None  # every round that is evaluated has weights
+        return SoloTurnPolicy(policy=student)
+
+    def summary(manifest: Manifest) -> dict[str, Any]:
+        episodes, abandoned = list(store.episodes(round_index)), store.abandoned(round_index).tasks()
+
+        def success_on(tasks: list[str]) -> dict[str, Any]:
+            chosen = [episode for episode in episodes if episode.task_id in set(tasks)]
+            return success(chosen, given_up=len(abandoned.intersection(tasks)))
+
+        return {"heldout": success_on(heldout), "train": success_on(trained) if trained else None}
+
+    stage = Stage(
+        name="evaluate",
+        round_index=round_index,
+        store=store,
+        tasks=heldout + trained,
+        weight_version=round_index,
+        sampling=config.evaluation_sampling,
+        beta=0.0,
+        turn_policy=turn_policy,
+        summary=summary,
     )
-
-    def of(tasks: list[str]) -> dict[str, Any]:
-        return success([e for e in episodes if e.task_id in set(tasks)], given_up=len(given_up.intersection(tasks)))
-
-    values = {
-        "weight_version": round_index,
-        "heldout": of(heldout),
-        "train": of(trained) if trained else None,
-        "duration_s": time.monotonic() - started,
-    }
-    write_json(report, {"round": round_index, **values})
-    context.metrics.record(round_index, "evaluate", values)
+    await run_stage(context, stage, worker)

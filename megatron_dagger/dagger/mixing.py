@@ -1,8 +1,8 @@
-"""Who acts in each turn, and the teacher's label for every state that is visited.
+"""Choose who acts in each turn, and label every visited state with the teacher's action.
 
-A whole turn is the student's or the teacher's, never a part of one. Where the teacher acts, its
-executed action is the label: one call, not two. The draws depend only on the episode's key. A state for
-which the teacher has no action stays without a label; the student acts there, if there is one.
+A turn belongs to the student or to the teacher as a whole. Where the teacher acts, its executed action is also
+the label: one request, not two. The random draws depend only on the episode's key. A state for which the teacher
+has no action gets no label; the student, if there is one, acts there.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ TeacherActs = Callable[[int], bool]  # turn -> whether the teacher acts
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureTurnPolicy:
-    """Student and teacher by turns, as ``teacher_acts`` says; the teacher labels every state.
+    """Student and teacher take turns as ``teacher_acts`` decides; the teacher labels every state.
 
-    ``student`` may be None where the teacher acts in every turn (round 0); then NoAction is raised on.
+    ``student`` is None in round 0, where the teacher acts in every turn and its NoAction propagates.
     """
 
     student: Policy | None
@@ -56,7 +56,7 @@ class MixtureTurnPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class SoloTurnPolicy:
-    """One policy alone, unlabelled: evaluation."""
+    """One policy acts in every turn and nothing is labelled, as in an evaluation."""
 
     policy: Policy
     acted_by: ActedBy = ActedBy.STUDENT
@@ -66,18 +66,18 @@ class SoloTurnPolicy:
 
 
 def per_turn(beta: float, key: EpisodeKey) -> TeacherActs:
-    """b_t ~ Bernoulli(beta), drawn anew each turn."""
+    """Let the teacher act in each turn independently with probability ``beta``."""
     return lambda turn: random.Random(key.seed(turn, "mixing")).random() < beta
 
 
 def student_prefix(longest: int, key: EpisodeKey) -> TeacherActs:
-    """k ~ Uniform{0..longest}: the student acts in turns before k, the teacher from there on."""
+    """Let the student act in the turns before k, drawn from Uniform{0..longest}, and the teacher from k on."""
     switch = random.Random(key.seed(0, "prefix")).randint(0, longest)
     return lambda turn: turn >= switch
 
 
 def mixture(config: DaggerConfig, beta: float, key: EpisodeKey) -> TeacherActs:
-    """The configured mixture for one episode of round ``key.round_index``."""
+    """Return the configured mixture for one episode of round ``key.round_index``."""
     if key.round_index == 0:
         return lambda turn: True
     if config.mixing == "prefix":

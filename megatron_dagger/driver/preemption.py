@@ -1,7 +1,7 @@
-"""SIGTERM and SIGUSR1, which a cluster sends before it takes a machine away: end soon and in order.
+"""Stop in good order on SIGTERM and SIGUSR1, which a cluster sends before it takes a machine away.
 
-What is finished is committed, a training saves after the step at hand, children are ended. The exit code
-says that the same command goes on from there: a job's script requeues its job on it.
+Finished episodes are committed, a training saves after the current step, children are ended. The exit code tells
+a job's script to requeue the job: the repeated command resumes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def stops_when_asked() -> Iterator[None]:
-    """Within the block the first of the signals raises SystemExit(STOPPED) in the main thread; later ones do nothing.
+    """Raise SystemExit(STOPPED) in the main thread on the first of the signals; ignore the later ones.
 
-    SystemExit and no error of our own, because asyncio lets it through at once and cancels what runs.
+    SystemExit rather than an error of our own, because asyncio lets it through at once and cancels its tasks.
     """
     asked = False
 
@@ -29,7 +29,7 @@ def stops_when_asked() -> Iterator[None]:
         nonlocal asked
         if not asked:
             asked = True
-            logger.warning("%s: stopping; the same command goes on from here", signal.Signals(number).name)
+            logger.warning("%s: stopping; repeat the command to resume", signal.Signals(number).name)
             raise SystemExit(STOPPED)
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}

@@ -1,20 +1,21 @@
-"""What the command ``train`` does: on a node, which starts ranks, and in each of these."""
+"""Train the rounds of a run: start the ranks on a node, and be one of them."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_dagger.config import RunConfig
 from megatron_dagger.dagger.context import round_dir, train_dir, train_manifest
 from megatron_dagger.observability.metrics import read_lines
-from megatron_dagger.observability.progress import track
-from megatron_dagger.observability.status_file import failure_recorded
+from megatron_dagger.observability.progress import Tracker, track
+from megatron_dagger.observability.status_file import RunProcess, failure_recorded
 from megatron_dagger.store.atomic import check_room
 from megatron_dagger.store.fence import VARIABLE, claim, inherit
 from megatron_dagger.types import LabelledEpisode
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RESIDENT = "trainer"  # the name under which a trainer that lives through all rounds works on a run
+RESIDENT = "trainer"  # the name under which a resident trainer claims a run
 
 
 def train_job(config: RunConfig, run_dir: Path, round_index: int) -> TrainJob:
-    """What the ranks of a round's training are told."""
+    """Return the job that the ranks of a round's training do."""
     from megatron_dagger.training.job import TrainJob
 
     previous = train_dir(run_dir, round_index - 1) / "checkpoint"
@@ -44,70 +45,68 @@ def train_job(config: RunConfig, run_dir: Path, round_index: int) -> TrainJob:
     )
 
 
-def train_with_progress(
-    config: RunConfig, run_dir: Path, tracked: Callable[..., Any], env: Mapping[str, str], round_index: int
-) -> None:
-    """A round's training by the run's holder, who tells of its progress and failure."""
-    with told(tracked, run_dir, round_index, train_logs(run_dir, round_index)):
-        launch_training(config, run_dir, round_index, env=env)
+def train_with_progress(config: RunConfig, process: RunProcess, env: Mapping[str, str], round_index: int) -> None:
+    """Train a round as the run's holder, with its progress shown and written to the status file."""
+    process = replace(process, log_file=train_logs(process.run_dir, round_index))
+    with report_progress(process, round_index):
+        launch_training(config, process.run_dir, round_index, env=env)
 
 
-def told(tracked: Callable[..., Any], run_dir: Path, round_index: int, log_file: Path) -> AbstractContextManager[Any]:
-    """While a round is trained in the block, its steps are counted and told."""
+def report_progress(process: RunProcess, round_index: int) -> AbstractContextManager[Tracker]:
+    """Return a context manager: while the block trains a round, show its steps and write them to the status file."""
 
     def steps() -> int:
-        return len(read_lines(train_dir(run_dir, round_index) / "metrics.jsonl"))
+        return len(read_lines(train_dir(process.run_dir, round_index) / "metrics.jsonl"))
 
-    return tracked(  # type: ignore[no-any-return]
+    return track(
         f"round {round_index} train",
         None,
         unit="steps",
         done=steps(),
         count=steps,
-        round_index=round_index,
-        stage="train",
-        log_file=log_file,
+        process=process,
+        stage=(round_index, "train"),
     )
 
 
 def train_logs(run_dir: Path, round_index: int | None = None) -> Path:
-    """Where the ranks' logs are, of a round's training or of one that lives through all rounds."""
+    """Return the folder of the ranks' logs, of one round's training or of the resident trainer."""
     return run_dir / "logs" / ("train" if round_index is None else f"train-{round_index:04d}")
 
 
 def launch_training(
     config: RunConfig, run_dir: Path, round_index: int, *, env: Mapping[str, str] | None = None
 ) -> None:
-    """Start the ranks of a round's training on this host and wait for them."""
+    """Start the ranks of a round's training on this node, and wait for them."""
     logger.info("round %d train: %d ranks", round_index, config.training.parallel.world_size)
-    words, logs = ("--round", str(round_index)), train_logs(run_dir, round_index)
-    _launch(config, run_dir, words, logs, config.training.deadline_s, env)
+    argv, logs = ("--round", str(round_index)), train_logs(run_dir, round_index)
+    _launch(config, run_dir, argv, logs, config.training.deadline_s, env)
 
 
 def _launch(
     config: RunConfig,
     run_dir: Path,
-    words: Sequence[str],
+    argv: Sequence[str],
     log_dir: Path,
     deadline_s: float,
     env: Mapping[str, str] | None,
 ) -> None:
-    """Start this host's ranks, each of which does ``train`` with ``words``, and wait for them."""
+    """Start this node's ranks, each running the command ``train`` with ``argv``, and wait for them."""
     from megatron_dagger.training.ranks.launch import launch
 
-    command = ["megatron_dagger.cli.main", "train", str(run_dir), *words, "--rank"]
+    command = ["megatron_dagger.cli.main", "train", str(run_dir), *argv, "--rank"]
     threads = config.training.threads_per_process
     try:
         launch(command, config.training.parallel, log_dir, deadline_s, threads=threads, env=env)
     except RuntimeError:
-        check_room(run_dir)  # torch's writer does not say that the disk is full, and the ranks' logs may be cut
+        check_room(run_dir)  # torch's writer does not say that the disk is full, and the ranks' logs may be cut off
         raise
 
 
 def train_resident(config: RunConfig, run_dir: Path, *, take_over: bool = False) -> None:
-    """Start the ranks on this host that train all rounds, and wait for them.
+    """Start the ranks of the resident trainer on this node, and wait for them.
 
-    The first node claims the run as a worker of its own, which keeps a second trainer out.
+    The first node claims the run under the name RESIDENT, which keeps a second trainer out.
     """
     from megatron_dagger.training.ranks.launch import node_rank
 
@@ -115,33 +114,37 @@ def train_resident(config: RunConfig, run_dir: Path, *, take_over: bool = False)
         env = None
         if node_rank(config.training.parallel) == 0:
             env = {VARIABLE: stack.enter_context(claim(run_dir, worker=RESIDENT, take_over=take_over))}
-            stack.enter_context(failure_recorded(run_dir, worker=RESIDENT, log_file=train_logs(run_dir)))
+            stack.enter_context(failure_recorded(_resident_process(run_dir)))
         deadline_s = (config.training.deadline_s + config.rollout.stage_deadline_s) * (config.dagger.rounds + 2)
         _launch(config, run_dir, ("--resident",), train_logs(run_dir), deadline_s, env)
 
 
+def _resident_process(run_dir: Path) -> RunProcess:
+    return RunProcess(run_dir=run_dir, worker=RESIDENT, log_file=train_logs(run_dir))
+
+
 def train_beside(config: RunConfig, run_dir: Path, round_index: int) -> None:
-    """A further node's part in a round's training: its ranks. The first node holds the run and writes."""
+    """Do a further node's part in a round's training: its ranks. The first node holds the run and writes."""
     if not train_manifest(run_dir, round_index).exists():
         launch_training(config, run_dir, round_index)
 
 
 def train_rank(config: RunConfig, run_dir: Path, round_index: int) -> None:
-    """One rank of a round's training."""
+    """Be one rank of a round's training."""
     from megatron_dagger.training import compat
-    from megatron_dagger.training.trainer import train
+    from megatron_dagger.training.trainer import train_round
 
     compat.quiet()
     inherit(run_dir, os.environ)
     episodes = functools.partial(training_data, config, run_dir, round_index)
-    train(train_job(config, run_dir, round_index), episodes)
+    train_round(train_job(config, run_dir, round_index), episodes)
 
 
 def train_resident_rank(config: RunConfig, run_dir: Path) -> None:
-    """One rank of a trainer that lives through all rounds."""
+    """Be one rank of the resident trainer."""
     from megatron_dagger.store.aggregated import DataStore
     from megatron_dagger.training import compat
-    from megatron_dagger.training.resident import ResidentRounds, train_rounds
+    from megatron_dagger.training.resident import ResidentRun, train_rounds
 
     compat.quiet()
     inherit(run_dir, os.environ)
@@ -150,23 +153,22 @@ def train_resident_rank(config: RunConfig, run_dir: Path) -> None:
         store = run_dir / "data.zarr"
         return (store / "zarr.json").exists() and DataStore.open(store).manifest(index) is not None
 
-    tracked = functools.partial(track, run_dir=run_dir, worker=RESIDENT)
-    rounds = ResidentRounds(
+    run = ResidentRun(
         run_dir=run_dir,
-        rounds=config.dagger.rounds + 1,
-        engine=config.rollout.engine,
+        num_rounds=config.dagger.rounds + 1,
+        rollout_engine=config.rollout.engine,
         job=functools.partial(train_job, config, run_dir),
-        collected=collected,
-        episodes=functools.partial(training_data, config, run_dir),
-        told=lambda index: told(tracked, run_dir, index, train_logs(run_dir)),
-        over=(round_dir(run_dir, config.dagger.rounds) / "evaluate.json").exists,
+        is_collected=collected,
+        read_episodes=functools.partial(training_data, config, run_dir),
+        report_progress=functools.partial(report_progress, _resident_process(run_dir)),
+        is_over=(round_dir(run_dir, config.dagger.rounds) / "evaluate.json").exists,
         deadline_s=config.rollout.stage_deadline_s,
     )
-    train_rounds(rounds)
+    train_rounds(run)
 
 
 def training_data(config: RunConfig, run_dir: Path, round_index: int) -> list[LabelledEpisode]:
-    """What a round trains on: the labels of the rounds that ``dagger.aggregation`` selects."""
+    """Return a round's training data: the labels of the rounds that ``dagger.aggregation`` selects."""
     from megatron_dagger.dagger.aggregation import aggregate, select_rounds
     from megatron_dagger.store.aggregated import DataStore
 

@@ -1,7 +1,7 @@
-"""Env and Sandbox: the seams between an episode and the world it acts in.
+"""The Env protocol: one task that an agent works on, turn by turn, until it is judged.
 
-Both are synchronous and used from one thread at a time; the rollout runs many of them in
-threads. Whoever opens one closes it (both are context managers), also after an error.
+An Env is synchronous and used from one thread at a time; the rollout runs many of them in threads. Whoever opens one
+closes it (Envs are context managers), also after an error.
 """
 
 from __future__ import annotations
@@ -9,51 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from megatron_dagger.types import StopReason
-
-
-class EnvironmentBroken(RuntimeError):
-    """The sandbox itself failed, not the command in it; the episode must not become data."""
-
-    def __init__(self, message: str, reason: StopReason = StopReason.ENVIRONMENT_ERROR):
-        super().__init__(message)
-        self.reason = reason
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CommandResult:
-    """What one shell command did. ``output`` is stdout and stderr in order, clipped in the middle."""
-
-    output: str
-    exit_code: int
-    timed_out: bool = False
-    duration_s: float = 0.0
-
-
-class Sandbox(Protocol):
-    """An isolated file system and process space in which commands of an untrusted agent run."""
-
-    def run(self, command: str, *, timeout_s: float | None = None) -> CommandResult:
-        """Run a shell command at the work tree's root.
-
-        A command over its time is killed with everything it started and reported with
-        ``timed_out``. Raises EnvironmentBroken when the sandbox is no longer usable.
-        """
-        ...
-
-    def close(self) -> None:
-        """End every process in the sandbox and remove its files. May be called twice."""
-        ...
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *exc_info: object) -> None: ...
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
-    """What the agent reads after an action.
+    """The text that the agent reads after an action.
 
-    ``done`` when the action was to submit; not ``understood`` when the reply was no command at all.
+    ``done``: the action ended the episode. ``understood`` is False if the action was no command at all.
     """
 
     text: str
@@ -62,26 +23,37 @@ class Observation:
 
 
 class Env(Protocol):
-    """One task, one episode: reset once, step per turn, judge at the end."""
+    """One task, one episode: reset once, step per turn, judge at the end. All raise sandbox.base.EnvironmentBroken."""
 
     task_id: str
 
     def reset(self) -> tuple[str, str]:
-        """Prepare the world; return the system message and the task message."""
+        """Prepare the task; return the system message and the task message."""
         ...
 
     def step(self, command: str) -> Observation:
-        """Execute one command of the agent. Raises EnvironmentBroken."""
+        """Execute one command of the agent."""
         ...
 
     def judge(self) -> bool:
-        """Whether the task is solved, by the real tests in a fresh copy. Raises EnvironmentBroken."""
+        """Return whether the task is solved, by its real tests in a fresh copy."""
         ...
 
     def report(self) -> dict[str, object]:
-        """What else is to be kept of the episode after it was judged: JSON values."""
+        """Return details to store with the judged episode, as JSON values."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release everything. May be called twice, and before ``reset``."""
+        ...
+
     def __enter__(self) -> Self: ...
     def __exit__(self, *exc_info: object) -> None: ...
+
+
+def truncate(text: str, limit: int) -> str:
+    """Return ``text``, or its head and tail around a line that counts the cut characters if it exceeds ``limit``."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters cut ...\n{text[-half:]}"

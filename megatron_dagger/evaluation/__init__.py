@@ -1,0 +1,1 @@
+"""Success rates of a run, and grading by SWE-bench's own harness."""

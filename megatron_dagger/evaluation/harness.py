@@ -1,8 +1,8 @@
-"""SWE-bench's own harness (swebench 5.x), run as a program of its own on predictions in its own format.
+"""Run SWE-bench's own harness (swebench 5.x) as a separate program, on predictions in its own format.
 
-It gets a directory to itself: the rows, the predictions, its logs with a ``report.json`` a task, and its
-final report. What has a report is not run again, so a killed grading goes on where it was. The tasks' images
-are used by their names, and the containers are the harness's: neither limits nor network are ours.
+The harness gets a directory to itself, with the rows, the predictions, a log folder with a ``report.json`` per task,
+and its final report. It does not run a task again that has a report, so a killed grading resumes. It makes its own
+containers from the tasks' images, without this project's limits on resources and network.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Any
 
 from megatron_dagger.config.base import ConfigError
 from megatron_dagger.evaluation.resolved import Outcome
-from megatron_dagger.signals import dies_with_this_process
+from megatron_dagger.signals import parent_death_hook
 from megatron_dagger.store.atomic import write_text
 
-START_S, PER_TASK_S = 300.0, 600.0  # beyond the tests' own time: the imports; images, containers, their removal
+START_S, PER_TASK_S = 300.0, 600.0  # beyond the tests' own time: for imports; for a task's image and container
 _POLL_S = 0.5
 _TAIL_CHARACTERS = 2000
 _OPEN_FILES = 4096
@@ -38,9 +38,10 @@ _LOGS = Path("logs", "run_evaluation")
 
 @dataclass(frozen=True, kw_only=True)
 class Harness:
-    """A grading in ``directory``. ``unpatched``: run the tests on the tasks as they are, without a prediction.
+    """A grading in ``directory``.
 
-    ``rows`` are swebench 5.x's, ``predictions`` have instance_id, model_name_or_path (one for all) and model_patch.
+    ``rows`` are swebench 5.x's. ``predictions`` have instance_id, model_name_or_path (one for all) and model_patch.
+    ``unpatched``: run the tests without the predictions' patches.
     """
 
     directory: Path
@@ -53,14 +54,15 @@ class Harness:
 
     @property
     def run_id(self) -> str:
-        """In the names of its containers: what a killed harness left is found by it."""
+        """Return a name that is part of the containers' names, by which those of a killed harness are found."""
         return f"megatron-dagger-{hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()[:12]}"
 
     def run(self, on_progress: Callable[[int], None] = lambda done: None) -> dict[str, Outcome]:
-        """Grade what is not graded yet; what came of each task.
+        """Grade the tasks that are not graded yet; return every task's outcome.
 
-        ``on_progress`` is told how many tasks have a report. Raises ConfigError where the directory belongs to
-        other predictions or something is missing, RuntimeError with the end of its log where the harness fails.
+        ``on_progress`` gets the number of tasks with a report, about twice a second. Raises ConfigError if the
+        directory belongs to other predictions or a program is missing, RuntimeError with the end of the log if the
+        harness fails or exceeds its deadline.
         """
         _check_installed()
         self._take_directory()
@@ -76,7 +78,7 @@ class Harness:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=dies_with_this_process(),
+                preexec_fn=parent_death_hook(),
             ) as process,
         ):
             try:
@@ -105,20 +107,22 @@ class Harness:
             "--timeout": self.timeout_s,
             "--open_file_limit": files,
         }
-        return [sys.executable, "-m", module, *(str(word) for option in options.items() for word in option)]
+        return [sys.executable, "-m", module, *(str(item) for option in options.items() for item in option)]
 
     def _deadline_s(self) -> float:
         return START_S + math.ceil(len(self.rows) / self.workers) * (self.timeout_s + PER_TASK_S)
 
     def _take_directory(self) -> None:
-        """Write what the harness reads, or find it there."""
+        """Write the harness's input, or check that it is the one already there."""
         lines = "".join(json.dumps(prediction) + "\n" for prediction in self.predictions)
         for name, text in (("dataset.json", json.dumps(list(self.rows))), ("predictions.jsonl", lines)):
             path = self.directory / name
             if not path.exists():
                 write_text(path, text)
             elif path.read_text() != text:
-                raise ConfigError(f"{path} is of another grading: remove {self.directory}, or name another directory")
+                raise ConfigError(
+                    f"{path} belongs to another grading: remove {self.directory}, or choose another directory"
+                )
 
     def _model(self) -> str:
         return str(self.predictions[0]["model_name_or_path"]).replace("/", "__")
@@ -134,11 +138,11 @@ class Harness:
             "empty_patch_ids": Outcome.EMPTY_PATCH,
             "incomplete_ids": Outcome.NO_PREDICTION,
         }
-        found = {task: outcome for name, outcome in names.items() for task in report[name]}
-        return found | {task: self._error(task) for task in report["error_ids"]}
+        outcomes = {task: outcome for name, outcome in names.items() for task in report[name]}
+        return outcomes | {task: self._error(task) for task in report["error_ids"]}
 
     def _error(self, task: str) -> Outcome:
-        """Why a task has no report: something about the patch, which counts, or about the machine, which does not."""
+        """Return why a task has no report: a fault of the patch, which counts, or of the machine, which does not."""
         path = self.directory / _LOGS / self.run_id / self._model() / task / "run_instance.log"
         log = path.read_text(errors="replace") if path.exists() else ""
         if ">>>>> Patch Apply Failed" in log:
@@ -150,4 +154,4 @@ def _check_installed() -> None:
     if importlib.util.find_spec("swebench") is None:
         raise ConfigError("grading needs swebench 5.x: pip install 'megatron-dagger[swe]'")
     if shutil.which("docker") is None:
-        raise ConfigError("grading needs the docker command, with which SWE-bench's harness removes its containers")
+        raise ConfigError("grading needs the docker command, which SWE-bench's harness uses to remove its containers")

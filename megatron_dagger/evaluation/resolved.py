@@ -1,4 +1,4 @@
-"""The resolve rate of graded tasks, with its confidence interval, in all and by repository."""
+"""The resolve rate of graded tasks with its confidence interval, overall and by repository."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_dagger.evaluation.success import wilson_interval
 
 
 class Outcome(StrEnum):
-    """What came of a task's grading. Only ``NOT_GRADED`` says nothing of the patch."""
+    """The outcome of a task's grading. Only ``NOT_GRADED`` says nothing about the patch."""
 
     RESOLVED = "resolved"
     UNRESOLVED = "unresolved"
@@ -23,10 +23,10 @@ class Outcome(StrEnum):
 
 
 def resolve_rate(outcomes: Mapping[str, Outcome], repositories: Mapping[str, str]) -> dict[str, Any]:
-    """Over all tasks of ``outcomes``, as SWE-bench counts: whatever is not resolved counts as not resolved.
+    """Return the resolve rate over all tasks of ``outcomes``; as in SWE-bench, every other outcome is unresolved.
 
-    ``repositories``: of each task. tasks, resolved, rate in [0, 1] with its 95% interval, the number of each
-    outcome; the same rates by repository.
+    ``repositories``: by task. Keys of the result: tasks, resolved, rate in [0, 1], ci_low and ci_high (95%), counts by
+    outcome, and ``repositories``, the same rates by repository.
     """
     by_repository: dict[str, list[Outcome]] = {}
     for task, outcome in outcomes.items():
@@ -34,18 +34,18 @@ def resolve_rate(outcomes: Mapping[str, Outcome], repositories: Mapping[str, str
     return {
         **_rate(list(outcomes.values())),
         "counts": {str(outcome): count for outcome, count in sorted(Counter(outcomes.values()).items())},
-        "repositories": {name: _rate(found) for name, found in sorted(by_repository.items())},
+        "repositories": {name: _rate(group) for name, group in sorted(by_repository.items())},
     }
 
 
 def table(rates: Mapping[str, Any]) -> str:
-    """``resolve_rate``'s numbers as lines of text."""
+    """Return ``resolve_rate``'s result as a text table."""
     rows = [*rates["repositories"].items(), ("all", rates)]
     width = max(len(name) for name, _ in rows)
     lines = [f"{'repository':{width}}  resolved   tasks    rate   95% interval"]
-    for name, one in rows:
-        interval = f"{one['ci_low']:6.1%} to {one['ci_high']:6.1%}"
-        lines.append(f"{name:{width}}  {one['resolved']:8}  {one['tasks']:6}  {one['rate']:6.1%}   {interval}")
+    for name, rate in rows:
+        interval = f"{rate['ci_low']:6.1%} to {rate['ci_high']:6.1%}"
+        lines.append(f"{name:{width}}  {rate['resolved']:8}  {rate['tasks']:6}  {rate['rate']:6.1%}   {interval}")
     others = {name: count for name, count in rates["counts"].items() if name not in ("resolved", "unresolved")}
     if others:
         lines.append(f"counted as not resolved: {', '.join(f'{n} {name}' for name, n in others.items())}")

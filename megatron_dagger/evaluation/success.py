@@ -1,4 +1,4 @@
-"""The share of solved tasks, with its confidence interval."""
+"""The success rate, with its confidence interval."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
 
 def wilson_interval(solved: int, tasks: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson, JASA 22, 1927)."""
+    """Return Wilson's score interval of the proportion ``solved / tasks`` (Wilson, JASA 22, 1927).
+
+    ``z`` is the normal quantile of the confidence level, by default for 95%.
+    """
     if tasks == 0:
         return 0.0, 1.0
     share = solved / tasks
@@ -22,13 +25,13 @@ def wilson_interval(solved: int, tasks: int, z: float = Z_95) -> tuple[float, fl
     spread = z * math.sqrt(share * (1 - share) / tasks + z * z / (4 * tasks * tasks))
     scale = 1 + z * z / tasks
     low, high = (centre - spread) / scale, (centre + spread) / scale
-    return low if solved else 0.0, high if solved < tasks else 1.0  # which rounding misses
+    return low if solved else 0.0, high if solved < tasks else 1.0  # exact at the ends, which rounding misses
 
 
 def success(trajectories: Sequence[Trajectory], *, given_up: int = 0) -> dict[str, Any]:
-    """tasks, solved, success in [0, 1], its 95% interval, the median turns, the stop reasons.
+    """Return a round's numbers: tasks, solved, success in [0, 1] with its 95% interval, median turns, stop reasons.
 
-    ``given_up`` more tasks have no episode that did not break: they count, as not solved.
+    ``given_up`` further tasks have no clean episode; they count as unsolved.
     """
     solved, tasks = sum(trajectory.solved for trajectory in trajectories), len(trajectories) + given_up
     low, high = wilson_interval(solved, tasks)

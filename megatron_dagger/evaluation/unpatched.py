@@ -1,7 +1,7 @@
-"""A program: SWE-bench's harness on tasks as they are, in its mode for negative tests (``skip_patch``).
+"""A program that runs SWE-bench's harness without patches, in its mode for negative tests (``skip_patch``).
 
-Its command line counts empty patches as unresolved and never runs them: that would not show that a task's
-tests fail without a repair. Takes those options of ``swebench.harness.run_evaluation`` that Harness gives.
+The harness's own command line never runs an empty patch, so it cannot show that a task's tests fail without a repair.
+This program takes the options of ``swebench.harness.run_evaluation`` that Harness passes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     for name in ("max_workers", "timeout", "open_file_limit"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    given = parser.parse_args()
-    harness.resource.setrlimit(harness.resource.RLIMIT_NOFILE, (given.open_file_limit, given.open_file_limit))
-    listed = harness.get_predictions_from_file(given.predictions_path, given.dataset_name, "test")
+    args = parser.parse_args()
+    harness.resource.setrlimit(harness.resource.RLIMIT_NOFILE, (args.open_file_limit, args.open_file_limit))
+    listed = harness.get_predictions_from_file(args.predictions_path, args.dataset_name, "test")
     predictions = {prediction["instance_id"]: prediction for prediction in listed}
-    rows = harness.load_instances(given.dataset_name, "test", None, None)
-    todo = harness.get_dataset_from_preds(given.dataset_name, "test", [], predictions, given.run_id, False)
-    harness.run_instances(predictions, todo, given.max_workers, given.run_id, given.timeout, skip_patch=True)
-    harness.make_run_report(predictions, rows, given.run_id)
+    rows = harness.load_instances(args.dataset_name, "test", None, None)
+    todo = harness.get_dataset_from_preds(args.dataset_name, "test", [], predictions, args.run_id, False)
+    harness.run_instances(predictions, todo, args.max_workers, args.run_id, args.timeout, skip_patch=True)
+    harness.make_run_report(predictions, rows, args.run_id)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,40 @@
-"""Where stages run: NeMo-Run's executors with the settings that our stages need."""
+"""Where stages run: NeMo-Run's executors with the settings that our stages need.
+
+To add an executor, write a function like ``slurm`` with the same two decorators in a module of yours and name that
+module as an entry point of the group ``nemo_run.cli``: ``run.executor=NAME`` then finds it. If it can run a stage on
+several nodes without a field ``nodes`` or ``num_nodes``, add its type to ``PLACE``.
+"""
+
+from collections.abc import Callable
 
 import nemo_run as run  # reads annotations as objects: this file must not postpone them
+from nemo_run.cli.api import EXECUTOR_CLASSES, list_factories
 
-# Megatron's ranks meet on the first node; the port depends on the job, so that two jobs can share a node.
+# Megatron's ranks meet on the first node; the port depends on the job, so two jobs can share a node.
 _RENDEZVOUS = "export MASTER_ADDR=$head_node_ip MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))"
 
 
 @run.cli.factory
 @run.autoconvert
 def local() -> run.LocalExecutor:
-    """This machine, one stage after the other."""
+    """Run the stages on this machine, one after the other."""
     return run.LocalExecutor()
 
 
 @run.cli.factory
 @run.autoconvert
 def slurm() -> run.SlurmExecutor:
-    """sbatch on this login node; the checkout and the run directory lie on a file system that the nodes share.
+    """Submit with sbatch on this login node; nodes and login node share the file system of checkout and run directory.
 
-    Set what your cluster wants: ``run.executor.gpus_per_node=8``, and ``account``, ``partition``, ``time``, ``mem``,
-    ``container_image``, ``container_mounts`` likewise. A job that was preempted, failed or ran out of time is
-    queued again up to ``retries`` times and goes on where it was.
+    Set what your cluster requires: ``run.executor.gpus_per_node=8``, and ``account``, ``partition``, ``time``, ``mem``,
+    ``container_image``, ``container_mounts`` in the same way. A job that was preempted, failed or ran out of time is
+    requeued up to ``retries`` times and resumes.
     """
     return run.SlurmExecutor(
         account=None,
         job_name_prefix="dagger-",
         time="04:00:00",
-        signal="TERM@120",  # seconds before the time is up: the job fails, and so is queued again
+        signal="TERM@120",  # seconds before the time limit: the job fails, and is therefore requeued
         retries=3,
         tunnel=run.LocalTunnel(job_dir=""),
         packager=run.Packager(),
@@ -36,15 +44,46 @@ def slurm() -> run.SlurmExecutor:
 
 
 def for_stage(executor: run.Executor, nodes: int) -> run.Executor:
-    """A copy of ``executor`` for a stage on so many nodes, with one process on each."""
-    own = executor.clone()
-    if isinstance(own, run.SlurmExecutor):
-        own.nodes, own.ntasks_per_node = nodes, 1
-        if nodes > 1:
-            own.setup_lines = "\n".join(filter(None, [own.setup_lines, _RENDEZVOUS]))
-    elif nodes > 1:
+    """Return a copy of ``executor`` for a stage on ``nodes`` nodes, with one process on each.
+
+    Raises ValueError if the executor has one node only and the stage needs more.
+    """
+    copy = executor.clone()
+    place = next((PLACE[cls] for cls in type(copy).__mro__ if cls in PLACE), _by_attribute)
+    place(copy, nodes)
+    return copy
+
+
+def executor_names() -> list[str]:
+    """Return the names that ``run.executor`` can have: ours, and those that entry points registered."""
+    return sorted({factory.__name__ for cls in EXECUTOR_CLASSES for factory in list_factories(cls)})
+
+
+def _on_slurm(executor: run.SlurmExecutor, nodes: int) -> None:
+    executor.nodes, executor.ntasks_per_node = nodes, 1
+    if nodes > 1:
+        executor.setup_lines = "\n".join(filter(None, [executor.setup_lines, _RENDEZVOUS]))
+
+
+def _on_one_node(executor: run.Executor, nodes: int) -> None:
+    if nodes > 1:
         raise ValueError(
             f"a stage on {nodes} nodes: {type(executor).__name__} has one; use run.executor=slurm, or set "
             "training.parallel.nodes and workers to 1"
         )
-    return own
+
+
+def _by_attribute(executor: run.Executor, nodes: int) -> None:
+    """Set the number of nodes, whose ranks find each other by the variables that the executor's launcher sets."""
+    name = next((name for name in ("nodes", "num_nodes") if hasattr(executor, name)), None)
+    if name is None:
+        _on_one_node(executor, nodes)
+    else:
+        setattr(executor, name, nodes)
+
+
+# How each type of executor is given a stage's nodes; other types have a field for it (``_by_attribute``) or one node.
+PLACE: dict[type, Callable[..., None]] = {
+    run.SlurmExecutor: _on_slurm,
+    run.LocalExecutor: _on_one_node,  # its field ``nodes`` is not obeyed
+}

@@ -1,4 +1,9 @@
-"""Our recipes as NeMo-Run's factories: found by name on its command line, every setting to be overridden there."""
+"""Our recipes as NeMo-Run factories: its command line finds them by name and can override every setting.
+
+Registering them has a global side effect: NeMo-Run's parser reads the annotations of ``__init__``, so these are
+replaced on our config classes by types that the parser knows. That is harmless to the rest of the package, which
+reads the annotations of the classes, and happens in the launch environment only.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +16,11 @@ from typing import Any
 import nemo_run as run
 
 from megatron_dagger.config import RunConfig
-from recipes import RECIPES
+from megatron_dagger.recipes import RECIPES
 
 
 def as_run_config(value: Any) -> Any:
-    """A dataclass, and those within it, as ``run.Config``; other values as they are."""
+    """Return a dataclass and the dataclasses in it as ``run.Config``, any other value as it is."""
     if not dataclasses.is_dataclass(value):
         return value
     fields = {field.name: as_run_config(getattr(value, field.name)) for field in dataclasses.fields(value)}
@@ -40,7 +45,7 @@ def _register(recipe: Callable[[], RunConfig]) -> None:
 
 
 def _resolve_annotations(cls: type) -> None:
-    """NeMo-Run's parser takes the types of settings as objects, of fewer kinds than Python has: make them so."""
+    """Replace the annotations of ``__init__``, strings so far, by types that NeMo-Run's parser knows."""
     for name, hint in typing.get_type_hints(cls).items():
         arguments = typing.get_args(hint)
         if isinstance(hint, types.UnionType):

@@ -1,14 +1,13 @@
-"""Episodes in the formats that other tools read.
+"""Export episodes in the formats of other tools.
 
-- ``openai``: a JSON line an episode, with chat ``messages`` and what is known of the episode;
-- ``labels``: a JSON line a labelled state: the conversation up to it, and the teacher's answer last. What
-  any trainer for supervised fine-tuning reads;
-- ``traj``: a directory with a ``.traj.json`` an episode, as mini-swe-agent writes and its inspector reads
-  (trajectory format 1.1);
-- ``predictions``: a JSON line an episode, as SWE-bench's harness reads them (``--predictions_path``);
-- ``parquet``: a row a turn, tokens and log-probs included.
+- ``openai``: one JSON line per episode, with chat ``messages`` and the outcome;
+- ``labels``: one JSON line per labelled state: the conversation up to it, then the teacher's answer. Trainers for
+  supervised fine-tuning read it;
+- ``traj``: a directory with one ``.traj.json`` per episode, for mini-swe-agent's inspector (trajectory format 1.1);
+- ``predictions``: one JSON line per episode, for SWE-bench's harness (``--predictions_path``);
+- ``parquet``: one row per turn, with tokens and log-probs.
 
-Texts lose nothing but lone surrogates, which no UTF-8 file can hold.
+Texts are exact, except that lone surrogates, which no UTF-8 file can hold, become ``?``.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megatron_dagger.rollout.chat import END, START
 from megatron_dagger.store.atomic import temporary_name
 from megatron_dagger.types import Trajectory, Turn
 
@@ -48,18 +48,18 @@ _COLUMNS = {
     "stop_reason": "text",
     "beta": "real",
 }
-# How the field's tools call an ending (mini-swe-agent's exit statuses); others keep our word for it.
+# mini-swe-agent's exit statuses; other stop reasons keep our name.
 _EXIT_STATUS = {"submitted": "Submitted", "turn_limit": "LimitsExceeded", "context_limit": "LimitsExceeded"}
 
 
 def export(episodes: Iterable[Trajectory], path: Path, form: Format, *, system: Callable[[Trajectory], str]) -> int:
-    """Write ``episodes`` to a new file (or for ``traj`` a new directory) ``path``; returns how many.
+    """Write ``episodes`` to a new file, or for ``traj`` a new directory, and return their number.
 
-    ``system`` gives an episode's system message, which a store has as tokens only. Raises FileExistsError; what
-    is written is there whole or not at all.
+    ``system`` returns an episode's system message, which a store holds as tokens only. ``path`` appears complete or
+    not at all. Raises FileExistsError if it exists, and ValueError for ``parquet`` without pyarrow.
     """
     if path.exists():
-        raise FileExistsError(f"{path} is there already; remove it, or name another")
+        raise FileExistsError(f"{path} exists already; remove it, or name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / temporary_name(path.name)
     writers = {"openai": _openai, "labels": _labels, "traj": _traj, "predictions": _predictions, "parquet": _parquet}
@@ -82,7 +82,7 @@ def export(episodes: Iterable[Trajectory], path: Path, form: Format, *, system: 
 
 
 def prediction(episode: Trajectory) -> dict[str, Any]:
-    """The episode's patch as SWE-bench's harness takes it."""
+    """Return the episode's patch as a row of predictions for SWE-bench's harness."""
     return {
         "instance_id": episode.task_id,
         "model_name_or_path": f"{MODEL}-round{episode.round_index}",
@@ -91,9 +91,9 @@ def prediction(episode: Trajectory) -> dict[str, Any]:
 
 
 def system_message(opening: str) -> str:
-    """The system message in the text of an episode's first prompt (Qwen's chat format); empty if there is none."""
-    found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", opening, re.DOTALL)
-    return found.group(1) if found else ""
+    """Return the system message in the text of an episode's first prompt (Qwen's chat format), or an empty text."""
+    match = re.match(rf"{re.escape(START)}system\n(.*?){re.escape(END)}", opening, re.DOTALL)
+    return match.group(1) if match else ""
 
 
 def _openai(episodes: Iterator[tuple[Trajectory, str]], path: Path) -> None:
@@ -204,7 +204,7 @@ def _write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
 
 
 def _clean(value: Any) -> Any:
-    """Without lone surrogates, in all texts."""
+    """Return a JSON value without lone surrogates in its texts."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Logging of a process: readable on the console, complete in a file of the run directory."""
+"""Logging of a process: INFO on the console, and everything in a file of the run directory."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import sys
 from pathlib import Path
 
 FORMAT = "%(asctime)s %(levelname)-7s %(name)s[%(process)d] %(message)s"
-DRIVER = "driver"  # who works on a run alone, not as one of its workers
+DRIVER = "driver"  # the name of a process that works on a run alone, not as a worker
 _OURS = "_megatron_dagger_handler"
 
 
 def log_file(run_dir: Path, name: str) -> Path:
-    """The log of the process that works on a run as ``name``."""
+    """Return the log file of the process that works on a run as ``name``."""
     return run_dir / "logs" / f"{name}.log"
 
 
 def setup_logging(run_dir: Path | None = None, *, name: str = DRIVER, level: int | str = logging.INFO) -> Path | None:
-    """Log to stderr at ``level`` and, with a run directory, to its ``log_file`` in full (DEBUG of ours).
+    """Log to stderr at ``level`` and, with a run directory, to its ``log_file``. Return the log file.
 
-    Returns the log file. Calling it again replaces what it set up before. Colours and rich's layout
-    only on a terminal: a log that goes to a file or to SLURM stays plain lines.
+    The file also gets this package's DEBUG messages. A second call replaces the handlers of the first. Colours and
+    layout appear on a terminal only; a redirected log has plain lines.
     """
     root = logging.getLogger()
     for handler in [h for h in root.handlers if getattr(h, _OURS, False)]:
@@ -49,16 +49,16 @@ def setup_logging(run_dir: Path | None = None, *, name: str = DRIVER, level: int
         root.addHandler(handler)
     root.setLevel(min(logging.INFO, console.level))
     logging.getLogger("megatron_dagger").setLevel(logging.DEBUG)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each question to the teacher
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs a line for each request to the teacher
     return path
 
 
 class _LogFile(logging.FileHandler):
-    """Says once that it cannot write: a full disk must not bury the console in tracebacks."""
+    """Reports once that it cannot write, because on a full disk each line would print a traceback."""
 
-    _said = False
+    _reported = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        if not self._said:
-            self._said = True
+        if not self._reported:
+            self._reported = True
             sys.stderr.write(f"cannot write {self.baseFilename}: {sys.exc_info()[1]}\n")

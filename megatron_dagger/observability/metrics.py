@@ -1,8 +1,8 @@
-"""``metrics.jsonl``: one line per finished stage, append-only; and the same numbers for TensorBoard and W&B.
+"""``metrics.jsonl``: one line per finished stage, append-only. TensorBoard and W&B get the same numbers.
 
-A line goes to the disk by one write and a sync. What a killed process left of a last line is cut off
-before the next is appended, and skipped by readers. Recording a stage again after a resume changes nothing
-unless its numbers changed; readers take the last line of each (round, stage).
+One write and a sync put a line on the disk. An unfinished last line of a killed process is cut off before the next
+line is appended, and readers skip it. Recording a stage again after a resume changes nothing unless its numbers
+changed. Readers take the last line of each (round, stage).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dagger.observability import trackers as boards
+from megatron_dagger.observability.trackers import Scalar, log_to_wandb, write_tensorboard
 from megatron_dagger.store.atomic import explain_full_disk
 from megatron_dagger.store.fence import permitted
 
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 STAGES = ("collect", "train", "evaluate")
 
 
-class Metrics:
-    """The metrics of one run directory; one process writes at a time."""
+class StageMetrics:
+    """The metrics of the stages of a run. One process writes at a time."""
 
     def __init__(self, run_dir: Path, *, wandb_project: str | None = None):
         self.path = run_dir / "metrics.jsonl"
@@ -40,10 +40,10 @@ class Metrics:
         *,
         steps: Iterable[Mapping[str, Any]] = (),
     ) -> bool:
-        """Append the stage's numbers; False if they are there already.
+        """Append the stage's numbers. Return False if they are recorded already.
 
-        ``steps`` are the lines of a training's own ``metrics.jsonl``; they go to the boards only, at the
-        step counted over all rounds.
+        ``steps`` are the lines of a training's own ``metrics.jsonl``. Only the trackers get them, with steps counted
+        over all rounds.
         """
         line = {"round": round_index, "stage": stage, **values}
         known = {(r["round"], r["stage"]): r for r in read_metrics(self.path)}
@@ -53,41 +53,41 @@ class Metrics:
         append_line(self.path, {"time": round(time.time(), 3), **line})
         earlier = [r for (index, name), r in known.items() if name == "train" and index < round_index]
         first_step = sum(int(r.get("steps", 0)) for r in earlier)
-        points = [boards.Point("round", round_index, f"{stage}/{name}", value) for name, value in _scalars(values)]
+        scalars = [Scalar("round", round_index, f"{stage}/{name}", value) for name, value in _numbers(values)]
         for step in steps:
-            at = first_step + int(step["step"])
-            points += [boards.Point("step", at, f"steps/{n}", value) for n, value in _scalars(step) if n != "step"]
-        boards.tensorboard(self._run_dir / "tensorboard", points)
+            index = first_step + int(step["step"])
+            scalars += [Scalar("step", index, f"steps/{name}", v) for name, v in _numbers(step) if name != "step"]
+        write_tensorboard(self._run_dir / "tensorboard", scalars)
         if self._wandb_project is not None:
-            boards.wandb(self._run_dir, self._wandb_project, points)
+            log_to_wandb(self._run_dir, self._wandb_project, scalars)
         return True
 
 
 def append_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON line, after cutting off what a killed writer left of the last one."""
+    """Append one JSON line, after cutting off an unfinished line of a killed writer. Raises DiskFullError."""
     data = (json.dumps(value, allow_nan=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         with permitted(path):
-            whole = _whole_lines(descriptor)
-            os.ftruncate(descriptor, whole)
+            end = _end_of_last_line(descriptor)
+            os.ftruncate(descriptor, end)
             try:
                 if os.write(descriptor, data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # what a short write means
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a short write means a full disk
                 os.fsync(descriptor)
             except OSError as error:
-                os.ftruncate(descriptor, whole)
+                os.ftruncate(descriptor, end)
                 raise explain_full_disk(error, path, len(data)) from error
     finally:
         os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; an unfinished last one is left out, as is a missing file."""
+    """Return the complete lines of a JSON-lines file, without an unfinished last one; none if there is no file."""
     if not path.exists():
         return []
-    found = []
+    values = []
     content = path.read_bytes()
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
         try:
@@ -95,14 +95,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             value = None
         if isinstance(value, dict):
-            found.append(value)
+            values.append(value)
         else:
             logger.warning("%s: line %d is no JSON object and is skipped", path, number)
-    return found
+    return values
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """One record per (round, stage), the last that was written, in the order of rounds and stages."""
+    """Return the last record of each (round, stage), in the order of rounds and stages."""
     latest = {
         (line["round"], line["stage"]): line
         for line in read_lines(path)
@@ -111,8 +111,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [latest[key] for key in sorted(latest, key=lambda key: (key[0], STAGES.index(key[1])))]
 
 
-def _whole_lines(descriptor: int) -> int:
-    """The size of the file up to the end of its last whole line, in bytes."""
+def _end_of_last_line(descriptor: int) -> int:
+    """Return the offset behind the last newline of the file, in bytes."""
     size = os.fstat(descriptor).st_size
     end = size
     while end > 0:
@@ -124,12 +124,12 @@ def _whole_lines(descriptor: int) -> int:
     return 0
 
 
-def _scalars(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Numbers of a (nested) record by name; lists, texts and None have no place in a curve."""
-    found: list[tuple[str, float]] = []
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Return the numbers of a nested record with their names; lists, texts and None are left out."""
+    numbers: list[tuple[str, float]] = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found += _scalars(value, f"{prefix}{name}/")
+            numbers += _numbers(value, f"{prefix}{name}/")
         elif isinstance(value, int | float) and name not in ("round", "time"):
-            found.append((prefix + name, float(value)))
-    return [(name, value) for name, value in found if not name.startswith("digests/")]
+            numbers.append((prefix + name, float(value)))
+    return [(name, value) for name, value in numbers if not name.startswith("digests/")]

@@ -1,4 +1,4 @@
-"""Live progress of long work: a bar on a terminal, a log line now and then elsewhere, and a status file."""
+"""Progress of long work: a bar on a terminal, periodic log lines elsewhere, and a status file of the run."""
 
 from __future__ import annotations
 
@@ -8,40 +8,39 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_dagger.observability.status_file import StatusFile, describe_error
+from megatron_dagger.observability.status_file import RunProcess, StatusFile, describe_error
 from megatron_dagger.store.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 2.0
-_END_S = 10.0
+_POLL_S = 2.0
+_JOIN_S = 10.0
 
 
 class Tracker:
-    """Counts work that is done. ``track`` makes it; call ``advance`` from one thread at a time."""
+    """Counts the units of work done. Made by ``track``; call ``advance`` from one thread at a time."""
 
     def __init__(self, description: str, total: int | None, unit: str, done: int, interval_s: float):
         self.description, self.total, self.unit = description, total, unit
         self.done = done
         self.note = ""
-        self._first = done  # what a resumed stage found done does not count for the rate
-        self._started = self._said = time.monotonic()
+        self._first = done  # units done before a resume do not count for the rate
+        self._started = self._reported = time.monotonic()
         self._interval_s = interval_s
-        self._listeners: list[Any] = []
+        self._listeners: list[Callable[[bool], None]] = []  # called with: is a periodic report due?
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """``count`` more units are done; ``note`` is shown beside them (a loss, a success rate)."""
+        """Count ``count`` more units as done. ``note``, such as a loss, is shown beside the count."""
         self.done += count
         self.note = self.note if note is None else note
         now = time.monotonic()
-        if now - self._said >= self._interval_s:
-            self._said = now
-            self._tell(periodic=True)
-        else:
-            self._tell(periodic=False)
+        periodic = now - self._reported >= self._interval_s
+        if periodic:
+            self._reported = now
+        for listener in self._listeners:
+            listener(periodic)
 
     @property
     def rate(self) -> float:
@@ -50,25 +49,21 @@ class Tracker:
 
     @property
     def remaining_s(self) -> float | None:
-        """Seconds left at this rate, or None where nothing can be said."""
+        """Seconds left at this rate, or None if the total or the rate is unknown."""
         if self.total is None or self.done <= self._first:
             return None
         return (self.total - self.done) / self.rate
 
     def text(self) -> str:
-        """One line: what is done, how fast, how long it still takes."""
+        """Return one line: units done, rate, time left, note."""
         total = "" if self.total is None else f"/{self.total}"
         rest = "" if self.remaining_s is None else f", {format_duration(self.remaining_s)} left"
         note = f", {self.note}" if self.note else ""
         return f"{self.description}: {self.done}{total} {self.unit} ({self.rate:.2f}/s{rest}){note}"
 
     def values(self) -> dict[str, Any]:
-        """What a status file says of it."""
+        """Return the fields of a status file."""
         return {name: getattr(self, name) for name in ("done", "total", "unit", "rate", "note")}
-
-    def _tell(self, *, periodic: bool) -> None:
-        for listener in self._listeners:
-            listener(periodic)
 
 
 @contextmanager
@@ -78,55 +73,51 @@ def track(
     *,
     unit: str = "episodes",
     done: int = 0,
-    run_dir: Path | None = None,
-    round_index: int | None = None,
-    stage: str | None = None,
-    worker: str | None = None,
-    log_file: Path | None = None,
     count: Callable[[], int] | None = None,
+    process: RunProcess | None = None,
+    stage: tuple[int, str] | None = None,
     interval_s: float = 10.0,
     stream: TextIO | None = None,
 ) -> Iterator[Tracker]:
-    """Show the progress of the work in the ``with`` block; ``done`` units were done before.
+    """Show the progress of the work in the ``with`` block. ``done`` units were done before.
 
-    Where another process does the work, ``count`` says how many units are done, and is asked every few seconds.
-    With ``run_dir`` a status file (see ``status_file``) tells it too, and how the block ended: an exception that
-    leaves it is recorded as the failure, with ``log_file`` as the place to look.
+    If another process does the work, ``count()`` returns how many units are done; it is called every few seconds.
+    With ``process`` the progress also goes to a status file of the run, of the stage ``stage`` (round, stage name) or,
+    without one, of the preparation. The file records how the block ended, including an exception that leaves it. Off a
+    terminal a log line is written every ``interval_s`` seconds.
     """
     stream = stream or sys.stderr
     tracker = Tracker(description, total, unit, done, interval_s)
     status = None
-    if run_dir is not None:
-        name = "prepare" if round_index is None else f"{round_index:04d}-{stage}"
-        where: dict[str, Any] = {"round_index": round_index, "stage": stage, "worker": worker, "log_file": log_file}
-        status = StatusFile(run_dir, name, description=description, progress=tracker.values, **where)
+    if process is not None:
+        status = StatusFile(process, description, stage=stage, progress=tracker.values)
         status.write()
         tracker._listeners.append(lambda periodic: status.changed())
 
-    def look() -> None:
+    def poll() -> None:
         try:
-            if count is not None and (found := count()) != tracker.done:
-                tracker.advance(found - tracker.done)
+            if count is not None and (counted := count()) != tracker.done:
+                tracker.advance(counted - tracker.done)
             if status is not None:
                 status.pulse()
-        except StoreError as problem:  # the run was taken over: the work itself ends at its next write
-            logger.warning("%s", problem)
+        except StoreError as error:  # the run was taken over; the work itself ends at its next write
+            logger.warning("%s", error)
 
     try:
-        with _every(_LOOK_S, look):
+        with _every(_POLL_S, poll):
             if stream.isatty():
                 with _bar(tracker, stream):
                     yield tracker
             else:
                 tracker._listeners.append(lambda periodic: logger.info("%s", tracker.text()) if periodic else None)
                 yield tracker
-        look()
+        poll()
         if not stream.isatty():
             logger.info("%s", tracker.text())
     except BaseException as error:
-        look()
+        poll()
         if status is not None:
-            stopped = not isinstance(error, Exception)  # SystemExit, or what asyncio makes of it
+            stopped = not isinstance(error, Exception)  # SystemExit, or the CancelledError that asyncio turns it into
             status.write("stopped" if stopped else "failed", None if stopped else describe_error(error))
         raise
     if status is not None:
@@ -135,11 +126,11 @@ def track(
 
 @contextmanager
 def _every(period_s: float, call: Callable[[], None]) -> Iterator[None]:
-    """Within the block a thread calls ``call`` again and again."""
-    ended = threading.Event()
+    """Call ``call`` periodically on a thread during the block."""
+    stop = threading.Event()
 
     def repeat() -> None:
-        while not ended.wait(period_s):
+        while not stop.wait(period_s):
             call()
 
     thread = threading.Thread(target=repeat, name="progress", daemon=True)
@@ -147,8 +138,8 @@ def _every(period_s: float, call: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        ended.set()
-        thread.join(_END_S)
+        stop.set()
+        thread.join(_JOIN_S)
 
 
 @contextmanager
@@ -175,7 +166,7 @@ def _bar(tracker: Tracker, stream: TextIO) -> Iterator[None]:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds in words: ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    """Return a duration as text: ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

@@ -194,18 +194,18 @@ function headline() {
   add(duration(seconds), "collecting, training and evaluating");
   const planned = D.planned_rounds;
   $("lede").textContent = !rounds.length ? "No stage of this run has finished yet."
-    : `${plural(rounds.length, "round")}${planned && planned > rounds.length ? ` of ${planned}` : ""}; round 0 learns from the teacher's own episodes, each later round from states that the student itself got into.`;
+    : `${plural(rounds.length, "round")}${planned && planned > rounds.length ? ` of ${planned}` : ""}; round 0 learns from the teacher's own episodes, each later round from the states that the student reaches.`;
   $("foot").textContent = `Written ${D.written} by megatron-dagger report.`;
 }
 
 function table() {
   const with2 = (main, small) => [main, small ? make("small", {}, small) : ""];
-  const outOf = (s) => s && `${s.solved}/${s.tasks}${s.given_up ? `, ${s.given_up} given up` : ""}`;
+  const outOf = (s) => s && `${s.solved}/${s.tasks}${s.given_up ? `, ${s.given_up} abandoned` : ""}`;
   const columns = [
     ["round", (r) => [r.index]],
     ["held out", (r) => with2(percent(r.evaluate?.heldout?.success, 1), outOf(r.evaluate?.heldout))],
     ["training tasks", (r) => with2(percent(r.evaluate?.train?.success, 1), outOf(r.evaluate?.train))],
-    ["episodes", (r) => with2(count(r.collect?.episodes), [r.collect?.broken_episodes && `${r.collect.broken_episodes} broken`, r.collect?.given_up && `${plural(r.collect.given_up, "task")} given up`].filter(Boolean).join(", "))],
+    ["episodes", (r) => with2(count(r.collect?.episodes), [r.collect?.broken_episodes && `${r.collect.broken_episodes} broken`, r.collect?.given_up && `${plural(r.collect.given_up, "task")} abandoned`].filter(Boolean).join(", "))],
     ["labelled turns", (r) => [count(r.collect?.labelled_turns)]],
     ["beta", (r) => [fixed(r.collect?.beta, 2)]],
     ["teacher's turns", (r) => [percent(r.collect?.teacher_turn_share, 1)]],

@@ -1,4 +1,4 @@
-"""What the report's page shows, as plain data: rounds, losses, and an even choice of episodes."""
+"""The data of the report page, as JSON values: rounds, losses, and an even selection of episodes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_dagger.observability.episode_source import EpisodeSource
 from megatron_dagger.observability.rundir import RoundFiles, RunFiles
-from megatron_dagger.observability.source import EpisodeSource, visible
+from megatron_dagger.observability.sanitize import sanitize
 from megatron_dagger.types import ActedBy, Trajectory
 
 MAX_LOSS_POINTS = 800
 MAX_TEXT = 2400  # characters of one observation or action
-MAX_EPISODES_BYTES = 8 << 20  # of all embedded episodes' texts
+MAX_EPISODES_CHARACTERS = 8 << 20  # of the texts of all embedded episodes
 
 Key = tuple[str, int]
 Slot = tuple[str, EpisodeSource, int, Key]  # kind, source, round, key
@@ -21,7 +22,7 @@ Slot = tuple[str, EpisodeSource, int, Key]  # kind, source, round, key
 def gather(
     run: RunFiles, data: EpisodeSource | None, evaluations: EpisodeSource | None, *, max_episodes: int
 ) -> dict[str, Any]:
-    """The page's data: JSON, bounded in size whatever the run's."""
+    """Return the page's data. Its size is bounded, whatever the size of the run."""
     slots = list(_slots(run, data, evaluations))
     episodes = _episodes(choose_evenly(slots, max_episodes))
     losses, steps = _losses(run.rounds)
@@ -38,18 +39,18 @@ def gather(
 
 
 def choose_evenly(slots: list[Slot], limit: int) -> list[Slot]:
-    """At most ``limit`` slots: as many of each (kind, round) as can be, evenly spread within each."""
+    """Return at most ``limit`` slots, shared equally between the (kind, round) groups and evenly spread in each."""
     groups: dict[tuple[str, int], list[Slot]] = {}
     for slot in slots:
         groups.setdefault((slot[0], slot[2]), []).append(slot)
-    quota, left = dict.fromkeys(groups, 0), limit
-    while left > 0:  # deal one to each group in turn, so that small groups leave their rest to large ones
+    quota, remaining = dict.fromkeys(groups, 0), limit
+    while remaining > 0:  # deal one to each group in turn: small groups leave their share to large ones
         open_groups = [name for name in groups if quota[name] < len(groups[name])]
         if not open_groups:
             break
-        for name in open_groups[:left]:
+        for name in open_groups[:remaining]:
             quota[name] += 1
-        left -= len(open_groups[:left])
+        remaining -= len(open_groups[:remaining])
     chosen = []
     for name, members in groups.items():
         chosen += [members[i * len(members) // quota[name]] for i in range(quota[name])]
@@ -57,22 +58,22 @@ def choose_evenly(slots: list[Slot], limit: int) -> list[Slot]:
 
 
 def describe(trajectory: Trajectory, kind: str) -> dict[str, Any]:
-    """One episode for the page; texts are cleaned of control characters and cut in the middle."""
+    """Return one episode for the page, its texts sanitized and clipped."""
     turns = []
     for turn in trajectory.turns:
         shown: dict[str, Any] = {
             "by": "teacher" if turn.acted_by is ActedBy.TEACHER else "student",
-            "saw": clip(visible(turn.observation)),
-            "did": clip(visible(turn.action.text)),
+            "saw": clip(sanitize(turn.observation)),
+            "did": clip(sanitize(turn.action.text)),
             "labelled": turn.label is not None,
         }
         if turn.label is not None and not turn.agrees:
-            shown["would"] = clip(visible(turn.label.text))
+            shown["would"] = clip(sanitize(turn.label.text))
         turns.append(shown)
     return {
         "kind": kind,
         "round": trajectory.round_index,
-        "task": visible(trajectory.task_id),
+        "task": sanitize(trajectory.task_id),
         "attempt": trajectory.attempt,
         "solved": trajectory.solved,
         "stop": trajectory.stop_reason.value,
@@ -83,7 +84,7 @@ def describe(trajectory: Trajectory, kind: str) -> dict[str, Any]:
 
 
 def clip(text: str) -> str:
-    """``text``, or its beginning and end with a note of how much is missing between them."""
+    """Return ``text`` or, if it is long, its beginning and end with a note of how much is left out."""
     if len(text) <= MAX_TEXT:
         return text
     head, tail = MAX_TEXT * 2 // 3, MAX_TEXT // 3
@@ -100,11 +101,11 @@ def _slots(run: RunFiles, data: EpisodeSource | None, evaluations: EpisodeSource
 
 
 def _episodes(slots: list[Slot]) -> list[dict[str, Any]]:
-    """The chosen episodes; when they are too large together, an even part of them."""
-    found = [describe(source.read(index, key), kind) for kind, source, index, key in slots]
-    sizes = [sum(len(t["saw"]) + len(t["did"]) + len(t.get("would", "")) for t in e["turns"]) for e in found]
-    keep = min(len(found), max(1, len(found) * MAX_EPISODES_BYTES // max(1, sum(sizes))))
-    return [found[i * len(found) // keep] for i in range(keep)] if found else []
+    """Return the episodes of ``slots`` or, if they are too large together, an even part of them."""
+    episodes = [describe(source.read(index, key), kind) for kind, source, index, key in slots]
+    sizes = [sum(len(t["saw"]) + len(t["did"]) + len(t.get("would", "")) for t in e["turns"]) for e in episodes]
+    keep = min(len(episodes), max(1, len(episodes) * MAX_EPISODES_CHARACTERS // max(1, sum(sizes))))
+    return [episodes[i * len(episodes) // keep] for i in range(keep)] if episodes else []
 
 
 def _round(files: RoundFiles) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _round(files: RoundFiles) -> dict[str, Any]:
 
 
 def _losses(rounds: list[RoundFiles]) -> tuple[list[list[float]], int]:
-    """[step over all rounds, mean loss, round] of stretches of equal length, and the number of steps."""
+    """Return [step over all rounds, mean loss, round] of intervals of equal length, and the number of steps."""
     points: list[tuple[int, float, int]] = []
     first = 0
     for files in rounds:
@@ -127,10 +128,10 @@ def _losses(rounds: list[RoundFiles]) -> tuple[list[list[float]], int]:
                 points.append((first + line["step"], float(line["loss"]), files.index))
         first += int((files.train or {}).get("steps") or len(files.steps))
     stride = -(-len(points) // MAX_LOSS_POINTS) or 1
-    found = []
+    curve = []
     for index in sorted({p[2] for p in points}):
         own = [p for p in points if p[2] == index]
         for start in range(0, len(own), stride):
             part = own[start : start + stride]
-            found.append([part[-1][0], round(sum(p[1] for p in part) / len(part), 5), index])
-    return found, len(points)
+            curve.append([part[-1][0], round(sum(p[1] for p in part) / len(part), 5), index])
+    return curve, len(points)

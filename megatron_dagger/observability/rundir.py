@@ -1,6 +1,6 @@
-"""Reads a run directory as it is at this moment: finished, at work, or killed.
+"""The small files of a run directory, read as they are now: the run may be finished, running or killed.
 
-A stage is done when its json file exists; everything that is missing or half there reads as not done.
+A stage is done when its JSON file exists. A missing or damaged file reads as not done.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ MANIFESTS = {"collect": "collect.json", "train": "train/manifest.json", "evaluat
 
 
 class NoRunError(ValueError):
-    """The directory holds no run."""
+    """The directory is no run directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundFiles:
-    """What a round has written so far; a stage that is not done is None. ``steps`` is its loss curve."""
+    """The files of a round. A stage that is not done is None. ``steps`` are the lines of the training's metrics."""
 
     index: int
     collect: dict[str, Any] | None = None
@@ -34,39 +34,40 @@ class RoundFiles:
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def stage(self, name: str) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = getattr(self, name)
-        return found
+        """Return the file of the stage ``name``, or None if the stage is not done."""
+        values: dict[str, Any] | None = getattr(self, name)
+        return values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFiles:
-    """A run directory's small files. ``config`` is plain dicts, empty where there is none.
+    """The small files of a run directory. ``config`` is plain dicts, empty if there is no readable config.yaml.
 
-    ``work`` is what processes said of themselves (see ``status_file``), the last that was written last.
+    ``statuses`` are the run's status files (see ``status_file``), the newest last.
     """
 
     path: Path
     config: dict[str, Any]
     rounds: list[RoundFiles]
-    work: list[dict[str, Any]]
+    statuses: list[dict[str, Any]]
     heldout_tasks: frozenset[str]
 
     @property
     def planned_rounds(self) -> int | None:
-        """Rounds in all, round 0 included, or None where the config does not say."""
+        """The total number of rounds, round 0 included, or None if the config does not have it."""
         rounds = (self.config.get("dagger") or {}).get("rounds")
         return rounds + 1 if isinstance(rounds, int) else None
 
     @property
     def finished_rounds(self) -> int:
-        """Rounds of which nothing is left to do; where only the last is evaluated, the others end with training."""
+        """The number of finished rounds. If only the last round is evaluated, the others end with their training."""
         last_only = (self.config.get("dagger") or {}).get("evaluate_rounds") == "last"
         last = (self.planned_rounds or 0) - 1
         return sum((r.train if last_only and r.index != last else r.evaluate) is not None for r in self.rounds)
 
 
 def read_run(path: Path) -> RunFiles:
-    """Read what is there; NoRunError if it is no run directory."""
+    """Read the files of a run. Raises NoRunError if ``path`` is no run directory."""
     path = Path(path)
     if not path.is_dir():
         raise NoRunError(f"{path}: there is no such directory")
@@ -76,7 +77,7 @@ def read_run(path: Path) -> RunFiles:
         path=path,
         config=_config(path / "config.yaml"),
         rounds=[_round(folder) for folder in sorted((path / "rounds").glob("[0-9]*")) if folder.name.isdigit()],
-        work=read_all(path),
+        statuses=read_all(path),
         heldout_tasks=frozenset(
             str(row["instance_id"]) for row in read_lines(path / "tasks" / "heldout.jsonl") if "instance_id" in row
         ),

@@ -1,11 +1,11 @@
-"""An episode turn by turn: what was seen, who acted, what the teacher would have done, the outcome."""
+"""An episode turn by turn, for a terminal: observation, action and who acted, the teacher's label, the outcome."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from megatron_dagger.observability.source import visible
+from megatron_dagger.observability.sanitize import sanitize
 from megatron_dagger.types import ActedBy, Trajectory, Turn
 
 if TYPE_CHECKING:
@@ -15,9 +15,9 @@ STYLES = {ActedBy.STUDENT: "bold blue", ActedBy.TEACHER: "bold yellow"}
 
 
 def show(trajectory: Trajectory, *, stream: TextIO | None = None, max_lines: int = 30) -> None:
-    """Write the episode to ``stream`` (stdout), in colours only on a terminal.
+    """Print an episode to ``stream`` (default: stdout), in colour on a terminal only.
 
-    An observation longer than ``max_lines`` is cut in its middle; 0 shows all.
+    Observations of more than ``max_lines`` lines are cut in the middle; 0 shows all lines.
     """
     from rich.console import Console
     from rich.text import Text
@@ -26,7 +26,7 @@ def show(trajectory: Trajectory, *, stream: TextIO | None = None, max_lines: int
     width = None if stream.isatty() else 100
     console = Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
     t = trajectory
-    console.print(Text(visible(t.task_id), style="bold"), end="")
+    console.print(Text(sanitize(t.task_id), style="bold"), end="")
     console.print(Text(f"  round {t.round_index}, attempt {t.attempt}, beta {t.beta:g}, {t.duration_s:.1f} s", "dim"))
     for depth, turn in enumerate(t.turns):
         _show_turn(console, depth, turn, max_lines)
@@ -35,24 +35,24 @@ def show(trajectory: Trajectory, *, stream: TextIO | None = None, max_lines: int
     agreeing = sum(turn.agrees for turn in compared)
     console.rule(style="dim")
     console.print(Text(outcome, style="bold green" if t.solved else "bold red"), end="")
-    agreement = f"the student agreed with the teacher in {agreeing} of {len(compared)} of its turns"
-    console.print(Text(f"  ({t.stop_reason.value}, {len(t.turns)} turns; {agreement})"))
+    agreeing_turns = f"the student agreed with the teacher in {agreeing} of {len(compared)} of its turns"
+    console.print(Text(f"  ({t.stop_reason.value}, {len(t.turns)} turns; {agreeing_turns})"))
     if t.details:
-        console.print(Text("  ".join(f"{k}={visible(str(v))}" for k, v in t.details.items()), style="dim"))
+        console.print(Text("  ".join(f"{k}={sanitize(str(v))}" for k, v in t.details.items()), style="dim"))
 
 
 def _show_turn(console: Console, depth: int, turn: Turn, max_lines: int) -> None:
     from rich.text import Text
 
     console.rule(Text(f"turn {depth + 1}"), style="dim", align="left")
-    console.print(Text(_clip(visible(turn.observation).rstrip(), max_lines), style="dim"))
+    console.print(Text(_clip(sanitize(turn.observation).rstrip(), max_lines), style="dim"))
     console.print(Text(f"{turn.acted_by.value:>8} > ", style=STYLES[turn.acted_by]), end="")
-    console.print(Text(visible(turn.action.text).strip()))
+    console.print(Text(sanitize(turn.action.text).strip()))
     if turn.label is None:
         console.print(Text("   (no label)", style="dim"))
     elif not turn.agrees:
         console.print(Text("teacher would ", style="bold magenta"), end="")
-        console.print(Text("> " + visible(turn.label.text).strip(), style="magenta"))
+        console.print(Text("> " + sanitize(turn.label.text).strip(), style="magenta"))
 
 
 def _clip(text: str, max_lines: int) -> str:

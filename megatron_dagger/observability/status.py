@@ -1,6 +1,6 @@
-"""What a run is doing and how far it is, from its files alone; the run may be going on, done or dead.
+"""The state and progress of a run, from its files alone: the run may be running, finished or dead.
 
-Any host will do that sees the files: where the process is on another, its status file's age says whether it lives.
+Works on any host that sees the files. A process on another host counts as alive while its status file is recent.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_dagger.observability.episode_source import EpisodeSource
 from megatron_dagger.observability.progress import format_duration
 from megatron_dagger.observability.rundir import MANIFESTS, RoundFiles, RunFiles, read_run
-from megatron_dagger.observability.source import EpisodeSource
 from megatron_dagger.observability.status_file import PULSE_S
 
-STALE_S = 4 * PULSE_S  # on another host a process that wrote nothing for so long is taken for dead
+STALE_S = 4 * PULSE_S  # a process on another host that wrote nothing for so long counts as dead
 _ERROR_LINES = 12
 
 
 def status(run_dir: Path, *, data: EpisodeSource | None = None) -> str:
-    """A text for people: rounds, their stages, who is at work, what failed and where its log is.
+    """Return a text: the rounds, their stages, the running processes, and each failure with its log.
 
-    ``data`` (the run's store) gives the number of committed episodes of rounds under way.
+    ``data``, the run's store, gives the number of committed episodes of unfinished rounds. Raises NoRunError.
     """
     run = read_run(run_dir)
     planned = f" of {run.planned_rounds}" if run.planned_rounds else ""
     lines = [f"{run.path}: {run.finished_rounds}{planned} rounds finished", ""]
     committed = {index: len(data.committed(index)) for index in data.rounds()} if data else {}
-    begun = {state["round"] for state in run.work if isinstance(state.get("round"), int)}
+    begun = {state["round"] for state in run.statuses if isinstance(state.get("round"), int)}
     rounds = {files.index: files for files in run.rounds}
     for index in sorted(begun | set(rounds)):
-        lines += _round_lines(rounds.get(index, RoundFiles(index=index)), run.work, committed.get(index))
+        lines += _round_lines(rounds.get(index, RoundFiles(index=index)), run.statuses, committed.get(index))
     lines += ["", *_now(run)]
     return "\n".join(lines) + "\n"
 
 
-def _round_lines(files: RoundFiles, work: list[dict[str, Any]], committed: int | None) -> list[str]:
+def _round_lines(files: RoundFiles, statuses: list[dict[str, Any]], committed: int | None) -> list[str]:
     lines = [f"round {files.index}"]
     describe = {"collect": _collect, "train": _train, "evaluate": _evaluate}
     for name in MANIFESTS:
-        states = [state for state in work if (state.get("round"), state.get("stage")) == (files.index, name)]
+        states = [state for state in statuses if (state.get("round"), state.get("stage")) == (files.index, name)]
         drivers = [state for state in states if not state.get("worker")]
         workers = sorted((state for state in states if state.get("worker")), key=lambda state: str(state["worker"]))
         values = files.stage(name)
@@ -49,21 +49,21 @@ def _round_lines(files: RoundFiles, work: list[dict[str, Any]], committed: int |
             jobs = dict.fromkeys(f", job {state['job']} on {state['node']}" for state in states if "job" in state)
             lines.append(f"  {name:<9} done     {describe[name](values)}{''.join(jobs)}")
             continue
-        current = drivers or workers  # the driver comes after the workers, and counts what they have done
+        current = drivers or workers  # the driver's counts include those of the workers
         parts = [_counts(_sum(current))] if current else []
         if name == "collect" and committed:
             parts.append(f"{committed} episodes committed")
         if name == "train" and files.steps:
             last = files.steps[-1]
             parts.append(f"step {last.get('step')}, loss {_number(last.get('loss'))}")
-        word = _word(current) if current else ("begun" if parts else "-")
-        lines.append(f"  {name:<9} {word:<8} {', '.join(parts)}".rstrip())
+        summary = _joint_liveness(current) if current else ("begun" if parts else "-")
+        lines.append(f"  {name:<9} {summary:<8} {', '.join(parts)}".rstrip())
         lines += [f"    {w['worker']:<9} {_liveness(w):<8} {_counts(w)}, {_where(w)}" for w in workers]
     return lines
 
 
 def _sum(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The progress of all of them together; rates are of those that run."""
+    """Return the summed progress of several processes. Only running processes count for the rate."""
     if len(states) == 1:
         return states[0]
     numbers = {name: sum(state.get(name) or 0 for state in states) for name in ("done", "total")}
@@ -71,10 +71,10 @@ def _sum(states: list[dict[str, Any]]) -> dict[str, Any]:
     return {**numbers, "rate": rate, "unit": states[0].get("unit")}
 
 
-def _word(states: list[dict[str, Any]]) -> str:
-    """One word for all: running as long as one runs, and else what is worst."""
-    words = [_liveness(state) for state in states]
-    return next(word for word in ("running", "failed", "killed", "stopped", *words) if word in words)
+def _joint_liveness(states: list[dict[str, Any]]) -> str:
+    """Return "running" if any process runs, and otherwise the worst state of all."""
+    all_states = [_liveness(state) for state in states]
+    return next(state for state in ("running", "failed", "killed", "stopped", *all_states) if state in all_states)
 
 
 def _collect(v: dict[str, Any]) -> str:
@@ -100,46 +100,48 @@ def _evaluate(v: dict[str, Any]) -> str:
         if part:
             band = f"{_percent(part.get('ci_low'))} to {_percent(part.get('ci_high'))}"
             success = _percent(part.get("success"))
-            given_up = f"; {part['given_up']} given up, not solved" if part.get("given_up") else ""
-            parts.append(f"{title} {success} ({part.get('solved')}/{part.get('tasks')}; {band}{given_up})")
+            abandoned = f"; {part['given_up']} abandoned, not solved" if part.get("given_up") else ""
+            parts.append(f"{title} {success} ({part.get('solved')}/{part.get('tasks')}; {band}{abandoned})")
     return ", ".join(parts) + _took(v)
 
 
 def _now(run: RunFiles) -> list[str]:
     if run.finished_rounds == run.planned_rounds:
         return ["The run is complete."]
-    if not run.work:
+    if not run.statuses:
         return ["No stage has reported yet."]
-    newest = run.work[-1]
+    newest = run.statuses[-1]
     place = (newest.get("round"), newest.get("stage"))
-    beside = [state for state in run.work[:-1] if (state.get("round"), state.get("stage")) == place != (None, None)]
-    states = [*(state for state in beside if _liveness(state) != "done"), newest]
-    return [line for state in states for line in _is_doing(state, run.path)]
+    same_stage = [
+        state for state in run.statuses[:-1] if (state.get("round"), state.get("stage")) == place != (None, None)
+    ]
+    states = [*(state for state in same_stage if _liveness(state) != "done"), newest]
+    return [line for state in states for line in _describe(state, run.path)]
 
 
-def _is_doing(state: dict[str, Any], path: Path) -> list[str]:
-    """What one process does, or how its work ended."""
+def _describe(state: dict[str, Any], path: Path) -> list[str]:
+    """Return lines that say what one process is doing, or how its work ended."""
     age = format_duration(time.time() - float(state.get("updated") or 0))
     progress = f": {_counts(state)}" if state.get("unit") else ""
-    what = f"{state.get('worker') or ''} {state.get('description')}{progress}".lstrip()
-    again = "The same command again goes on from there."
+    work = f"{state.get('worker') or ''} {state.get('description')}{progress}".lstrip()
+    again = "Run the same command again to resume."
     log = f"Its log: {state['log']}" if state.get("log") else f"Logs: {path / 'logs'}"
     match _liveness(state):
         case "running":
-            return [f"Now: {what} ({_where(state)}, {age} ago)"]
+            return [f"Now: {work} ({_where(state)}, {age} ago)"]
         case "killed":
-            return [f"Not running: {_where(state)} ended during {what}, {age} ago. {again}", log]
+            return [f"Not running: {_where(state)} ended during {work}, {age} ago. {again}", log]
         case "stopped":
-            return [f"Stopped as asked {age} ago in {what} ({_where(state)}). {again}", log]
+            return [f"Stopped on request {age} ago in {work} ({_where(state)}). {again}", log]
         case "failed":
             error = str(state.get("error")).splitlines()
             shown = error if len(error) <= _ERROR_LINES else [error[0], "...", *error[2 - _ERROR_LINES :]]
-            return [f"Failed {age} ago in {what} ({_where(state)})", *(f"  {line}" for line in shown), log]
-    return [f"Last: {what}, done {age} ago ({_where(state)})."]
+            return [f"Failed {age} ago in {work} ({_where(state)})", *(f"  {line}" for line in shown), log]
+    return [f"Last: {work}, done {age} ago ({_where(state)})."]
 
 
 def _liveness(state: dict[str, Any]) -> str:
-    """running, killed, stopped, failed or done."""
+    """Return running, killed, stopped, failed or done."""
     if state.get("state") != "running":
         return str(state.get("state"))
     if state.get("host") != socket.gethostname():
@@ -179,7 +181,7 @@ def _unlabelled(values: dict[str, Any]) -> str:
 
 
 def _broken(values: dict[str, Any]) -> str:
-    counts = {"broken episodes left out": "broken_episodes", "tasks given up": "given_up"}
+    counts = {"broken episodes left out": "broken_episodes", "tasks abandoned": "given_up"}
     return "".join(f", {title}: {values[name]}" for title, name in counts.items() if values.get(name))
 
 

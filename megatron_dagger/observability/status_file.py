@@ -1,8 +1,8 @@
-"""What a process says of its work on a run: one small file for each stage and worker, in ``RUN/status``.
+"""Status files: each process reports its work on a run in one small file per stage, in ``RUN/status``.
 
-``status/0001-collect-worker-0.json`` is replaced every few seconds while the stage runs and stays when it has
-ended. It names process, host, SLURM job and log. Whoever writes one keeps it younger than ``PULSE_S``, so that
-a reader on another host can tell work under way from work whose process is gone.
+``status/0001-collect-worker-0.json`` is replaced every few seconds while the stage runs, and stays afterwards. It names
+process, host, SLURM job and log. A live process rewrites its file at least every ``PULSE_S`` seconds; so a reader on
+another host recognises a dead process by the age of its file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +28,40 @@ PULSE_S = 30.0
 _PERIOD_S = 2.0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunProcess:
+    """A process that works on a run, as its status files name it."""
+
+    run_dir: Path
+    worker: str | None = None  # its name beside other workers; None for the driver
+    log_file: Path | None = None  # named in the status file, for the reader to look at
+
+
 class StatusFile:
-    """The file ``name`` of the driver, or of one worker beside others."""
+    """The file in which ``process`` reports one piece of work.
+
+    The file's name begins with ``stage`` (round and stage name), or with ``name`` for work outside of a stage.
+    """
 
     def __init__(
         self,
-        run_dir: Path,
-        name: str,
-        *,
+        process: RunProcess,
         description: str,
+        *,
+        stage: tuple[int, str] | None = None,
+        name: str = "prepare",
         progress: Callable[[], dict[str, Any]] = dict,
-        round_index: int | None = None,
-        stage: str | None = None,
-        worker: str | None = None,
-        log_file: Path | None = None,
     ):
-        self._path = run_dir / FOLDER / f"{name}{f'-{worker}' if worker else ''}.json"
+        round_index, stage_name = stage or (None, None)
+        name = name if stage is None else f"{round_index:04d}-{stage_name}"
+        worker, log_file = process.worker, process.log_file
+        self._path = process.run_dir / FOLDER / f"{name}{f'-{worker}' if worker else ''}.json"
         self._progress = progress
         self._written = 0.0
-        self._lock = threading.Lock()  # the pulse comes from a thread of its own
+        self._lock = threading.Lock()  # the thread of ``track`` writes too
         self._fixed = {
             "round": round_index,
-            "stage": stage,
+            "stage": stage_name,
             "worker": worker,
             "description": description,
             "pid": os.getpid(),
@@ -59,7 +72,7 @@ class StatusFile:
         }
 
     def write(self, state: str = "running", error: str | None = None, *, older_than_s: float = 0.0) -> None:
-        """Replace the file, if what it says is older than ``older_than_s``; a full disk is a warning."""
+        """Replace the file if it is older than ``older_than_s``. A file that cannot be written is a warning."""
         with self._lock:
             if time.monotonic() - self._written < older_than_s:
                 return
@@ -67,43 +80,44 @@ class StatusFile:
             values = {**self._fixed, "state": state, **self._progress(), "updated": time.time(), "error": error}
             try:
                 write_json(self._path, values)
-            except OSError as problem:  # progress must not end the work it reports
-                logger.warning("cannot write %s: %s", self._path, problem)
+            except OSError as write_error:  # a report must not end the work
+                logger.warning("cannot write %s: %s", self._path, write_error)
 
     def changed(self) -> None:
-        """There is progress: tell it, but not more often than every few seconds."""
+        """Report new progress, at most every few seconds."""
         self.write(older_than_s=_PERIOD_S)
 
     def pulse(self) -> None:
-        """Say that the work goes on although nothing has changed."""
+        """Report that the process is alive although nothing has changed."""
         self.write(older_than_s=PULSE_S)
 
 
 @contextmanager
-def failure_recorded(run_dir: Path, *, worker: str | None, log_file: Path) -> Iterator[None]:
-    """An exception that leaves the block gets a status file of its own, where no stage's file has it already."""
+def failure_recorded(process: RunProcess) -> Iterator[None]:
+    """Write an exception that leaves the block to a status file, unless a stage's file of this process has it."""
     try:
         yield
     except Exception as error:
         text = describe_error(error)
-        if text not in (state.get("error") for state in read_all(run_dir) if state.get("pid") == os.getpid()):
-            file = StatusFile(run_dir, "failure", description="starting a stage", worker=worker, log_file=log_file)
-            file.write("failed", text)
+        states = read_all(process.run_dir)
+        if text not in (state.get("error") for state in states if state.get("pid") == os.getpid()):
+            StatusFile(process, "starting a stage", name="failure").write("failed", text)
         raise
 
 
 def read_all(run_dir: Path) -> list[dict[str, Any]]:
-    """What all files say, the last that was written last; one that cannot be read is left out."""
-    found = []
+    """Return the content of all status files, the newest last. Unreadable files are skipped with a warning."""
+    states = []
     for path in (run_dir / FOLDER).glob("[0-9a-z]*.json"):
         try:
             state = read_json(path)
-        except UnreadableFileError as problem:
-            logger.warning("%s", problem)
+        except UnreadableFileError as error:
+            logger.warning("%s", error)
         else:
-            found += [state] if isinstance(state, dict) else []
-    return sorted(found, key=lambda state: float(state.get("updated") or 0))
+            states += [state] if isinstance(state, dict) else []
+    return sorted(states, key=lambda state: float(state.get("updated") or 0))
 
 
 def describe_error(error: BaseException) -> str:
+    """Return an exception as text: its type and its message."""
     return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The boards that people watch: TensorBoard and Weights & Biases. Both are optional, and neither can stop a run."""
+"""Experiment trackers: TensorBoard and Weights & Biases. Both are optional, and neither can stop a run."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 logger = logging.getLogger(__name__)
 
 
-class Point(NamedTuple):
-    """A number of a curve: ``axis`` is what ``at`` counts, round or (optimizer) step."""
+class Scalar(NamedTuple):
+    """One value of a curve: ``name`` has ``value`` at round or step ``number``."""
 
-    axis: str
-    at: int
+    axis: Literal["round", "step"]  # optimizer steps, counted over all rounds
+    number: int  # of the round or step
     name: str
     value: float
 
 
-def tensorboard(directory: Path, points: Sequence[Point]) -> None:
-    """Write an event file, if TensorBoard is installed."""
+def write_tensorboard(directory: Path, scalars: Sequence[Scalar]) -> None:
+    """Write an event file to ``directory``, if TensorBoard is installed."""
     try:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -34,34 +34,34 @@ def tensorboard(directory: Path, points: Sequence[Point]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     writer = EventFileWriter(str(directory))
     try:
-        for point in points:
-            summary = Summary(value=[Summary.Value(tag=point.name, simple_value=point.value)])
-            writer.add_event(Event(wall_time=time.time(), step=point.at, summary=summary))
+        for scalar in scalars:
+            summary = Summary(value=[Summary.Value(tag=scalar.name, simple_value=scalar.value)])
+            writer.add_event(Event(wall_time=time.time(), step=scalar.number, summary=summary))
     finally:
         writer.close()
 
 
-def wandb(run_dir: Path, project: str, points: Sequence[Point]) -> None:
-    """Add to the W&B run of this run directory: one run across all rounds, stages and jobs.
+def log_to_wandb(run_dir: Path, project: str, scalars: Sequence[Scalar]) -> None:
+    """Log to the W&B run of this run directory: one W&B run for all rounds, stages and jobs.
 
-    Mode and key are W&B's own variables (WANDB_MODE=offline, WANDB_API_KEY).
+    W&B's own variables set mode and key (WANDB_MODE=offline, WANDB_API_KEY).
     """
     try:
-        import wandb as library
+        import wandb
     except ImportError:
-        logger.warning("wandb_project is set, but wandb is not installed")
+        logger.warning("wandb_project=%s is set, but wandb is not installed: pip install wandb", project)
         return
     name = run_dir.resolve().name
     identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
     try:
-        settings = library.Settings(silent=True, console="off")
-        with library.init(
+        settings = wandb.Settings(silent=True, console="off")
+        with wandb.init(
             project=project, id=identity, name=name, dir=str(run_dir), resume="allow", settings=settings
         ) as run:
             run.define_metric("steps/*", step_metric="step")
             for stage in ("collect", "train", "evaluate"):
                 run.define_metric(f"{stage}/*", step_metric="round")
-            for (axis, at), group in itertools.groupby(points, key=lambda point: (point.axis, point.at)):
-                run.log({axis: at, **{point.name: point.value for point in group}})
-    except Exception as error:  # its server, its disk, its version: the run goes on
-        logger.warning("W&B did not take the numbers: %s", error)
+            for (axis, number), group in itertools.groupby(scalars, key=lambda scalar: (scalar.axis, scalar.number)):
+                run.log({axis: number, **{scalar.name: scalar.value for scalar in group}})
+    except Exception as error:  # its server, its disk, its version: the run continues without it
+        logger.warning("cannot log to W&B: %s", error)

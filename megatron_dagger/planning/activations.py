@@ -1,6 +1,7 @@
-"""What a rank keeps of its micro-batches for their backward passes, and what is there besides while these last.
+"""The activations that a rank keeps for the backward passes of its micro-batches, and what those passes add.
 
-Layers by the tables in ``saved``; which of them are under way at a time by the pipeline's schedule; logits.
+The tables in ``saved_tensors`` give the bytes of a layer, the pipeline's schedule the number of micro-batches in
+flight; the last stage adds logits.
 """
 
 from __future__ import annotations
@@ -10,35 +11,37 @@ from megatron_dagger.config.training import TrainingConfig
 from megatron_dagger.planning.saved_tensors import FP32, SavedTensor, Split, itemsize, layer_tensors
 
 
-def layer_bytes(model: ModelConfig, training: TrainingConfig, *, engine: bool, expert_load: float = 1.0) -> float:
-    """What one layer keeps of one micro-batch on one rank between its forward and its backward pass."""
+def layer_bytes(model: ModelConfig, training: TrainingConfig, *, te: bool, expert_load: float = 1.0) -> float:
+    """Return the bytes that one layer keeps of one micro-batch on one rank between forward and backward pass."""
     if training.recompute == "full":
         return training.sequence_length * _layer_input(model, training).here(training)
-    again = set(training.recompute_modules) if training.recompute == "selective" else set()
-    tensors = layer_tensors(model, training, engine=engine, expert_load=expert_load)
-    return training.sequence_length * sum(t.here(training) for t in tensors if not again & set(t.modules))
+    recomputed = set(training.recompute_modules) if training.recompute == "selective" else set()
+    tensors = layer_tensors(model, training, te=te, expert_load=expert_load)
+    return training.sequence_length * sum(t.here(training) for t in tensors if not recomputed & set(t.modules))
 
 
-def recomputed_bytes(model: ModelConfig, training: TrainingConfig, *, engine: bool, expert_load: float = 1.0) -> float:
-    """What the backward pass of one layer makes again, while it lasts; of its modules one is at work at a time."""
+def recomputed_bytes(model: ModelConfig, training: TrainingConfig, *, te: bool, expert_load: float = 1.0) -> float:
+    """Return the bytes that the backward pass of one layer recomputes; only one of its modules runs at a time."""
     if training.recompute == "none":
         return 0.0
-    tensors = layer_tensors(model, training, engine=engine, expert_load=expert_load)
+    tensors = layer_tensors(model, training, te=te, expert_load=expert_load)
     if training.recompute == "selective":
         of_modules = [[t for t in tensors if module in t.modules] for module in training.recompute_modules]
-        return training.sequence_length * max((sum(t.here(training) for t in made) for made in of_modules), default=0.0)
-    made = sum(t.here(training) for t in tensors)
-    if engine or training.precision == "fp32":  # kept already: the norm's input is the layer's
-        made -= _layer_input(model, training).here(training)
-    return training.sequence_length * made
+        sizes = (sum(t.here(training) for t in of_module) for of_module in of_modules)
+        return training.sequence_length * max(sizes, default=0.0)
+    per_token = sum(t.here(training) for t in tensors)
+    if te or training.precision == "fp32":  # kept already: the norm's input is the layer's input
+        per_token -= _layer_input(model, training).here(training)
+    return training.sequence_length * per_token
 
 
 def gradient_bytes(model: ModelConfig, training: TrainingConfig, *, expert_load: float = 1.0) -> float:
-    """The gradients that are there at once in the MLP's backward pass, the widest part of a layer.
+    """Return the bytes of the gradients that exist at once in the MLP's backward pass, the widest part of a layer.
 
-    Those of down's input, of gate and up, of the layer's output and of the norm's output, which sequence
-    parallelism gathers over the ranks together with the norm's output itself. Of experts, those of the dispatched
-    tokens at their input and, twice while ranks exchange them, at their output; the layer's are cut then.
+    They are the gradients of down's input, of gate and up, of the layer's output and of the norm's output; sequence
+    parallelism gathers the last of these over the ranks, together with the norm's output itself. With experts they
+    are the gradients of the dispatched tokens at the experts' input and, twice while ranks exchange them, at their
+    output; the gradients of the layer's output are then cut over the ranks.
     """
     size, parallel = itemsize(training), training.parallel
     tp, hidden = parallel.tensor_model_parallel_size, model.hidden_size
@@ -53,9 +56,9 @@ def gradient_bytes(model: ModelConfig, training: TrainingConfig, *, expert_load:
 
 
 def in_flight_layers(model: ModelConfig, training: TrainingConfig, stage: int) -> int:
-    """Layers, counted once per micro-batch, whose activations a stage holds at most.
+    """Return the largest number of layers, counted once per micro-batch, whose activations a stage holds.
 
-    1F1B: stage i of p has min(p - i, m) micro-batches under way (Narayanan et al., arXiv 2104.04473, section
+    1F1B: stage i of p has min(p - i, m) micro-batches in flight (Narayanan et al., arXiv 2104.04473, section
     2.2.1). Interleaved with v chunks: 2 (p - i - 1) + (v - 1) p + 1 chunks, at most m v (section 2.2.2 and
     ``get_pp_rank_microbatches`` in Megatron-Core's schedules).
     """
@@ -70,9 +73,9 @@ def in_flight_layers(model: ModelConfig, training: TrainingConfig, stage: int) -
     return min(chunks, micro_batches * virtual) * (model.num_layers // (stages * virtual))
 
 
-def head_bytes(model: ModelConfig, training: TrainingConfig, label_tokens: int, *, engine: bool) -> float:
-    """What the last stage's norm and the output layer's input keep."""
-    saved = (2 if engine else 2 * FP32) * model.hidden_size
+def head_bytes(model: ModelConfig, training: TrainingConfig, label_tokens: int, *, te: bool) -> float:
+    """Return the bytes that the last stage's norm and the output layer's input keep."""
+    saved = (2 if te else 2 * FP32) * model.hidden_size
     norm = SavedTensor(name="last norm", bytes=saved, split=Split.SEQUENCE).here(training)
     size = itemsize(training)
     if training.parallel.sequence_parallel:
@@ -83,15 +86,15 @@ def head_bytes(model: ModelConfig, training: TrainingConfig, label_tokens: int, 
 
 
 def logits_bytes(model: ModelConfig, training: TrainingConfig, positions: int, *, kept: bool) -> float:
-    """The logits of ``positions`` tokens on one rank.
+    """Return the bytes of the logits of ``positions`` tokens on one rank.
 
-    Megatron's vocabulary-parallel cross-entropy keeps the softmax in fp32 and computes in place; in BF16
-    the logits themselves, and then their gradient, are there besides (``tensor_parallel/cross_entropy.py``), and
-    with sequence parallelism the output layer's input, gathered. ``kept``: only what autograd holds.
+    Megatron's vocabulary-parallel cross-entropy keeps the softmax in fp32 and computes in place. In BF16 the logits,
+    and then their gradient, are added (``tensor_parallel/cross_entropy.py``), and with sequence parallelism the
+    gathered input of the output layer. With ``kept``, return only what autograd holds.
     """
     tp = training.parallel.tensor_model_parallel_size
     columns = padded_vocab_size(model, tp) // tp
-    masked = padded_vocab_size(model, tp) != model.vocab_size  # a copy: padding gets no probability
+    masked = padded_vocab_size(model, tp) != model.vocab_size  # a masked copy: padding gets no probability
     size = itemsize(training)
     if kept:
         return positions * columns * FP32

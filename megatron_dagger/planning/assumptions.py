@@ -1,4 +1,4 @@
-"""What the planner assumes and cannot derive: each number has a name, is printed with the plan, and can be changed."""
+"""The numbers that the planner cannot derive. Each has a name, is printed with the plan and can be changed."""
 
 from __future__ import annotations
 
@@ -20,26 +20,30 @@ _SHARES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """Shares lie in (0, 1], times are in seconds, memory is in GiB. None of them was measured on a GPU by us."""
+    """Shares lie in (0, 1], times are in seconds, memory is in GiB. None of these numbers was measured on a GPU."""
 
     # memory
-    reserve_gib: float = 4.0  # per GPU: CUDA context, NCCL and cuBLAS buffers, what the loader holds for a moment
-    fragmentation: float = 0.08  # of the activations: what the caching allocator cannot use
-    expert_load: float = 1.5  # tokens of the busiest expert-parallel rank, of the mean (1: balanced); EP 1 has no such
+    reserve_gib: float = 4.0  # per GPU: CUDA context, NCCL and cuBLAS buffers, what the weight loader holds briefly
+    fragmentation: float = 0.08  # of the activations: memory that the caching allocator cannot use
+    expert_load: float = 1.5  # tokens of the busiest expert-parallel rank over the mean (1: balanced); unused with EP 1
     label_share: float = 0.5  # of a packed row's tokens, at most: logits are computed for label tokens only
     serving_gib: float = 3.0  # per GPU of an engine: its activations and CUDA graphs
-    # the share of the peak
+    # shares of the GPU's peak
     mfu: float = 0.4  # training's matrix products in BF16 and fp32 and its attention, communication included
     mfu_fp8: float = 0.25  # matrix products in FP8, of FP8's peak
-    experts_share: float = 0.6  # of these two, in experts' products: many and small, and their tokens are exchanged
+    experts_share: float = (
+        0.6  # factor on these two for experts: their products are small and many, and tokens are exchanged
+    )
     prefill_mfu: float = 0.4  # of prompts
     bandwidth_share: float = 0.7  # of the memory's bandwidth, in decoding
-    decode_step_s: float = 0.008  # of every decoding step besides: launches, all-reduces, sampling
-    # what episodes are like
+    decode_step_s: float = 0.008  # added to every decoding step: launches, all-reduces, sampling
+    # episodes
     turns_share: float = 0.5  # an episode's turns, of limits.max_turns
     tokens_share: float = 0.5  # its tokens at the end, of limits.max_tokens
-    reply_share: float = 0.25  # of these, what policies wrote; the rest is read
-    agreement: float = 0.3  # of the student's turns, in which the label is what it did: no tokens of its own
+    reply_share: float = 0.25  # of these tokens, the share that policies wrote; the rest is read
+    agreement: float = (
+        0.3  # share of the student's turns whose label is the executed action: such a label adds no tokens
+    )
     tool_s: float = 2.0  # per turn, outside the engine: the command in the sandbox
     other_s: float = 180.0  # per stage: start-up, loading, checkpoints
 

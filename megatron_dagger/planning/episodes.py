@@ -1,4 +1,4 @@
-"""What episodes are assumed to be like, and how many tokens their labels take in packed rows."""
+"""The assumed mean episode, and the tokens that its labels take in packed rows."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ class Episodes:
 
     @classmethod
     def of(cls, config: RunConfig, assumed: Assumptions) -> Episodes:
+        """Return the mean episode under the limits of ``config``."""
         limits = config.rollout.limits
         turns, tokens = limits.max_turns * assumed.turns_share, limits.max_tokens * assumed.tokens_share
         reply = min(tokens * assumed.reply_share / turns, config.rollout.sampling.max_tokens)
         return cls(turns=turns, tokens=tokens, reply=reply)
 
     def branches(self, student_share: float, assumed: Assumptions) -> float:
-        """Labels that differ from what was executed: their tokens are not on the trunk."""
+        """Return the number of labels that differ from the executed action: their tokens are not on the trunk."""
         return self.turns * student_share * (1 - assumed.agreement)
 
 
 def student_share(dagger: DaggerConfig, beta: float, round_index: int, turns: float) -> float:
-    """The student's share of a round's turns: 1 - beta, or where it acts for the first k ~ Uniform{0..T} turns,
-    E[min(k, turns)] / turns. Round 0 is the teacher's."""
+    """Return the student's share of a round's turns; round 0 is the teacher's.
+
+    1 - beta with mixing per turn. With mixing by prefix the student acts in the first k ~ Uniform{0..T} turns, which
+    gives E[min(k, turns)] / turns.
+    """
     if round_index == 0:
         return 0.0
     if dagger.mixing == "per_turn":
@@ -40,14 +44,17 @@ def student_share(dagger: DaggerConfig, beta: float, round_index: int, turns: fl
 
 
 def row_tokens(training: TrainingConfig, assumed: Assumptions, episodes: Episodes, share: float) -> float:
-    """Tokens that one episode takes in packed rows: its trunk, and each label that differs, as a branch or, with
-    ``training.packing=separate``, as a sample with a copy of its prefix, half the episode on average."""
+    """Return the tokens that one episode takes in packed rows: its trunk, and each label that differs from it.
+
+    Such a label is a branch or, with ``training.packing=separate``, a sample with a copy of its prefix, which is half
+    the episode on average.
+    """
     prefix = 0.0 if training.packing == "shared_prefix" else episodes.tokens / 2
     return episodes.tokens + episodes.branches(share, assumed) * (prefix + episodes.reply)
 
 
 def mean_sample(training: TrainingConfig, assumed: Assumptions, episodes: Episodes, share: float) -> float:
-    """The length of the sample that a token stands in, on average over tokens: sum of squares over sum.
+    """Return the mean length of the sample around a token, averaged over tokens: sum of squares over sum.
 
     A prefix ends anywhere in the episode with the same probability, so its mean square is 4/3 of its squared mean.
     """

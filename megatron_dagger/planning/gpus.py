@@ -1,13 +1,31 @@
-"""GPUs by name: what the vendor's data sheets say."""
+"""GPUs by name, with the numbers of the vendor's data sheets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Dense tensor-core peaks in FLOP/s (without sparsity): BF16, and FP8 if the GPU has it. The words of a key are parts
+# of the name that CUDA reports; the first match counts. From NVIDIA's data sheets.
+TENSOR_PEAKS: dict[str, tuple[float, float | None]] = {
+    "H100 PCIe": (756e12, 1513e12),
+    "H100 NVL": (835e12, 1671e12),
+    "H100": (989e12, 1979e12),
+    "H200": (989e12, 1979e12),
+    "A100": (312e12, None),
+}
+
+
+def device_peak(device: str, *, fp8: bool) -> float | None:
+    """Return the tensor-core peak in FLOP/s of a GPU by the name that CUDA reports; None if it is not known."""
+    for name, (bf16_flops, fp8_flops) in TENSOR_PEAKS.items():
+        if all(word in device for word in name.split()):
+            return fp8_flops if fp8 else bf16_flops
+    return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU. Peaks are dense (without sparsity); ``memory_gib`` is what CUDA reports as its total memory."""
+    """One GPU. Peaks are dense (without sparsity); ``memory_gib`` is the total memory that CUDA reports."""
 
     name: str
     memory_gib: float
@@ -17,7 +35,7 @@ class Gpu:
     fp32_flops: float  # without tensor cores
 
     def flops(self, precision: str) -> float:
-        """The peak of matrix products in a training precision; ValueError where the GPU lacks it."""
+        """Return the peak of matrix products in a training precision. Raises ValueError if the GPU lacks it."""
         if precision == "fp32":
             return self.fp32_flops
         if not precision.startswith("fp8"):
@@ -27,12 +45,24 @@ class Gpu:
         return self.fp8_flops
 
 
-# NVIDIA's data sheets of the SXM modules: H100, H200, A100 80GB.
+def _sxm(name: str, *, memory_gib: float, bandwidth: float, fp32_flops: float) -> Gpu:
+    bf16_flops, fp8_flops = TENSOR_PEAKS[name.upper()]
+    return Gpu(
+        name=name,
+        memory_gib=memory_gib,
+        bandwidth=bandwidth,
+        bf16_flops=bf16_flops,
+        fp8_flops=fp8_flops,
+        fp32_flops=fp32_flops,
+    )
+
+
+# The SXM modules: H100, H200, A100 80GB.
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu(name="h100", memory_gib=79.1, bandwidth=3.35e12, bf16_flops=989e12, fp8_flops=1979e12, fp32_flops=67e12),
-        Gpu(name="h200", memory_gib=139.7, bandwidth=4.8e12, bf16_flops=989e12, fp8_flops=1979e12, fp32_flops=67e12),
-        Gpu(name="a100", memory_gib=79.1, bandwidth=2.039e12, bf16_flops=312e12, fp8_flops=None, fp32_flops=19.5e12),
+        _sxm("h100", memory_gib=79.1, bandwidth=3.35e12, fp32_flops=67e12),
+        _sxm("h200", memory_gib=139.7, bandwidth=4.8e12, fp32_flops=67e12),
+        _sxm("a100", memory_gib=79.1, bandwidth=2.039e12, fp32_flops=19.5e12),
     )
 }

@@ -1,4 +1,4 @@
-"""How many parameters a rank of the trainer, or a worker of the engine, holds: exact.
+"""The exact number of parameters that a rank of the trainer, or a worker of the engine, holds.
 
 The shapes are those of Megatron-Core's GPTModel: Q, K and V in one matrix, gate and up projection in another,
 norms and routers on every tensor-parallel rank; with tied embeddings and a pipeline the last stage has a copy.
@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dagger.config.model import ModelConfig, padded_vocab_size
+from megatron_dagger.config.model import VLLM_VOCAB_MULTIPLE, ModelConfig, padded_vocab_size
 from megatron_dagger.config.training import ParallelConfig
-
-_VLLM_VOCAB_MULTIPLE = 64  # vllm.model_executor.layers.vocab_parallel_embedding.DEFAULT_VOCAB_PADDING_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Parameters of one rank: of the layers' linears ``matrices`` and ``experts`` (FP8 takes both), and others."""
+    """Parameters of one rank. ``matrices`` and ``experts`` are the layers' linears, which FP8 converts."""
 
     matrices: int
     experts: int
@@ -34,7 +32,7 @@ class Parameters:
 
 
 def dense_matrices(model: ModelConfig) -> int:
-    """The weights of a layer's linears that every token meets, over all tensor-parallel ranks."""
+    """Return the weights of a layer's linears that every token passes, summed over tensor-parallel ranks."""
     queries = model.num_attention_heads * model.kv_channels
     keys = model.num_query_groups * model.kv_channels
     attention = model.hidden_size * (queries + 2 * keys) + queries * model.hidden_size
@@ -42,26 +40,27 @@ def dense_matrices(model: ModelConfig) -> int:
 
 
 def layer_experts(model: ModelConfig) -> int:
-    """The weights of a layer's experts, all of them."""
+    """Return the weights of all experts of a layer."""
     return (model.num_moe_experts or 0) * expert_matrices(model)
 
 
 def expert_matrices(model: ModelConfig) -> int:
-    """The weights of one expert: gate, up and down."""
+    """Return the weights of one expert: gate, up and down."""
     return 3 * model.hidden_size * (model.moe_ffn_hidden_size or 0)
 
 
 def router_weights(model: ModelConfig) -> int:
+    """Return the weights of a layer's router; 0 for a dense model."""
     return (model.num_moe_experts or 0) * model.hidden_size
 
 
 def total_parameters(model: ModelConfig) -> int:
-    """The model's parameters as published: nothing padded, tied embeddings counted once."""
+    """Return the model's parameters as published: without padding, tied embeddings counted once."""
     return _parameters(model, layer_experts(model))
 
 
 def active_parameters(model: ModelConfig) -> int:
-    """Those that a token meets: of the experts ``moe_router_topk``."""
+    """Return the parameters that a token passes: of the experts ``moe_router_topk``."""
     return _parameters(model, model.moe_router_topk * expert_matrices(model))
 
 
@@ -73,7 +72,7 @@ def _parameters(model: ModelConfig, experts: int) -> int:
 
 
 def rank_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> Parameters:
-    """What each rank of pipeline stage ``stage`` holds, all of its virtual stages together."""
+    """Return what each rank of pipeline stage ``stage`` holds, over all of its virtual stages."""
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     layers, first, last = model.num_layers // stages, stage == 0, stage == stages - 1
     own_output = last and not (model.tie_embeddings and first)
@@ -88,14 +87,14 @@ def rank_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) ->
 
 
 def worker_parameters(model: ModelConfig, tensor_parallel_size: int) -> Parameters:
-    """What each tensor-parallel worker of vLLM holds; with fewer KV heads than workers, each has a copy of one.
+    """Return what each tensor-parallel worker of vLLM holds; with fewer KV heads than workers each has a copy of one.
 
-    As many of the experts' weights whether these are cut over the workers or, with ``enable_expert_parallel``, dealt
-    out whole (``FusedMoEParallelConfig.make``).
+    The number of expert weights is the same whether experts are cut over the workers or, with
+    ``enable_expert_parallel``, distributed whole (``FusedMoEParallelConfig.make``).
     """
     tp = tensor_parallel_size
     copies = max(tp, model.num_query_groups) - model.num_query_groups  # of KV heads, over all workers
-    rows = -(-model.vocab_size // _VLLM_VOCAB_MULTIPLE) * _VLLM_VOCAB_MULTIPLE
+    rows = -(-model.vocab_size // VLLM_VOCAB_MULTIPLE) * VLLM_VOCAB_MULTIPLE
     layer = dense_matrices(model) + 2 * copies * model.kv_channels * model.hidden_size
     return Parameters(
         matrices=model.num_layers * layer // tp,
@@ -106,7 +105,7 @@ def worker_parameters(model: ModelConfig, tensor_parallel_size: int) -> Paramete
 
 
 def _layer_small(model: ModelConfig, tp: int) -> int:
-    """Norms and the router, which are whole on every rank, and Qwen2's biases of Q, K and V."""
-    norms = 2 * model.hidden_size + (2 * model.kv_channels if model.family.startswith("qwen3") else 0)
+    """Return norms and router, which are whole on every rank, and a rank's biases of Q, K and V."""
+    norms = 2 * model.hidden_size + (2 * model.kv_channels if model.qk_norm else 0)
     heads = model.num_attention_heads + 2 * model.num_query_groups
-    return norms + router_weights(model) + (heads * model.kv_channels // tp if model.family == "qwen2" else 0)
+    return norms + router_weights(model) + (heads * model.kv_channels // tp if model.qkv_bias else 0)

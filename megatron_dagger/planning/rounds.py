@@ -1,4 +1,4 @@
-"""The hours of every round: collect, train on the aggregated data, evaluate."""
+"""The duration of every round: collect, train on the aggregated data, evaluate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_dagger.planning.speed import RolloutSpeed, training_speed
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTime:
-    """One round; round 0 is SFT. Its turns are the states that the teacher labels."""
+    """One round; round 0 is SFT. Every turn is a state that the teacher labels."""
 
     round_index: int
     student_share: float  # of the turns
@@ -40,7 +40,7 @@ def round_times(
     rollout: RolloutSpeed,
     episodes: Episodes,
 ) -> tuple[RoundTime, ...]:
-    """Every round's seconds; ``betas`` are the teacher's shares of the turns, by round."""
+    """Return the seconds of every round; ``betas`` are the teacher's shares of the turns, by round."""
     dagger, training = config.dagger, config.training
     shares = [student_share(dagger, beta, index, episodes.turns) for index, beta in enumerate(betas)]
     tasks = [dagger.sft_tasks] + [dagger.tasks_per_round] * dagger.rounds
@@ -70,12 +70,13 @@ def round_times(
 
 
 def _labels_kept(config: RunConfig, turns: float) -> float:
-    most = config.dagger.aggregation.max_labels_per_round
-    return 1.0 if most is None else min(1.0, most / turns)
+    """Return the share of a round's labels, one for each of its ``turns``, that aggregation keeps."""
+    limit = config.dagger.aggregation.max_labels_per_round
+    return 1.0 if limit is None else min(1.0, limit / turns)
 
 
 def _first_round(config: RunConfig, index: int) -> int:
-    """The oldest round whose data a round trains on."""
+    """Return the oldest round whose data round ``index`` trains on."""
     aggregation = config.dagger.aggregation
     if aggregation.window == "all":
         return 0
@@ -83,7 +84,7 @@ def _first_round(config: RunConfig, index: int) -> int:
 
 
 def _steps(config: RunConfig, tokens: float) -> int:
-    """As ``training.batches``: so many passes over the rows, the last step filled up."""
+    """Return the steps of ``epochs`` passes over the rows, the last step filled up, as in ``training.data.batches``."""
     training = config.training
     rows = max(1, math.ceil(tokens / training.sequence_length))
     steps = math.ceil(rows * training.epochs * training.sequence_length / training.global_batch_tokens)
@@ -91,6 +92,7 @@ def _steps(config: RunConfig, tokens: float) -> int:
 
 
 def _evaluate_s(config: RunConfig, index: int, assumed: Assumptions, episode_s: float) -> float:
+    """Return the seconds of a round's evaluation, at ``episode_s`` seconds of the engine's time per episode."""
     dagger = config.dagger
     if dagger.evaluate_rounds == "last" and index < dagger.rounds:
         return 0.0

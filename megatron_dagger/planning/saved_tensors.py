@@ -1,15 +1,15 @@
-"""What one layer keeps for its backward pass, tensor by tensor: a table per layer specification.
+"""The tensors that one layer keeps for its backward pass: a table per layer specification.
 
-After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198,
-section 4), but for GQA, SwiGLU, per-head norms, experts and fused attention, whose scores are never stored, and
-for micro-batches of one packed row. The local layers' tables are what ``torch.autograd`` was seen to save (a test
-measures them); Transformer Engine's are read off its sources and Megatron-Core's, and were not measured.
+Based on Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198,
+section 4), but for GQA, SwiGLU, per-head norms, experts, fused attention, whose scores are never stored, and
+micro-batches of one packed row. A test measures the local layers' tables against ``torch.autograd``. Transformer
+Engine's tables come from reading its sources and Megatron-Core's, and were not measured.
 
-Experts: a token's ``moe_router_topk`` copies go to the ranks of its experts (``MoEAlltoAllTokenDispatcher``), none
-is dropped, and a rank gets as many as it sends where the experts are equally asked for, ``expert_load`` times as
-many where they are not. The few tokens that fill an expert's up to what FP8 wants are left out.
+Experts: a token's ``moe_router_topk`` copies go to the ranks of its experts (``MoEAlltoAllTokenDispatcher``), and none
+is dropped. A rank receives as many copies as it sends if the experts are used equally, and ``expert_load`` times as
+many if not. The few tokens that pad an expert's input for FP8 are not counted.
 
-Not in it: with ``training.packing=shared_prefix`` each branch also keeps a copy of its prefix's keys and values.
+Not counted either: with ``training.packing=shared_prefix`` each branch keeps a copy of its prefix's keys and values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FP32, INDEX = 4, 8  # bytes
 
 
 class Split(Enum):
-    """What a saved tensor is cut by: always by tensor parallelism, only with sequence parallelism, never."""
+    """How tensor-parallel ranks share a saved tensor: always, only with sequence parallelism, or never."""
 
     TENSOR = "tensor"
     SEQUENCE = "sequence"
@@ -33,9 +33,9 @@ class Split(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SavedTensor:
-    """A tensor of a layer that is kept for the backward pass: ``bytes`` per token of the row, over all ranks.
+    """A tensor that a layer keeps for the backward pass: ``bytes`` per token of the row, summed over all ranks.
 
-    With any of ``modules`` in ``training.recompute_modules`` it is recomputed instead, and not kept.
+    If any of ``modules`` is in ``training.recompute_modules``, the tensor is recomputed instead of kept.
     """
 
     name: str
@@ -44,26 +44,28 @@ class SavedTensor:
     modules: tuple[RecomputeModule, ...] = ()
 
     def here(self, training: TrainingConfig) -> float:
-        """Bytes per token of the row on one rank."""
+        """Return the bytes per token of the row on one rank."""
         parallel = training.parallel
         cut = self.split is Split.TENSOR or (self.split is Split.SEQUENCE and parallel.sequence_parallel)
         return self.bytes / (parallel.tensor_model_parallel_size if cut else 1)
 
 
 def layer_tensors(
-    model: ModelConfig, training: TrainingConfig, *, engine: bool, expert_load: float = 1.0
+    model: ModelConfig, training: TrainingConfig, *, te: bool, expert_load: float = 1.0
 ) -> tuple[SavedTensor, ...]:
-    """What one layer keeps; ``engine``: with Transformer Engine's layers, else with the local ones."""
-    attention = (_engine_attention if engine else _local_attention)(model, training)
+    """Return what one layer keeps: Transformer Engine's layer with ``te``, else the local one."""
+    attention = (_te_attention if te else _local_attention)(model, training)
     if model.num_moe_experts is None:
-        return attention + (_engine_mlp if engine else _local_mlp)(model, training)
+        return attention + (_te_mlp if te else _local_mlp)(model, training)
     load = expert_load if training.parallel.expert_model_parallel_size > 1 else 1.0
-    return attention + (_engine_experts if engine else _local_experts)(model, training, load)
+    return attention + (_te_experts if te else _local_experts)(model, training, load)
 
 
-def _engine_attention(model: ModelConfig, training: TrainingConfig) -> tuple[SavedTensor, ...]:
-    """LayerNormLinear, RMSNorm of Q and K, fused RoPE, fused attention on THD, Linear. FP8 keeps a linear's input
-    in one byte, and the attention's output besides in two."""
+def _te_attention(model: ModelConfig, training: TrainingConfig) -> tuple[SavedTensor, ...]:
+    """LayerNormLinear, RMSNorm of Q and K, fused RoPE, fused attention on THD, Linear.
+
+    FP8 keeps a linear's input in one byte, and the attention's output also in two.
+    """
     hidden, queries, keys = _widths(model)
     linear = _linear_input(training)
     tensors = [
@@ -74,14 +76,14 @@ def _engine_attention(model: ModelConfig, training: TrainingConfig) -> tuple[Sav
         SavedTensor(name="attention", bytes=2 * queries),
         SavedTensor(name="log-sum-exp", bytes=FP32 * model.num_attention_heads, modules=("core_attn",)),
     ]
-    if _per_head_norms(model):
+    if model.qk_norm:
         tensors.append(SavedTensor(name="inputs of Q's and K's norms", bytes=2 * (queries + keys)))
     if linear == 1:
         tensors.append(SavedTensor(name="input of the projection in FP8", bytes=queries))
     return tuple(tensors)
 
 
-def _engine_mlp(model: ModelConfig, training: TrainingConfig) -> tuple[SavedTensor, ...]:
+def _te_mlp(model: ModelConfig, training: TrainingConfig) -> tuple[SavedTensor, ...]:
     """LayerNormLinear, fused SwiGLU, Linear."""
     hidden, ffn, linear = model.hidden_size, model.ffn_hidden_size, _linear_input(training)
     return (
@@ -92,7 +94,7 @@ def _engine_mlp(model: ModelConfig, training: TrainingConfig) -> tuple[SavedTens
     )
 
 
-def _engine_experts(model: ModelConfig, training: TrainingConfig, load: float) -> tuple[SavedTensor, ...]:
+def _te_experts(model: ModelConfig, training: TrainingConfig, load: float) -> tuple[SavedTensor, ...]:
     """RMSNorm, the router in fp32, and TEGroupedMLP: GroupedLinear, SwiGLU times the token's weight, GroupedLinear."""
     hidden, linear = model.hidden_size, _linear_input(training)
     gathered, inner = _routed(model, training, load)
@@ -108,8 +110,7 @@ def _engine_experts(model: ModelConfig, training: TrainingConfig, load: float) -
 
 
 def _local_attention(model: ModelConfig, training: TrainingConfig) -> tuple[SavedTensor, ...]:
-    """Megatron's local layers with ``training.local_modules``: norms in fp32 that keep their normalised input,
-    unfused RoPE, PyTorch's attention."""
+    """Megatron's local layers with our modules: fp32 norms that keep their normalised input, unfused RoPE, SDPA."""
     hidden, queries, keys = _widths(model)
     size = itemsize(training)
     tensors = [
@@ -122,10 +123,10 @@ def _local_attention(model: ModelConfig, training: TrainingConfig) -> tuple[Save
         SavedTensor(name="log-sum-exp", bytes=FP32 * model.num_attention_heads, modules=("core_attn",)),
         SavedTensor(name="input of the projection", bytes=size * queries),
     ]
-    if _per_head_norms(model):
+    if model.qk_norm:
         heads = model.num_attention_heads + model.num_query_groups
-        # The norms take views of QKV where they can: in BF16 they make a copy in fp32, and with several groups on
-        # a rank Q's heads do not stand side by side.
+        # The norms take views of QKV if possible. In BF16 they make a copy in fp32; with several groups on a rank
+        # Q's heads are not adjacent, and Q is copied.
         alone = model.num_query_groups == training.parallel.tensor_model_parallel_size
         copies = queries + keys if size != FP32 else 0 if alone else queries
         tensors.append(SavedTensor(name="Q's and K's norms", bytes=FP32 * (copies + queries + keys + heads)))
@@ -144,7 +145,7 @@ def _local_mlp(model: ModelConfig, training: TrainingConfig) -> tuple[SavedTenso
 
 
 def _local_experts(model: ModelConfig, training: TrainingConfig, load: float) -> tuple[SavedTensor, ...]:
-    """SequentialMLP: expert after expert, unfused SwiGLU, which is then multiplied by the token's weight."""
+    """SequentialMLP: one expert after the other, unfused SwiGLU, multiplied by the token's weight."""
     hidden, size = model.hidden_size, itemsize(training)
     gathered, inner = _routed(model, training, load)
     return (
@@ -159,8 +160,10 @@ def _local_experts(model: ModelConfig, training: TrainingConfig, load: float) ->
 
 
 def _router(model: ModelConfig, *, size: int) -> tuple[SavedTensor, ...]:
-    """The chosen experts and their softmax (``topk_routing_with_score_function``); which token chose which, with
-    what weight, and in which order they are dispatched (``permute``)."""
+    """The chosen experts and their softmax (``topk_routing_with_score_function``), and the dispatch (``permute``).
+
+    The dispatch keeps a map of tokens to experts with the weights, and the order of the dispatched tokens.
+    """
     topk, experts = model.moe_router_topk, model.num_moe_experts or 0
     return tuple(
         SavedTensor(name=name, bytes=count, split=Split.SEQUENCE, modules=("moe",))
@@ -173,33 +176,30 @@ def _router(model: ModelConfig, *, size: int) -> tuple[SavedTensor, ...]:
 
 
 def _routed(model: ModelConfig, training: TrainingConfig, load: float) -> tuple[float, float]:
-    """Of a token of the row, the copies that experts get, and the inner values (MLP's width) of these.
+    """Return, per token of the row, the copies that experts receive and the inner values (MLP's width) of the copies.
 
-    Ranks that share experts (expert tensor parallelism) get each other's tokens as well.
+    Ranks that share experts (expert tensor parallelism) also receive each other's tokens.
     """
     copies = load * model.moe_router_topk
     return copies * training.parallel.expert_tensor_parallel_size, copies * (model.moe_ffn_hidden_size or 0)
 
 
 def itemsize(training: TrainingConfig) -> int:
+    """Return the bytes of one activation value."""
     return FP32 if training.precision == "fp32" else 2
 
 
 def _linear_input(training: TrainingConfig) -> int:
-    """Bytes a value of what Transformer Engine's linears keep."""
+    """Return the bytes of one value in the input that Transformer Engine's linears keep."""
     return 1 if training.precision.startswith("fp8") else 2
 
 
 def _local_norm(hidden: int) -> int:
-    """Input, normalised input, 1 / rms."""
+    """Return the bytes per token of a local norm: input, normalised input, 1 / rms."""
     return 2 * FP32 * hidden + FP32
 
 
-def _per_head_norms(model: ModelConfig) -> bool:
-    return model.family.startswith("qwen3")
-
-
 def _widths(model: ModelConfig) -> tuple[int, int, int]:
-    """hidden size, width of all queries, of all keys."""
+    """Return the hidden size, the width of all queries and the width of all keys."""
     head = model.kv_channels
     return model.hidden_size, model.num_attention_heads * head, model.num_query_groups * head

@@ -1,7 +1,8 @@
-"""The nearest settings that fit: the same model on as many GPUs, with as few and as small changes as can be.
+"""Search for the nearest settings that fit: the same model on as many GPUs, with the fewest and smallest changes.
 
-Training and serving are searched one after the other, since they share no setting but the length of an
-episode. A change of how it is computed comes before one of what is trained: a shorter sequence is the last resort.
+Training and serving are searched one after the other, since the only setting they share is the length of an
+episode. Changes of how the model is computed cost less than changes of what is trained: a shorter sequence is the
+last resort.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from dataclasses import dataclass
 from megatron_dagger.config import ConfigError, RunConfig, override
 from megatron_dagger.planning.assumptions import Assumptions
 from megatron_dagger.planning.gpus import Gpu
-from megatron_dagger.planning.plan import Memory, memory_of
+from megatron_dagger.planning.run_plan import Memory, memory_of
 
 _SHORTEST = 1024  # tokens of a sequence
 _PARALLEL = "training.parallel."
-_COSTS = {  # of one change, or of each doubling or halving
+_COSTS = {  # of one change, or of one doubling or halving
     _PARALLEL + "sequence_parallel": 1.0,
     _PARALLEL + "tensor_model_parallel_size": 1.5,
     _PARALLEL + "pipeline_model_parallel_size": 2.0,
     _PARALLEL + "expert_model_parallel_size": 1.0,
     _PARALLEL + "virtual_pipeline_model_parallel_size": 1.0,
     "training.optimizer.distributed": 1.0,
-    "training.recompute": 1.25,  # each of none, selective, full
+    "training.recompute": 1.25,  # per step in none, selective, full
     "training.sequence_length": 20.0,
     "rollout.engine.tensor_parallel_size": 1.5,
     "rollout.engine.kv_cache_memory_mib": 1.0,
@@ -36,7 +37,7 @@ _RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Settings to change, as ``NAME=VALUE``, and what the changed ones need."""
+    """Settings to change, as ``NAME=VALUE``, and the config and memory that result."""
 
     settings: tuple[str, ...]
     config: RunConfig
@@ -44,19 +45,19 @@ class Change:
 
 
 def nearest_that_fits(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Change | None:
-    """The smallest change under which everything fits; None where none of those tried does."""
+    """Return the cheapest change with which everything fits; None if no candidate does."""
     settings: list[str] = []
     searches = ((_training(config), Memory.training_problem), (_serving(config), Memory.serving_problem))
     for candidates, problem in searches:
-        found = _first(config, settings, candidates, problem, gpu, assumed)
-        if found is None:
+        extended = _cheapest(config, settings, candidates, problem, gpu, assumed)
+        if extended is None:
             return None
-        settings = found
+        settings = extended
     changed = override(config, settings)
     return Change(settings=tuple(settings), config=changed, memory=memory_of(changed, gpu, assumed))
 
 
-def _first(
+def _cheapest(
     config: RunConfig,
     settled: list[str],
     candidates: Iterator[tuple[float, dict[str, object]]],
@@ -64,31 +65,31 @@ def _first(
     gpu: Gpu,
     assumed: Assumptions,
 ) -> list[str] | None:
-    """The cheapest of ``candidates``, on top of what is ``settled``, that has no such problem."""
+    """Return ``settled`` plus the cheapest of ``candidates`` without the ``problem``; None if all have it."""
     for _, changes in sorted(candidates, key=lambda candidate: (candidate[0], str(candidate[1]))):
         settings = _merge(config, settled, changes)
         try:
             memory = memory_of(override(config, settings), gpu, assumed)
         except ConfigError:
-            continue  # no layout of this model
+            continue  # the model does not allow this layout
         if problem(memory) is None:
             return settings
     return None
 
 
 def _merge(config: RunConfig, settled: list[str], changes: dict[str, object]) -> list[str]:
-    """All changes as settings; an episode's tokens follow the shorter of the two lengths."""
+    """Return all changes as settings; the limit of an episode's tokens follows the shorter of the two lengths."""
     merged: dict[str, object] = dict(setting.split("=") for setting in settled) | changes
     lengths = [merged[name] for name in ("training.sequence_length", "rollout.engine.max_model_len") if name in merged]
-    most = config.rollout.limits.max_tokens
-    shortest = min([most, *(int(str(length)) for length in lengths)])
-    if shortest < most:
+    limit = config.rollout.limits.max_tokens
+    shortest = min([limit, *(int(str(length)) for length in lengths)])
+    if shortest < limit:
         merged["rollout.limits.max_tokens"] = shortest
     return [f"{name}={'null' if value is None else value}" for name, value in merged.items()]
 
 
 def _training(config: RunConfig) -> Iterator[tuple[float, dict[str, object]]]:
-    """Changes of the training's settings with their costs, no change among them."""
+    """Yield changes of the training settings with their costs; one of them is no change."""
     training, parallel = config.training, config.training.parallel
     per_node = parallel.world_size // parallel.nodes
     tensor = _sizes(parallel.tensor_model_parallel_size, per_node)
@@ -119,7 +120,7 @@ def _training(config: RunConfig) -> Iterator[tuple[float, dict[str, object]]]:
 
 
 def _expert(config: RunConfig) -> list[int]:
-    """Sizes of expert parallelism: smaller ones too, for where a longer pipeline leaves a stage fewer ranks."""
+    """Return sizes of expert parallelism, smaller ones too: a longer pipeline leaves a stage fewer ranks."""
     parallel, experts = config.training.parallel, config.model.num_moe_experts
     first = parallel.expert_model_parallel_size
     if experts is None:
@@ -129,6 +130,7 @@ def _expert(config: RunConfig) -> list[int]:
 
 
 def _serving(config: RunConfig) -> Iterator[tuple[float, dict[str, object]]]:
+    """Yield changes of the engine's settings with their costs; one of them is no change."""
     engine, parallel = config.rollout.engine, config.training.parallel
     for tp, cache, length in itertools.product(
         _sizes(engine.tensor_parallel_size, parallel.world_size // parallel.nodes),
@@ -144,7 +146,7 @@ def _serving(config: RunConfig) -> Iterator[tuple[float, dict[str, object]]]:
 
 
 def _changes(config: RunConfig, wanted: dict[str, object]) -> tuple[float, dict[str, object]]:
-    """What of ``wanted`` differs from the config, and what that costs."""
+    """Return the cost of the settings in ``wanted`` that differ from the config, and those settings."""
     changes, cost = {}, 0.0
     for name, value in wanted.items():
         node: object = config
@@ -157,7 +159,7 @@ def _changes(config: RunConfig, wanted: dict[str, object]) -> tuple[float, dict[
 
 
 def _steps(old: object, new: object) -> float:
-    """By how much a value differs: steps of recomputation, doublings of a size, else 1."""
+    """Return how far two values are apart: steps of recomputation, doublings of a size, else 1."""
     if isinstance(old, str) and isinstance(new, str):
         return abs(_RECOMPUTE.index(new) - _RECOMPUTE.index(old))
     if isinstance(old, bool) or not (isinstance(old, int) and isinstance(new, int)):
@@ -165,15 +167,16 @@ def _steps(old: object, new: object) -> float:
     return abs(math.log2(new / old))
 
 
-def _sizes(first: int, most: int) -> list[int]:
-    """``first`` and its doublings up to ``most``."""
+def _sizes(first: int, limit: int) -> list[int]:
+    """Return ``first`` and its doublings up to ``limit``."""
     sizes = [first]
-    while sizes[-1] * 2 <= most:
+    while sizes[-1] * 2 <= limit:
         sizes.append(sizes[-1] * 2)
     return sizes
 
 
 def _halvings(first: int) -> list[int]:
+    """Return ``first`` and its halvings down to ``_SHORTEST``."""
     lengths = [first]
     while lengths[-1] % 2 == 0 and lengths[-1] // 2 >= _SHORTEST:
         lengths.append(lengths[-1] // 2)

@@ -1,4 +1,4 @@
-"""Rates: training by its FLOPs, rollouts by a closed loop of episodes around one engine, the teacher's load."""
+"""Rates: training from its FLOPs, rollouts from a closed loop of episodes around one engine, the teacher's load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_dagger.planning.parameters import dense_matrices, expert_matrices,
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpeed:
-    """``tokens_per_s`` is that of all GPUs together."""
+    """The rate of training; ``tokens_per_s`` is the sum over all GPUs."""
 
     flops_per_token: float
     tokens_per_s: float
@@ -23,17 +23,17 @@ class TrainingSpeed:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSpeed:
-    """Of one engine with ``episodes`` under way, of which ``decoding`` wait for it at a time."""
+    """The rate of one engine with ``episodes`` running, of which ``decoding`` are in the engine at a time."""
 
     episodes: int
     decoding: float
     turns_per_s: float
-    tokens_per_s: float  # written
+    tokens_per_s: float  # generated
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherLoad:
-    """What the teacher has to answer while a round collects, were it a served model with a prefix cache."""
+    """The teacher's load while a round is collected, if the teacher is a served model with a prefix cache."""
 
     requests_per_s: float
     written_per_s: float  # tokens
@@ -42,12 +42,13 @@ class TeacherLoad:
 
 
 def flops_per_token(model: ModelConfig, sequence: float, head_share: float = 1.0, *, causal: bool = True) -> float:
-    """Of a forward and backward pass, nothing recomputed: 6 per weight, and the attention's two products.
+    """Return the FLOPs per token of a forward and backward pass without recomputation.
 
-    Narayanan et al. (arXiv 2104.04473), appendix: a product of (m, k) and (k, n) takes 2 m k n, the backward
-    pass twice the forward. ``sequence`` is the length that attention runs over, of which a causal one
-    needs half; the output layer is computed for ``head_share`` of the tokens; of the experts a token meets
-    ``moe_router_topk`` (``num_experts_routed_to`` in Megatron-LM's ``num_floating_point_operations``).
+    6 per weight, plus the two products of attention. Narayanan et al. (arXiv 2104.04473), appendix: a product of
+    (m, k) and (k, n) takes 2 m k n, the backward pass twice the forward. ``sequence`` is the length that attention
+    runs over; causal attention needs half of it. The output layer is computed for ``head_share`` of the tokens. A
+    token passes ``moe_router_topk`` experts (``num_experts_routed_to`` in Megatron-LM's
+    ``num_floating_point_operations``).
     """
     layers = model.num_layers * (dense_matrices(model) + router_weights(model))
     weights = layers + head_share * model.vocab_size * model.hidden_size
@@ -56,20 +57,21 @@ def flops_per_token(model: ModelConfig, sequence: float, head_share: float = 1.0
 
 
 def experts_flops_per_token(model: ModelConfig) -> float:
-    """Of ``flops_per_token``, those of the experts that a token is sent to; 0 for a dense model."""
+    """Return the part of ``flops_per_token`` that the experts take; 0 for a dense model."""
     return 6.0 * model.num_layers * model.moe_router_topk * expert_matrices(model)
 
 
 def attention_flops_per_token(model: ModelConfig, sequence: float, *, causal: bool = True) -> float:
+    """Return the part of ``flops_per_token`` that the two products of attention take."""
     keys = sequence / 2 if causal else sequence
     return 3.0 * model.num_layers * 4.0 * keys * model.num_attention_heads * model.kv_channels
 
 
 def training_speed(config: RunConfig, gpu: Gpu, assumed: Assumptions, sample: float) -> TrainingSpeed:
-    """Tokens of packed rows per second, of samples of ``sample`` tokens on average.
+    """Return the tokens of packed rows per second, for samples of ``sample`` tokens on average.
 
     Full recomputation runs the layers' forward pass once more: a third more FLOPs (arXiv 2205.05198, section 5).
-    A pipeline of p stages idles for (p - 1) / (v m) of the time that m micro-batches take (arXiv 2104.04473, 2.2).
+    A pipeline of p stages with v chunks idles for (p - 1) / (v m) of the time of its m micro-batches (2104.04473, 2.2).
     Ranks that share a layer's experts wait for the busiest of them.
     """
     model, training = config.model, config.training
@@ -92,19 +94,18 @@ def training_speed(config: RunConfig, gpu: Gpu, assumed: Assumptions, sample: fl
 def rollout_speed(
     config: RunConfig, gpu: Gpu, assumed: Assumptions, memory: ServingMemory, episodes: Episodes
 ) -> RolloutSpeed:
-    """Turns per second of one engine, in a steady state, as if the student acted in every turn and the teacher
-    answered within that time.
+    """Return the turns per second of one engine in a steady state.
 
-    A decoding step reads the weights and the keys and values of all running sequences once: it is bound by the
-    memory's bandwidth. Of E experts, n tokens that choose k each at random meet E (1 - (1 - k / E)^n). While a turn
-    is written, each of the others brings one prompt, of which the prefix cache has all but the observation; prompts
-    are bound by FLOPs. Between turns an episode is in its sandbox. The number of episodes that the engine works on
-    at a time follows from these (Little's law).
+    The student is assumed to act in every turn, and the teacher to answer within that time. A decoding step reads the
+    weights and the keys and values of all running sequences once, so memory bandwidth bounds it. n tokens that choose
+    k of E experts at random use E (1 - (1 - k / E)^n) experts. While a turn is generated, each other running sequence
+    brings one prompt; the prefix cache has all of it but the observation, and FLOPs bound it. Between turns an episode
+    is in its sandbox. The number of episodes in the engine follows by Little's law.
     """
     engine, model = config.rollout.engine, config.model
     tp, context = engine.tensor_parallel_size, episodes.tokens / 2
     kv_room = int(memory.kv_tokens / context) if context else 0
-    most = max(1, min(config.rollout.concurrent_episodes, engine.max_num_seqs, kv_room))
+    concurrent = max(1, min(config.rollout.concurrent_episodes, engine.max_num_seqs, kv_room))
     bandwidth = gpu.bandwidth * assumed.bandwidth_share
     new_tokens = max(0.0, episodes.tokens / episodes.turns - episodes.reply)
     forward = flops_per_token(model, context, head_share=0.0, causal=False) / 3
@@ -112,22 +113,23 @@ def rollout_speed(
     prefill_s = new_tokens * forward / rate
 
     def turn_s(running: float) -> float:
-        """A turn in the engine while ``running`` sequences are in it."""
+        """Return the seconds of a turn in the engine while ``running`` sequences are in it."""
         asleep = (1 - model.moe_router_topk / (model.num_moe_experts or 1)) ** running if memory.experts else 0.0
         read = memory.weights - asleep * memory.experts + running * context * memory.kv_bytes_per_token
         return episodes.reply * (assumed.decode_step_s + read / bandwidth) + running * prefill_s
 
-    low, high = 0.0, float(most)  # turn_s grows with running: one point balances both sides
+    low, high = 0.0, float(concurrent)  # turn_s grows with running: one point balances both sides
     for _ in range(60):
         running = (low + high) / 2
         in_engine = turn_s(running)
-        low, high = (running, high) if most * in_engine / (in_engine + assumed.tool_s) > running else (low, running)
-    per_s = most / (turn_s(high) + assumed.tool_s)
-    return RolloutSpeed(episodes=most, decoding=high, turns_per_s=per_s, tokens_per_s=per_s * episodes.reply)
+        arriving = concurrent * in_engine / (in_engine + assumed.tool_s)
+        low, high = (running, high) if arriving > running else (low, running)
+    per_s = concurrent / (turn_s(high) + assumed.tool_s)
+    return RolloutSpeed(episodes=concurrent, decoding=high, turns_per_s=per_s, tokens_per_s=per_s * episodes.reply)
 
 
 def teacher_load(rollout: RolloutSpeed, episodes: Episodes) -> TeacherLoad:
-    """One label a turn, whoever acts: where the teacher acts, what it does is the label."""
+    """Return the load of one label per turn; if the teacher acts, its action is the label."""
     new = episodes.tokens / episodes.turns
     return TeacherLoad(
         requests_per_s=rollout.turns_per_s,

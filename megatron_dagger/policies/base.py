@@ -1,4 +1,4 @@
-"""Policy: whatever chooses actions. Student, teacher and expert all are one."""
+"""The Policy protocol: whatever chooses actions, be it the student, a teacher or an expert program."""
 
 from __future__ import annotations
 
@@ -8,33 +8,36 @@ from megatron_dagger.types import Action, State
 
 
 class PolicyError(RuntimeError):
-    """The policy could not answer: a request failed, a deadline passed."""
+    """The policy could not answer this time: for example a request failed or a deadline passed."""
 
 
 class NoAction(PolicyError):
-    """It has none for this state, however often it is asked: its answers hold none, or the state is too long for it."""
+    """The policy has no action for this state, and asking again will not help.
+
+    Its answers contain none, or the conversation is too long for its model.
+    """
 
 
 class PolicyGone(PolicyError):
-    """It answers nobody any more: its engine has ended, its endpoint is down or refuses. No episode can go on."""
+    """The policy answers nobody any more, so no episode can continue: its engine stopped, or its endpoint is down."""
 
 
 class BudgetSpent(RuntimeError):
-    """The policy could answer but must not: what it may cost is used up."""
+    """The policy may not be asked any more: its token or cost budget is spent."""
 
 
 @runtime_checkable
 class Policy(Protocol):
     """Chooses the next action in any state an episode can reach.
 
-    Implementations are safe to call for many episodes at once from one event loop.
+    Implementations serve many episodes at once from one event loop.
     """
 
     @property
     def name(self) -> str:
-        """What logs and records call it."""
+        """The policy's name in logs and records."""
         ...
 
     async def act(self, state: State) -> Action:
-        """Return the action for ``state``; raise PolicyError if there is none to be had."""
+        """Return the action for ``state``. Raises PolicyError or one of its subclasses, and BudgetSpent."""
         ...

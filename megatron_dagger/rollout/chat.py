@@ -1,7 +1,7 @@
-"""The one renderer between text and tokens, for rollouts and for training: Qwen's chat format.
+"""Qwen's chat format: the only place where text becomes tokens, for rollouts and for training.
 
-A conversation is only ever extended: the tokens that a policy produced stay as they are, and what
-comes next is encoded on its own behind them. Nothing is ever tokenized again.
+A conversation is only ever extended. The tokens a policy produced stay as they are, and what follows is encoded
+separately and appended. Nothing is tokenized a second time.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        # Text from tasks and sandboxes must never turn into control tokens.
+        # Text from tasks and sandboxes must never become control tokens.
         tokenizer.encode_special_tokens = True
         self._start, self.end_token = (self._special(name) for name in (START, END))
         self._control = {self._start, self.end_token, self._special(END_OF_TEXT)}
 
     @classmethod
     def load(cls, model_dir: Path) -> ChatRenderer:
-        """The renderer of a model directory with a ``tokenizer.json``."""
+        """Load the tokenizer.json of a model directory. Raises FileNotFoundError if there is none."""
         from tokenizers import Tokenizer
 
         path = model_dir / "tokenizer.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: {model_dir} is no model directory")
+            raise FileNotFoundError(f"{path} is missing: {model_dir} must be a model directory")
         return cls(Tokenizer.from_file(str(path)))
 
     def opening(self, system: str, task: str) -> np.ndarray:
-        """The first prompt: system and task message, and the header of the first reply."""
+        """Return the first prompt: the system and task messages, and the header of the first reply."""
         parts = [self._message("system", system), self._text("\n"), self._message("user", task)]
         return np.concatenate([*parts, self._reply_header()])
 
     def action(self, text: str) -> np.ndarray:
-        """A reply that no student sampled: its text and the end-of-turn token."""
+        """Encode a reply the student did not sample: its text and the end-of-turn token."""
         return np.append(self._text(text), np.int32(self.end_token))
 
     def observation(self, text: str, after: np.ndarray) -> np.ndarray:
-        """What follows the action tokens ``after``: the observation and the next reply's header.
+        """Encode what follows the action tokens ``after``: the observation and the next reply's header.
 
-        A reply that was cut off gets the end-of-turn token that it lacks.
+        If the reply was cut off, the missing end-of-turn token comes first.
         """
         closed = len(after) > 0 and after[-1] == self.end_token
         ending = [] if closed else [np.array([self.end_token], np.int32)]
         return np.concatenate([*ending, self._text("\n"), self._message("user", text), self._reply_header()])
 
     def reply_text(self, tokens: np.ndarray) -> str | None:
-        """The text of a sampled reply, or None where it was cut off or holds control tokens."""
+        """Return the text of a sampled reply, or None if it was cut off or contains control tokens."""
         if len(tokens) == 0 or tokens[-1] != self.end_token:
             return None
         body = [int(token) for token in tokens[:-1]]
         return None if self._control.intersection(body) else self._tokenizer.decode(body)
 
     def text(self, tokens: np.ndarray) -> str:
-        """Any tokens as text, control tokens shown; for people to read."""
+        """Decode any tokens, with control tokens shown."""
         return str(self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False))
 
     def _message(self, role: str, content: str) -> np.ndarray:
@@ -79,5 +79,5 @@ class ChatRenderer:
     def _special(self, name: str) -> int:
         token = self._tokenizer.token_to_id(name)
         if token is None:
-            raise ValueError(f"the tokenizer has no token {name}: it is not of the Qwen family")
+            raise ValueError(f"the tokenizer has no token {name}; it must be a tokenizer of the Qwen family")
         return int(token)

@@ -1,6 +1,7 @@
-"""One episode: an actor and an environment take turns until the task ends or a limit does.
+"""One episode: a policy and an environment take turns until the agent submits or a limit is reached.
 
-Whatever breaks is a typed stop reason, never an observation: the caller decides what becomes data.
+A failure ends the episode with a typed stop reason and never shows up as an observation. The caller decides which
+episodes become data.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor as ThreadPool
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from megatron_dagger.config import LimitsConfig
-from megatron_dagger.envs.base import Env, EnvironmentBroken, Observation
+from megatron_dagger.envs.base import Env, Observation
 from megatron_dagger.policies.base import PolicyError, PolicyGone
 from megatron_dagger.rollout.chat import ChatRenderer
+from megatron_dagger.sandbox.base import EnvironmentBroken
 from megatron_dagger.types import ActedBy, Action, Message, State, StopReason, Trajectory, Turn
 
 FORMAT_ERROR = "error: reply with one shell command"
@@ -27,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TurnDecision:
-    """What is executed in a state and by whom, and the teacher's label where it was asked for."""
+    """One turn: the action that is executed, who chose it, and the teacher's label (None without one)."""
 
     acted_by: ActedBy
     action: Action
@@ -35,16 +37,19 @@ class TurnDecision:
 
 
 class TurnPolicy(Protocol):
-    """Who acts in an episode, turn by turn: one policy, or a mixture of two."""
+    """Chooses and labels the actions of an episode: one policy alone, or student and teacher mixed."""
 
-    async def decide(self, state: State, turn: int) -> TurnDecision: ...
+    async def decide(self, state: State, turn: int) -> TurnDecision:
+        """Return what to execute in ``state``, in turn ``turn`` (from 0). Raises as Policy.act."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EpisodeKey:
-    """Names an episode within a run, and seeds every draw in it.
+    """The identity of an episode within a run, and the seed of all its random numbers.
 
-    Under the same name all can be drawn anew: ``draw`` is which draw it is.
+    ``draw`` re-seeds an episode without changing its identity: 0 for the first draw, 1, 2, ... for retries with new
+    random numbers.
     """
 
     run_seed: int
@@ -54,7 +59,7 @@ class EpisodeKey:
     draw: int = 0
 
     def seed(self, turn: int, purpose: str = "sample") -> int:
-        """A 63-bit seed that depends on nothing but this key, the turn and the purpose."""
+        """Return a 63-bit seed that depends on this key, the turn and the purpose only."""
         text = f"{self.run_seed}:{self.round_index}:{self.task_id}:{self.attempt}:{turn}:{purpose}"
         text += f":{self.draw}" if self.draw else ""
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -62,28 +67,28 @@ class EpisodeKey:
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeRunner:
-    """Runs episodes under one set of limits; ``threads`` is where blocking environments run."""
+    """Runs episodes under one set of limits. Environments may block, so their methods run in ``threads``."""
 
     renderer: ChatRenderer
     limits: LimitsConfig
     max_action_tokens: int
-    threads: ThreadPool
+    threads: Executor
 
     async def run(
-        self, make_env: Callable[[], Env], actor: TurnPolicy, key: EpisodeKey, beta: float = 1.0
+        self, make_env: Callable[[], Env], policy: TurnPolicy, key: EpisodeKey, beta: float = 1.0
     ) -> Trajectory:
-        """Run one episode to its end; a broken one is returned as well, with its reason.
+        """Run one episode and return it, also if it broke; ``stop_reason`` tells.
 
-        Raises PolicyGone: where nobody can act any more, that is no ending of this episode.
+        ``beta`` is only recorded. Raises PolicyGone, since then no other episode can continue either.
         """
         started = time.monotonic()
-        record = _Record()
+        record = _EpisodeRecord()
         solved = False
         details: dict[str, object] = {}
         env: Env | None = None
         try:
             env = await self._in_thread(make_env)
-            reason = await self._turns(env, actor, key, record, started + self.limits.max_seconds)
+            reason = await self._run_turns(env, policy, key, record, started + self.limits.max_seconds)
             solved = await self._in_thread(env.judge)
             details |= env.report()
         except EnvironmentBroken as error:
@@ -109,8 +114,8 @@ class EpisodeRunner:
             details=details,
         )
 
-    async def _turns(
-        self, env: Env, actor: TurnPolicy, key: EpisodeKey, record: _Record, deadline: float
+    async def _run_turns(
+        self, env: Env, policy: TurnPolicy, key: EpisodeKey, record: _EpisodeRecord, deadline: float
     ) -> StopReason:
         system, task = await self._in_thread(env.reset)
         record.open(system, task, self.renderer.opening(system, task))
@@ -121,7 +126,7 @@ class EpisodeRunner:
             if time.monotonic() > deadline:
                 return StopReason.TIME_LIMIT
             state = State(messages=tuple(record.messages), tokens=record.tokens, seed=key.seed(turn))
-            decision = await actor.decide(state, turn)
+            decision = await policy.decide(state, turn)
             repeats = repeats + 1 if record.repeats(decision.action) else 1
             record.act(decision)
             if repeats >= self.limits.max_repeats:
@@ -137,17 +142,17 @@ class EpisodeRunner:
             record.format_errors += not observation.understood
             if format_errors >= self.limits.max_format_errors:
                 return StopReason.FORMAT_LIMIT
-            reply = observation.text
-            record.observe(reply, self.renderer.observation(reply, after=decision.action.tokens))
+            tokens = self.renderer.observation(observation.text, after=decision.action.tokens)
+            record.observe(observation.text, tokens)
         return StopReason.TURN_LIMIT
 
-    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
+    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
 
 
 @dataclass
-class _Record:
-    """The conversation so far, in the three forms that are kept: messages, tokens, turns."""
+class _EpisodeRecord:
+    """The conversation so far, as messages, as tokens and as turns."""
 
     messages: list[Message] = field(default_factory=list)
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))

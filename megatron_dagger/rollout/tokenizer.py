@@ -1,7 +1,7 @@
-"""A small tokenizer in Qwen's form, for students that start from nothing.
+"""A small tokenizer of Qwen's kind, for students that start from random weights.
 
-Byte-level BPE with Qwen's pre-tokenization and control tokens, trained on given texts; the same
-texts give the same tokenizer. Real students bring their own tokenizer.json.
+Byte-level BPE with Qwen's pre-tokenization and control tokens, trained on given texts. The same texts give the
+same tokenizer. A student that starts from a checkpoint keeps that model's tokenizer (``take_tokenizer``).
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from megatron_dagger.config import ConfigError
 from megatron_dagger.rollout.chat import END, END_OF_TEXT, START
 from megatron_dagger.store.atomic import write_json, write_text
 
-# Qwen2's and Qwen3's own pattern (tokenizer.json of Qwen/Qwen3-8B, pre_tokenizer).
+# Qwen2's and Qwen3's pattern (pre_tokenizer in the tokenizer.json of Qwen/Qwen3-8B).
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
-    "'<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '" + START + "' + message['role'] + '\\n' + message['content'] + '" + END + "' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '" + START + "assistant\\n' }}{% endif %}"
 )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json`` of a new tokenizer to ``folder``."""
+    """Train a tokenizer on ``texts``, and write its tokenizer.json and tokenizer_config.json to ``folder``."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -55,11 +57,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
 
 
 def take_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a model's own tokenizer, from what its converted checkpoint carries along; ConfigError if it has none."""
+    """Copy a converted checkpoint's tokenizer from ``source``, its HF_FILES. Raises ConfigError if it has none."""
     if not (source / "tokenizer.json").is_file():
         raise ConfigError(
             f"init_checkpoint: {source}/tokenizer.json is missing; make the checkpoint with "
-            "`megatron-dagger convert hf-to-megatron`, of a model directory with its tokenizer"
+            "`megatron-dagger convert hf-to-megatron` from a model directory that contains its tokenizer"
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (source / name).is_file():

@@ -1,7 +1,5 @@
-"""Sandboxes: isolated places in which an untrusted agent's commands run."""
+"""Sandboxes: isolated places in which an untrusted agent's commands run. The contract; each engine has a folder."""
 
-from megatron_dagger.sandbox.local.bubblewrap import BubblewrapSandbox, bubblewrap_works
-from megatron_dagger.sandbox.local.process import ProcessSandbox, SandboxLimits
-from megatron_dagger.sandbox.pool import SandboxPool
+from megatron_dagger.sandbox.base import CommandResult, EnvironmentBroken, FileSandbox, Sandbox, SandboxLimits
 
-__all__ = ["BubblewrapSandbox", "ProcessSandbox", "SandboxLimits", "SandboxPool", "bubblewrap_works"]
+__all__ = ["CommandResult", "EnvironmentBroken", "FileSandbox", "Sandbox", "SandboxLimits"]

@@ -1,6 +1,6 @@
-"""The tasks of a round that are given up: their episodes broke each time, and none will become data.
+"""The tasks of a round that were abandoned: every attempt broke, so the round will have no episode of them.
 
-A small file for each, named after the task: many writers need no lock, and a reader opens none.
+Each task has a small file of its own, so writers need no lock and readers open no file.
 """
 
 from __future__ import annotations
@@ -13,24 +13,26 @@ from megatron_dagger.store.atomic import write_json
 from megatron_dagger.store.fence import permitted
 from megatron_dagger.types import Trajectory
 
+FOLDER = "given_up"  # of the round's directory; named so before the class was, and stored runs have it
+
 
 class AbandonedTasks:
-    """Those of one round, in ``folder``, which need not be there."""
+    """The abandoned tasks of one round, as files in ``folder``. The folder need not exist."""
 
     def __init__(self, folder: Path):
         self._folder = folder
 
     def tasks(self) -> set[str]:
-        """The tasks' ids."""
+        """Return the ids of the abandoned tasks."""
         return {unquote(path.stem) for path in self._folder.glob("*.json")}
 
     def add(self, last: Trajectory) -> None:
-        """Give up the task of an episode that broke, for good; durable when this returns."""
-        values = {"stop_reason": str(last.stop_reason), "error": last.details.get("error")}
-        write_json(self._path(last.task_id), {"task_id": last.task_id, **values})
+        """Abandon the task of ``last``, the episode of its last attempt. The record is durable on return."""
+        reason = {"stop_reason": str(last.stop_reason), "error": last.details.get("error")}
+        write_json(self._path(last.task_id), {"task_id": last.task_id, **reason})
 
     def withdraw(self, tasks: Iterable[str]) -> None:
-        """Let those of ``tasks`` that are given up be tried again."""
+        """Take ``tasks`` off the list, so the next start of the round tries them again."""
         for path in map(self._path, tasks):
             with permitted(path):
                 path.unlink(missing_ok=True)

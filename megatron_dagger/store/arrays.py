@@ -1,7 +1,7 @@
-"""zarr v3 arrays with checksums: how they are written, and how damage is found and named.
+"""zarr v3 arrays with checksums: write them, read them, and name the damaged file.
 
-Every chunk passes zstd and then CRC-32C, so a flipped bit or a short file is an error on reading and
-never a wrong number; chunks of zeros are written too, so that a lost file is not taken for zeros.
+Every chunk is compressed with zstd and checked with CRC-32C, so a flipped bit or a short file raises an error
+and never gives a wrong number. Chunks of zeros are written too; otherwise a lost file would read as zeros.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def write_array(
     chunks_per_shard: int = 1,
     attributes: dict[str, Any] | None = None,
 ) -> None:
-    """Write ``data`` as a zarr array at ``path``; not synced to the disk.
+    """Write ``data`` as a zarr array at ``path``. The files are not synced to the disk.
 
-    With ``chunk_rows`` the array is cut into chunks of that many rows, ``chunks_per_shard`` of them to
-    a file (the sharding codec); without, it is one chunk.
+    ``chunk_rows`` splits the array into chunks of that many rows, ``chunks_per_shard`` of them in one file
+    (the sharding codec). Without it the array is one chunk.
     """
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -56,7 +56,7 @@ def write_array(
 
 
 def open_array(path: Path) -> Any:
-    """Open a zarr array for reading; CorruptDataError when its metadata cannot be read."""
+    """Open a zarr array for reading. Raises FileNotFoundError if there is none, CorruptDataError if it is damaged."""
     import zarr
 
     if not path.is_dir():
@@ -64,20 +64,20 @@ def open_array(path: Path) -> Any:
     try:
         return zarr.open_array(store=path, mode="r", zarr_format=3)
     except Exception as error:
-        if not path.is_dir():  # gone meanwhile: a seal removes segments
+        if not path.is_dir():  # a seal has removed the segment meanwhile
             raise FileNotFoundError(f"{path}: there is no such array") from error
         raise CorruptDataError(f"{path / 'zarr.json'}: unreadable array metadata: {error}") from error
 
 
 def read_rows(path: Path, array: Any, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Rows ``start`` to ``stop`` of the array that ``open_array(path)`` gave.
+    """Return rows ``start`` to ``stop`` (exclusive) of ``array``, which ``open_array(path)`` returned.
 
-    Raises CorruptDataError with the path of the first damaged or missing chunk file.
+    Raises FileNotFoundError if the array is gone, CorruptDataError with the first damaged or missing chunk file.
     """
     stop = array.shape[0] if stop is None else stop
     if start == stop or 0 in array.shape:
         return np.zeros((stop - start, *array.shape[1:]), array.dtype)
-    # zarr takes a missing file, and an empty shard, for zeros
+    # zarr reads a missing file and an empty shard as zeros
     files = [file for file, _, _ in _chunk_files(path, array, start, stop)]
     missing = [file for file in files if not file.is_file() or file.stat().st_size == 0]
     if missing and not path.is_dir():
@@ -96,21 +96,21 @@ def _name_damage(path: Path, array: Any, start: int, stop: int, error: Exception
     for file, first, last in _chunk_files(path, array, start, stop):
         try:
             array[max(first, start) : min(last, stop)]
-        except Exception as found:
+        except Exception as chunk_error:
             return (
-                f"{file}: corrupt chunk (rows {first} to {last}): {found}; restore the file from a copy, "
+                f"{file}: corrupt chunk (rows {first} to {last}): {chunk_error}; restore the file from a copy, "
                 "or remove its round's directory and collect the round again"
             )
     return f"{path}: corrupt array: {error}"
 
 
 def _chunk_files(path: Path, array: Any, start: int, stop: int) -> list[tuple[Path, int, int]]:
-    """The files that hold rows start to stop, each with its own first and last row."""
+    """Return the files that hold rows ``start`` to ``stop``, each with its first row and its end."""
     rows = (array.shards or array.chunks)[0]
-    rest = [range(-(-size // width)) for size, width in zip(array.shape[1:], array.chunks[1:], strict=True)]
-    found = []
+    columns = [range(-(-size // width)) for size, width in zip(array.shape[1:], array.chunks[1:], strict=True)]
+    files = []
     for index in range(start // rows, -(-stop // rows)):
-        for others in itertools.product(*rest):
-            file = path / array.metadata.encode_chunk_key((index, *others))
-            found.append((file, index * rows, min((index + 1) * rows, array.shape[0])))
-    return found
+        for column in itertools.product(*columns):
+            file = path / array.metadata.encode_chunk_key((index, *column))
+            files.append((file, index * rows, min((index + 1) * rows, array.shape[0])))
+    return files

@@ -1,13 +1,13 @@
-"""Files that are either wholly there or not there, and directories that are put in place at once.
+"""Atomic, durable writes of files and directories: the commit points of the program.
 
-Purpose: the commit points of the program. A stage is done when its manifest exists, so a manifest
-must never be seen half written, and must still be there after a power cut.
+A stage is done when its manifest exists. So a manifest must never be seen half written, and it must survive a
+power cut.
 
-Invariants: the content is written under a temporary name in the target's own directory (a rename
-is atomic only within one file system), synced to the disk, renamed over the target, and the
-directory is synced. Whatever fails in between, the target is untouched and no temporary file stays.
-In a run that another incarnation has taken over (``fence.py``) nothing is put in place: FencedError.
-Names of temporary files begin with ``TEMPORARY_PREFIX``: what a killed process left can be told from data.
+Invariants: the content is written under a temporary name in the target's own directory (a rename is atomic
+only within one file system), synced, and renamed over the target; then the directory is synced. If any step
+fails, the target is unchanged and the temporary file is removed. In a run that another process has taken over
+(``fence.py``) nothing is put in place; FencedError is raised instead. Temporary names begin with
+``TEMPORARY_PREFIX``, so leftovers of a killed process are distinct from data.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 class DiskFullError(OSError):
-    """The file system (or the quota) has no room for a file; what was there before is unchanged."""
+    """The file system or the quota is full. The file that was to be replaced is unchanged."""
 
 
 class UnreadableFileError(ValueError):
-    """A file of the run directory is missing or is not what it should be."""
+    """A file of the run directory is missing or damaged."""
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace or create the file ``path`` with ``data``; its directory is made if it is missing.
+    """Replace or create the file ``path`` with ``data``. A missing directory is created.
 
-    Raises DiskFullError when there is no room, other OSErrors as they come.
+    Raises DiskFullError if the disk is full, and other OSErrors unchanged.
     """
     path = Path(path)
     temporary = path.parent / temporary_name(path.name)
@@ -63,7 +63,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Replace or create the file ``path`` with ``value`` as indented JSON.
 
-    NaN and infinity are no JSON: a ValueError, so that no reader chokes on them later.
+    Raises ValueError for NaN and infinity, which are not JSON and which other readers refuse.
     """
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
@@ -73,20 +73,20 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file; UnreadableFileError names the path and the place of the fault."""
+    """Read a JSON file. Raises UnreadableFileError, which names the path and the position of the fault."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UnreadableFileError(f"{path}: there is no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UnreadableFileError(
-            f"{path}: not valid JSON ({error}); the file was damaged or edited by hand: "
-            "delete it to let its stage run again"
+            f"{path}: not valid JSON ({error}); the file was damaged or edited by hand; "
+            "delete it to run its stage again"
         ) from None
 
 
 def sync_tree(path: str | os.PathLike[str]) -> None:
-    """Make all files under a directory, and their names in it, durable."""
+    """Sync all files and folders under a directory to the disk."""
     for folder, _, names in os.walk(path):
         for name in names:
             _sync(os.path.join(folder, name), os.O_RDONLY)
@@ -94,9 +94,9 @@ def sync_tree(path: str | os.PathLike[str]) -> None:
 
 
 def publish_directory(temporary: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Rename the (synced) directory ``temporary`` to ``target``, which must not exist.
+    """Rename the synced directory ``temporary`` to ``target``.
 
-    FileExistsError when ``target`` is there already (somebody else published it first).
+    Raises FileExistsError if ``target`` exists, for example because another process published it first.
     """
     target = Path(target)
     try:
@@ -110,12 +110,12 @@ def publish_directory(temporary: str | os.PathLike[str], target: str | os.PathLi
 
 
 def temporary_name(name: str) -> str:
-    """A new name that marks unfinished work and that no other process uses."""
+    """Return a name that marks unfinished work and that no other process uses."""
     return f"{TEMPORARY_PREFIX}{name}-{uuid.uuid4().hex[:12]}"
 
 
 def remove_tree(path: str | os.PathLike[str]) -> None:
-    """Remove a directory so that a reader sees all of it or nothing: rename it away first."""
+    """Remove a directory. A reader sees all of it or nothing, because it is renamed away first."""
     path = Path(path)
     doomed = path.parent / temporary_name(path.name)
     try:
@@ -128,25 +128,25 @@ def remove_tree(path: str | os.PathLike[str]) -> None:
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:
-    """Make the names in a directory durable."""
+    """Sync the names in a directory to the disk."""
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def explain_full_disk(error: OSError, path: str | os.PathLike[str], size: int | None = None) -> OSError:
-    """``error`` itself, or a DiskFullError that names ``path`` when the disk or the quota is full."""
+    """Return a DiskFullError that names ``path`` if the disk or the quota is full, else ``error`` itself."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
     need = f" ({size} bytes)" if size is not None else ""
     return DiskFullError(
         error.errno,
-        f"no space left to write {path}{need}; nothing was changed: free some space and run the same command again",
+        f"no space left to write {path}{need}; nothing was changed; free some space and run the same command again",
     )
 
 
 def check_room(folder: str | os.PathLike[str], size: int = 1 << 20) -> None:
-    """Try to write ``size`` bytes in ``folder``: DiskFullError where there is no room for them.
+    """Write ``size`` bytes in ``folder`` and remove them. Raises DiskFullError if they do not fit.
 
-    For the failures of writers that do not say why they failed.
+    Finds the cause when a writer of another library failed without giving one.
     """
     probe = Path(folder) / temporary_name("probe")
     try:

@@ -1,4 +1,4 @@
-"""One trajectory to columns and back, exactly (``details`` as JSON gives it back)."""
+"""Encode a trajectory as columns and decode it: a lossless round trip, except that ``details`` passes through JSON."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from megatron_dagger.store.columns import (
     TURN_COLUMNS,
     Columns,
     cut,
-    string,
-    utf8,
+    decode_text,
+    encode_text,
 )
 from megatron_dagger.store.errors import BrokenEpisodeError, StoreError
 from megatron_dagger.types import Action, Trajectory, Turn
 
 
 def encode(trajectory: Trajectory) -> Columns:
-    """One episode as columns.
+    """Return one episode as columns.
 
-    Raises BrokenEpisodeError for an episode that did not end cleanly, and StoreError where an array
-    has the wrong shape or ``details`` is no JSON.
+    Raises BrokenEpisodeError for an episode that did not end cleanly, and StoreError if an array has the wrong
+    shape or ``details`` cannot be written as JSON.
     """
     where = f"episode {trajectory.task_id!r} attempt {trajectory.attempt} of round {trajectory.round_index}"
     if not trajectory.stop_reason.is_clean:
         raise BrokenEpisodeError(
-            f"{where} ended with {trajectory.stop_reason.value}: something broke under it, so it is no data; "
+            f"{where} ended with {trajectory.stop_reason.value}: the environment or a policy failed, so it is no data; "
             "run it again"
         )
     try:
@@ -38,8 +38,8 @@ def encode(trajectory: Trajectory) -> Columns:
     except (TypeError, ValueError) as error:
         raise StoreError(f"{where}: details cannot be written as JSON: {error}") from error
     names = ("tokens", "logprobs", "teacher_logprobs", "label_tokens", "label_logprobs", "text")
-    flat = {name: _Flat(name) for name in names}
-    task_id = utf8(trajectory.task_id)
+    flat = {name: _FlatArray(name) for name in names}
+    task_id = encode_text(trajectory.task_id)
     flat["text"].add(task_id)
     flat["text"].add(np.frombuffer(details, np.uint8))
     rows = np.zeros((len(trajectory.turns), len(TURN_COLUMNS)), LAYOUT["turns"][0])
@@ -68,17 +68,17 @@ def encode(trajectory: Trajectory) -> Columns:
 
 
 def decode(columns: Columns, index: int) -> Trajectory:
-    """Episode ``index`` of ``columns``; its arrays are copies."""
-    one = cut(columns, index)
-    episode = dict(zip(EPISODE_COLUMNS, one.episodes[0].tolist(), strict=True))
-    raw = one.text.tobytes()
+    """Return episode ``index`` of ``columns``. Its arrays are copies."""
+    columns = cut(columns, index)
+    episode = dict(zip(EPISODE_COLUMNS, columns.episodes[0].tolist(), strict=True))
+    raw = columns.text.tobytes()
     details_end = episode["task_id_bytes"] + episode["details_bytes"]
-    beta, duration_s = one.episode_floats[0].tolist()
+    beta, duration_s = columns.episode_floats[0].tolist()
     return Trajectory(
-        task_id=string(raw[: episode["task_id_bytes"]]),
+        task_id=decode_text(raw[: episode["task_id_bytes"]]),
         attempt=episode["attempt"],
         round_index=episode["round"],
-        turns=tuple(_decode_turn(one, raw, row) for row in one.turns.tolist()),
+        turns=tuple(_decode_turn(columns, raw, row) for row in columns.turns.tolist()),
         stop_reason=STOP_REASONS[episode["stop_reason"]],
         solved=bool(episode["solved"]),
         beta=beta,
@@ -87,7 +87,7 @@ def decode(columns: Columns, index: int) -> Trajectory:
     )
 
 
-def _encode_turn(turn: Turn, flat: dict[str, _Flat], where: str) -> dict[str, int]:
+def _encode_turn(turn: Turn, flat: dict[str, _FlatArray], where: str) -> dict[str, int]:
     tokens, logprobs, text = flat["tokens"], flat["logprobs"], flat["text"]
     row: dict[str, int] = {"executor": ACTED_BY.index(turn.acted_by), "prompt_start": tokens.size}
     tokens.add(_ids(turn.prompt_tokens, where))
@@ -101,15 +101,15 @@ def _encode_turn(turn: Turn, flat: dict[str, _Flat], where: str) -> dict[str, in
     row["weight_version"] = turn.action.weight_version
     row["has_logprobs"] = turn.action.logprobs is not None
     row["observation_start"] = text.size
-    text.add(utf8(turn.observation))
+    text.add(encode_text(turn.observation))
     row["action_text_start"] = text.size
-    text.add(utf8(turn.action.text))
+    text.add(encode_text(turn.action.text))
     row["label_text_start"] = text.size
     row["label_start"] = flat["label_tokens"].size
     if turn.label is not None:
         flat["label_tokens"].add(_ids(turn.label.tokens, where))
         flat["label_logprobs"].add(_logprobs(turn.label.logprobs, len(turn.label.tokens), where))
-        text.add(utf8(turn.label.text))
+        text.add(encode_text(turn.label.text))
         row["has_label"] = 1
         row["label_has_logprobs"] = turn.label.logprobs is not None
         row["label_weight_version"] = turn.label.weight_version
@@ -118,36 +118,36 @@ def _encode_turn(turn: Turn, flat: dict[str, _Flat], where: str) -> dict[str, in
     return row
 
 
-def _decode_turn(one: Columns, raw: bytes, values: list[int]) -> Turn:
+def _decode_turn(columns: Columns, raw: bytes, values: list[int]) -> Turn:
     row = dict(zip(TURN_COLUMNS, values, strict=True))
     action = slice(row["action_start"], row["action_end"])
     labels = slice(row["label_start"], row["label_end"])
     label = None
     if row["has_label"]:
         label = Action(
-            text=string(raw[row["label_text_start"] : row["text_end"]]),
-            tokens=one.label_tokens[labels].copy(),
-            logprobs=one.label_logprobs[labels].copy() if row["label_has_logprobs"] else None,
+            text=decode_text(raw[row["label_text_start"] : row["text_end"]]),
+            tokens=columns.label_tokens[labels].copy(),
+            logprobs=columns.label_logprobs[labels].copy() if row["label_has_logprobs"] else None,
             weight_version=row["label_weight_version"],
         )
-    asked = not np.isnan(one.teacher_logprobs[action]).all()
+    scored = not np.isnan(columns.teacher_logprobs[action]).all()
     return Turn(
-        observation=string(raw[row["observation_start"] : row["action_text_start"]]),
-        prompt_tokens=one.tokens[row["prompt_start"] : row["action_start"]].copy(),
+        observation=decode_text(raw[row["observation_start"] : row["action_text_start"]]),
+        prompt_tokens=columns.tokens[row["prompt_start"] : row["action_start"]].copy(),
         acted_by=ACTED_BY[row["executor"]],
         action=Action(
-            text=string(raw[row["action_text_start"] : row["label_text_start"]]),
-            tokens=one.tokens[action].copy(),
-            logprobs=one.logprobs[action].copy() if row["has_logprobs"] else None,
+            text=decode_text(raw[row["action_text_start"] : row["label_text_start"]]),
+            tokens=columns.tokens[action].copy(),
+            logprobs=columns.logprobs[action].copy() if row["has_logprobs"] else None,
             weight_version=row["weight_version"],
         ),
         label=label,
-        teacher_logprobs=one.teacher_logprobs[action].copy() if asked else None,
+        teacher_logprobs=columns.teacher_logprobs[action].copy() if scored else None,
     )
 
 
-class _Flat:
-    """A flat array that grows by parts."""
+class _FlatArray:
+    """A flat array that is built by appending parts."""
 
     def __init__(self, name: str) -> None:
         self.size = 0
@@ -169,7 +169,7 @@ def _ids(values: np.ndarray, where: str) -> np.ndarray:
         )
     ids = array.astype(LAYOUT["tokens"][0], copy=False)
     if not np.array_equal(ids, array):
-        raise StoreError(f"{where}: token ids must fit 32 bits, got {array.max()} at most")
+        raise StoreError(f"{where}: token ids must fit 32 bits, the largest is {array.max()}")
     return ids
 
 

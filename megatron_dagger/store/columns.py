@@ -1,25 +1,25 @@
-"""Episodes as a few flat arrays: what they are, how to cut and join them.
+"""Episodes as a few flat arrays, and how to cut and join them.
 
 ``Columns`` holds any number of episodes:
 
 ======================  =======  ======================================================================
-tokens                  int32    every executed token stream: prompt and action tokens, turn after turn
-logprobs                float32  same length; NaN where the policy gave none
-label_tokens            int32    the labels, apart from what was executed even where both are equal
-label_logprobs          float32  same length; NaN where the teacher gave none
+tokens                  int32    the executed token streams: prompt and action tokens, turn after turn
+logprobs                float32  of tokens; NaN where the policy gave none
+label_tokens            int32    the labels, stored also where they equal the executed action
+label_logprobs          float32  of label_tokens; NaN where the teacher gave none
 text                    uint8    UTF-8: per episode task id and details (JSON), per turn observation,
                                  action text, label text
 turns                   int64    (turns, len(TURN_COLUMNS)); offsets count from the episode's own start
 episodes                int64    (episodes, len(EPISODE_COLUMNS)); offsets count from the array's start
 episode_floats          float64  (episodes, 2): beta, duration_s
-teacher_logprobs        float32  of tokens, under the teacher; NaN where it was not asked for them
+teacher_logprobs        float32  of tokens, under the teacher; NaN where they were not requested
 ======================  =======  ======================================================================
 
-An array of ``LATER`` came after the first stores: where all of it is NaN it is not written, and where it is not
-there it is read as that. So older programs and newer ones read each other's stores, unless it is used.
+The arrays in ``OPTIONAL`` were added after the first stores. One that is all NaN is not written, and a missing one
+reads as NaN. So a store without teacher log-probs is the same in older and newer versions of the program.
 
-Turn offsets are relative, so an episode's rows do not change when it moves: cutting and joining copy
-slices and adjust only the four ``*_start`` columns of the episode table. Nothing here touches a disk.
+Turn offsets are relative to the episode, so an episode's rows do not change when it moves: cutting and joining
+copy slices and adjust only the four ``*_start`` columns of the episode table. Nothing here touches a disk.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ EPISODE_COLUMNS = (
     "label_start", "label_count", "text_start", "text_count", "task_id_bytes", "details_bytes",
 )  # fmt: skip
 ACTED_BY = (ActedBy.STUDENT, ActedBy.TEACHER)
-# Codes are positions in these tuples and go to the disk: append only.
+# The codes on the disk are positions in these tuples: append only.
 STOP_REASONS = (
     StopReason.SUBMITTED, StopReason.TURN_LIMIT, StopReason.CONTEXT_LIMIT,
     StopReason.TIME_LIMIT, StopReason.FORMAT_LIMIT, StopReason.REPEAT_LIMIT,
 )  # fmt: skip
-T = {name: i for i, name in enumerate(TURN_COLUMNS)}
-E = {name: i for i, name in enumerate(EPISODE_COLUMNS)}
-_MOVING = [E["turn_start"], E["token_start"], E["label_start"], E["text_start"]]
+TURN = {name: i for i, name in enumerate(TURN_COLUMNS)}
+EPISODE = {name: i for i, name in enumerate(EPISODE_COLUMNS)}
+_MOVING = [EPISODE["turn_start"], EPISODE["token_start"], EPISODE["label_start"], EPISODE["text_start"]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +71,7 @@ class Columns:
         return len(self.episodes)
 
 
-LAYOUT: dict[str, tuple[np.dtype, int]] = {  # dtype and width; width 0 is a 1-D array
+LAYOUT: dict[str, tuple[np.dtype, int]] = {  # dtype and width; width 0 means a 1-D array
     "tokens": (np.dtype("<i4"), 0),
     "logprobs": (np.dtype("<f4"), 0),
     "label_tokens": (np.dtype("<i4"), 0),
@@ -82,25 +82,25 @@ LAYOUT: dict[str, tuple[np.dtype, int]] = {  # dtype and width; width 0 is a 1-D
     "episode_floats": (np.dtype("<f8"), 2),
     "teacher_logprobs": (np.dtype("<f4"), 0),
 }
-LATER = {"teacher_logprobs": "tokens"}  # and the array of the same length
+OPTIONAL = {"teacher_logprobs": "tokens"}  # by name, the array of the same length
 assert list(LAYOUT) == [f.name for f in fields(Columns)]
 
 
 def keys(columns: Columns) -> list[tuple[str, int]]:
-    """(task_id, attempt) of every episode, in order."""
-    found = []
+    """Return (task_id, attempt) of every episode, in order."""
+    episode_keys = []
     for row in columns.episodes:
-        start = row[E["text_start"]]
-        task_id = string(columns.text[start : start + row[E["task_id_bytes"]]].tobytes())
-        found.append((task_id, int(row[E["attempt"]])))
-    return found
+        start = row[EPISODE["text_start"]]
+        task_id = decode_text(columns.text[start : start + row[EPISODE["task_id_bytes"]]].tobytes())
+        episode_keys.append((task_id, int(row[EPISODE["attempt"]])))
+    return episode_keys
 
 
 def cut(columns: Columns, index: int) -> Columns:
-    """Episode ``index`` alone, with its own arrays."""
+    """Return episode ``index`` alone, with arrays of its own."""
     row = columns.episodes[index].copy()
     turns, tokens, labels, text = (
-        slice(row[E[f"{name}_start"]], row[E[f"{name}_start"]] + row[E[f"{name}_count"]])
+        slice(row[EPISODE[f"{name}_start"]], row[EPISODE[f"{name}_start"]] + row[EPISODE[f"{name}_count"]])
         for name in ("turn", "token", "label", "text")
     )
     row[_MOVING] = 0
@@ -118,7 +118,7 @@ def cut(columns: Columns, index: int) -> Columns:
 
 
 def join(parts: Sequence[Columns]) -> Columns:
-    """All episodes of ``parts`` in one, in order."""
+    """Return all episodes of ``parts`` as one, in order."""
     shifted, start = [], np.zeros(4, np.int64)
     for part in parts:
         rows = part.episodes.copy()
@@ -133,24 +133,24 @@ def join(parts: Sequence[Columns]) -> Columns:
     return Columns(**arrays)
 
 
-def written(columns: Columns) -> list[str]:
-    """The arrays that go to the disk."""
-    return [name for name in LAYOUT if name not in LATER or not np.isnan(getattr(columns, name)).all()]
+def stored_arrays(columns: Columns) -> list[str]:
+    """Return the names of the arrays to write: all but the ``OPTIONAL`` ones that are all NaN."""
+    return [name for name in LAYOUT if name not in OPTIONAL or not np.isnan(getattr(columns, name)).all()]
 
 
-def complete(arrays: dict[str, np.ndarray]) -> Columns:
-    """Columns of what was on the disk."""
-    for name, like in LATER.items():
+def from_stored_arrays(arrays: dict[str, np.ndarray]) -> Columns:
+    """Return the columns that ``arrays``, as read from the disk, stand for; a missing ``OPTIONAL`` array is all NaN."""
+    for name, like in OPTIONAL.items():
         if name not in arrays:
             arrays[name] = np.full(len(arrays[like]), np.nan, LAYOUT[name][0])
     return Columns(**arrays)
 
 
-def string(raw: bytes) -> str:
-    """Text as ``utf8`` wrote it."""
+def decode_text(raw: bytes) -> str:
+    """Return the text that ``encode_text`` turned into ``raw``."""
     return raw.decode("utf-8", "surrogatepass")
 
 
-def utf8(text: str) -> np.ndarray:
-    """Text as (n,) uint8. What a command printed may hold half a character (a lone surrogate): kept."""
+def encode_text(text: str) -> np.ndarray:
+    """Return text as (n,) uint8 in UTF-8. Lone surrogates, which the output of a command may hold, are kept."""
     return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)

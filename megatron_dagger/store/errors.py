@@ -1,4 +1,4 @@
-"""What can be wrong with a store. All are ValueErrors: the message names the path and the way out."""
+"""Errors of the store. All are ValueErrors whose message names the path and what to do."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ class StoreError(ValueError):
 
 
 class SealedRoundError(StoreError):
-    """The round is sealed: it takes no more episodes."""
+    """The round is sealed and takes no more episodes."""
 
 
 class BrokenEpisodeError(StoreError):
-    """An episode that shows what broke, not what the policies did, was offered as data."""
+    """An episode that an infrastructure failure ended was offered as data."""
 
 
 class CorruptDataError(StoreError):
-    """What the disk gave back is not what was committed."""
+    """The data read from the disk differs from the data that was committed."""

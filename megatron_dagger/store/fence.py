@@ -1,18 +1,16 @@
-"""Who may write to a run: one incarnation of it at a time, checked at every durable write.
+"""Fencing: only one incarnation of a run's processes may write, checked at every durable write.
 
-A run is worked on by the holder of ``RUN/.lock``, a lock that dies with its holder. On a cluster that is
-not enough: when a node is lost, SLURM starts its job anew on another, while the processes there may live
-on, hold the lock, and write. So the job's next incarnation (the same SLURM_JOB_ID, a higher
-SLURM_RESTART_COUNT) takes the run over: it puts a new lock file in place of the old, and a new token into
-``RUN/.fence``.
+The process that works on a run holds ``RUN/.lock``, which the kernel releases when the process dies. On a cluster
+that is not enough. When a node is lost, SLURM restarts its job on another node, while the processes on the lost node
+may live on, hold the lock and write. So the job's next incarnation (same SLURM_JOB_ID, higher SLURM_RESTART_COUNT)
+takes the run over: it replaces the lock file and writes a new token to ``RUN/.fence``.
 
-Invariant: whoever puts work in place (``store.atomic``, metrics) holds ``.fence`` shared while it
-compares the token with its own and does so; a claim holds it alone while it changes the token. So no
-write of an earlier incarnation happens after a claim, however long that process was stopped: it raises
-FencedError and ends.
+Invariant: a writer (``store.atomic``, metrics) holds ``.fence`` shared while it compares the token with its own and
+puts its work in place. A claim holds ``.fence`` exclusively while it changes the token. So an earlier incarnation
+writes nothing after a claim, however long its process was stopped: it raises FencedError and ends.
 
-Workers that share a run hold ``.lock`` together, and each its own ``.lock-NAME`` and ``.fence-NAME``: the
-workers of a rollout, and the trainer beside resident ones.
+Workers that share a run hold ``.lock`` shared, and each has its own ``.lock-NAME`` and ``.fence-NAME``. They are the
+rollout workers and the trainer beside resident workers.
 """
 
 from __future__ import annotations
@@ -30,20 +28,20 @@ from typing import Any
 from megatron_dagger.store.errors import StoreError
 from megatron_dagger.store.lock import LockedError, flocked, name_holder, this_process
 
-CLAIM_TIMEOUT_S = 5.0  # another process that works on the same run is an error, not a wait
-VARIABLE = "MEGATRON_DAGGER_INCARNATION"  # how the ranks of a training come to know their driver's tokens
+CLAIM_TIMEOUT_S = 5.0  # short: a second process on a run is an error, not a queue
+VARIABLE = "MEGATRON_DAGGER_INCARNATION"  # passes the driver's tokens to the ranks of a training
 
-_FENCE_DEADLINE_S = 60.0  # a fence is held for as long as a rename takes
+_FENCE_DEADLINE_S = 60.0  # a fence is held only during one rename
 _POLL_S = 0.05
 
 
 class FencedError(StoreError):
-    """A later incarnation of the run has taken over: this process must not write any more."""
+    """Another process has taken the run over, so this one must not write."""
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """That the file ``fence`` must hold ``token`` whenever something in ``run_dir`` is put in place."""
+    """A right to write below ``run_dir``, valid as long as the file ``fence`` holds ``token``."""
 
     run_dir: Path
     fence: Path
@@ -57,27 +55,29 @@ _claims: list[_Claim] = []  # of this process
 def claim(
     run_dir: Path, *, worker: str | None = None, take_over: bool = False, deadline_s: float = CLAIM_TIMEOUT_S
 ) -> Iterator[str]:
-    """Work on a run alone, or as the ``worker`` of that name beside others; yields what ``inherit`` wants in VARIABLE.
+    """Hold a run exclusively, or as ``worker`` beside other workers. Yield the value of VARIABLE for ``inherit``.
 
-    A process that works on it already is an error after ``deadline_s`` (LockedError), unless it is an
-    earlier incarnation of this SLURM job, or ``take_over`` is set: then it may write no more.
+    If another process holds the run, LockedError is raised after ``deadline_s`` seconds. If that process is an earlier
+    incarnation of this SLURM job, or if ``take_over`` is set, it is fenced off instead: it can no longer write.
     """
     with ExitStack() as stack:
-        made = [_enter(stack, run_dir, "", shared=worker is not None, take_over=take_over, deadline_s=deadline_s)]
+        claims = [_enter(stack, run_dir, "", shared=worker is not None, take_over=take_over, deadline_s=deadline_s)]
         if worker is not None:
-            made.append(_enter(stack, run_dir, f"-{worker}", shared=False, take_over=take_over, deadline_s=deadline_s))
-        yield json.dumps({held.fence.name: held.token for held in made})
+            claims.append(
+                _enter(stack, run_dir, f"-{worker}", shared=False, take_over=take_over, deadline_s=deadline_s)
+            )
+        yield json.dumps({held.fence.name: held.token for held in claims})
 
 
 def inherit(run_dir: Path, environment: Mapping[str, str]) -> None:
-    """Be held, for the rest of this process, to the claim of the driver that started it, if there is one."""
+    """Bind this process to the claim of the driver that started it, if ``environment`` names one."""
     if VARIABLE in environment:
         tokens: dict[str, str] = json.loads(environment[VARIABLE])
         _claims.extend(_Claim(run_dir.absolute(), run_dir / name, token) for name, token in tokens.items())
 
 
 def this_job() -> dict[str, Any]:
-    """Which incarnation of which SLURM job this is, and on which of its nodes; nothing outside of one."""
+    """Return this process's SLURM job, its restart count and its node; an empty dict outside of SLURM."""
     if "SLURM_JOB_ID" not in os.environ:
         return {}
     return {
@@ -89,7 +89,7 @@ def this_job() -> dict[str, Any]:
 
 @contextmanager
 def permitted(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Put ``path`` in place in this block; FencedError if it lies in a run that another incarnation took over."""
+    """Permit the block to put ``path`` in place. Raises FencedError if another process has taken its run over."""
     absolute = Path(path).absolute()
     with ExitStack() as stack:
         for held in [held for held in _claims if absolute.is_relative_to(held.run_dir)]:
@@ -104,7 +104,7 @@ def permitted(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _enter(stack: ExitStack, run_dir: Path, suffix: str, *, shared: bool, take_over: bool, deadline_s: float) -> _Claim:
-    """Take a lock file and its fence for the life of ``stack``, and register the claim."""
+    """Take a lock file and its fence until ``stack`` closes, and register the claim."""
     lock, fence = run_dir / f".lock{suffix}", run_dir / f".fence{suffix}"
     end = time.monotonic() + deadline_s
     while True:
@@ -112,28 +112,28 @@ def _enter(stack: ExitStack, run_dir: Path, suffix: str, *, shared: bool, take_o
             record = _read(descriptor)
             takes = _is_my_predecessor(record) or (take_over and not shared)
             if takes:
-                lock.unlink(missing_ok=True)  # whoever holds that file holds nothing now
+                lock.unlink(missing_ok=True)  # its holder keeps a lock on a file that no longer counts
             try:
                 held = stack.enter_context(flocked(lock, shared=shared, deadline_s=0.0))
             except LockedError as error:
                 if time.monotonic() > end:
                     raise LockedError(
-                        f"{error}, after {deadline_s:g} s. It works on this run: end it first; if it cannot be "
-                        "reached any more, --take-over shuts it out"
+                        f"{error}, after {deadline_s:g} s. It works on this run: end it first, or, if it cannot be "
+                        "reached any more, shut it out with --take-over"
                     ) from None
             else:
                 name_holder(held)
                 joins = shared and not takes and "token" in record
                 token = record["token"] if joins else uuid.uuid4().hex
-                if not joins:  # jobs that share a run are not each other's predecessors
+                if not joins:  # jobs that share a run do not succeed each other
                     job = this_job() if takes or not shared else {}
                     _write(descriptor, {"token": token, "holder": this_process(), **job})
                 break
         time.sleep(_POLL_S)
-    made = _Claim(run_dir.absolute(), fence.absolute(), token)
-    _claims.append(made)
-    stack.callback(_claims.remove, made)
-    return made
+    new_claim = _Claim(run_dir.absolute(), fence.absolute(), token)
+    _claims.append(new_claim)
+    stack.callback(_claims.remove, new_claim)
+    return new_claim
 
 
 def _is_my_predecessor(record: dict[str, Any]) -> bool:
@@ -142,7 +142,7 @@ def _is_my_predecessor(record: dict[str, Any]) -> bool:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """What the fence says; nothing (and so no one's token) where a kill cut it short."""
+    """Return the fence's record. A record that a kill cut short reads as empty, which matches nobody's token."""
     try:
         record = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:

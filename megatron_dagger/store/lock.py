@@ -1,7 +1,7 @@
 """Locks between processes, with a deadline, that die with their holder.
 
-``flock`` is released by the kernel when the holder is killed, so a crash never leaves a round locked,
-and it works between the hosts of NFS and of Lustre mounted with ``flock``.
+The kernel releases ``flock`` when its holder is killed, so a crash never leaves a round locked. ``flock`` also works
+between hosts, on NFS and on Lustre mounted with the option ``flock``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _POLL_S = 0.005
 
 
 class LockedError(StoreError):
-    """Another process holds the lock still."""
+    """Another process still holds the lock."""
 
 
 @contextmanager
 def exclusive(path: Path, *, deadline_s: float = 300.0) -> Iterator[None]:
-    """Hold the lock file ``path``; LockedError names its holder when ``deadline_s`` passes."""
+    """Hold the lock file ``path`` exclusively. Raises LockedError, which names the holder, after ``deadline_s``."""
     with flocked(path, deadline_s=deadline_s) as descriptor:
         name_holder(descriptor)
         yield
@@ -34,7 +34,7 @@ def exclusive(path: Path, *, deadline_s: float = 300.0) -> Iterator[None]:
 
 @contextmanager
 def flocked(path: Path, *, shared: bool = False, deadline_s: float = 300.0) -> Iterator[int]:
-    """Hold the file ``path``, made if it is missing, alone or ``shared``; yields its descriptor."""
+    """Hold the file ``path`` exclusively or ``shared``, creating it if necessary. Yield its file descriptor."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _acquire(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, deadline_s)
@@ -44,13 +44,13 @@ def flocked(path: Path, *, shared: bool = False, deadline_s: float = 300.0) -> I
 
 
 def name_holder(descriptor: int) -> None:
-    """Write into a lock file, for whoever finds it locked, that this process holds it."""
+    """Write this process's name into a lock file, for the error message of a process that finds it locked."""
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, this_process().encode(), 0)
 
 
 def this_process() -> str:
-    """This process, for a person who looks for it."""
+    """Return pid, host and SLURM job of this process, as text."""
     job = f" (SLURM job {os.environ['SLURM_JOB_ID']})" if "SLURM_JOB_ID" in os.environ else ""
     return f"process {os.getpid()} on {socket.gethostname()}{job}"
 
@@ -64,8 +64,8 @@ def _acquire(descriptor: int, path: Path, mode: int, deadline_s: float) -> None:
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):
                 raise StoreError(
-                    f"{path}: the file system takes no locks ({error.strerror}); keep the run "
-                    "directory on one that does (on Lustre: mount it with the option flock)"
+                    f"{path}: the file system supports no locks ({error.strerror}); keep the run "
+                    "directory on one that does (on Lustre, mount it with the option flock)"
                 ) from error
         if time.monotonic() > end:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "unknown"

@@ -1,11 +1,17 @@
-"""What a sealed round holds: counts and a digest.
+"""The manifest of a sealed round: its counts and its digest.
 
-The digest is the SHA-256 of what a run must reproduce exactly: per episode in (task_id, attempt) order
-the task, the attempt, the outcome, and per turn who acted, the prompt and action tokens and the label's
-tokens. Left out on purpose: all log-probs (their last bits depend on what else was in the engine's batch),
-durations and ``details`` (they depend on the clock), texts (the tokens decide them), weight versions
-(how many times weights were brought over differs after a resume) and beta (the executors show it).
-The checksums of the chunks cover those.
+The digest is the SHA-256 of everything that a run must reproduce exactly: per episode, in (task_id, attempt) order,
+the task, the attempt and the outcome, and per turn who acted, the prompt and action tokens, and the label's tokens.
+
+The digest leaves out, on purpose:
+
+- log-probs: their last bits depend on the other sequences in the engine's batch;
+- durations and ``details``: they depend on the clock;
+- texts: the tokens determine them;
+- weight versions: after a resume the number of weight syncs differs;
+- beta: the column of who acted shows its effect.
+
+The checksums of the chunks cover all of these.
 """
 
 from __future__ import annotations
@@ -24,9 +30,9 @@ from megatron_dagger.store.errors import CorruptDataError
 from megatron_dagger.types import SCHEMA_VERSION
 
 _DIGESTED_TURN_COLUMNS = [
-    c.T["executor"],
-    c.T["has_label"],
-    *(c.T[name] for name in ("prompt_start", "action_start", "action_end", "label_start", "label_end")),
+    c.TURN["executor"],
+    c.TURN["has_label"],
+    *(c.TURN[name] for name in ("prompt_start", "action_start", "action_end", "label_start", "label_end")),
 ]
 _COUNTS = ("episodes", "turns", "labelled_turns", "tokens", "label_tokens", "solved")
 
@@ -50,7 +56,7 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, values: Any, where: object) -> Manifest:
-        """Build from what ``to_dict`` gave; CorruptDataError names ``where`` it was read."""
+        """Build a manifest from the output of ``to_dict``. Raises CorruptDataError that names ``where`` it was read."""
         expected = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != expected:
             raise CorruptDataError(f"{where}: the manifest is damaged: {values!r}")
@@ -58,7 +64,7 @@ class Manifest:
 
 
 class RoundDigest:
-    """Counts and digest over a round's episodes, fed in (task_id, attempt) order."""
+    """Counts and digest of a round's episodes, which are added in (task_id, attempt) order."""
 
     def __init__(self, round_index: int):
         self._round = round_index
@@ -68,16 +74,16 @@ class RoundDigest:
     def update(self, columns: Columns) -> None:
         """Add the episodes of ``columns``."""
         for index, (task_id, attempt) in enumerate(c.keys(columns)):
-            one = c.cut(columns, index)
-            row = one.episodes[0]
-            stop_reason = c.STOP_REASONS[int(row[c.E["stop_reason"]])]
-            head = [task_id, attempt, stop_reason, bool(row[c.E["solved"]]), len(one.turns)]
+            episode = c.cut(columns, index)
+            row = episode.episodes[0]
+            stop_reason = c.STOP_REASONS[int(row[c.EPISODE["stop_reason"]])]
+            head = [task_id, attempt, stop_reason, bool(row[c.EPISODE["solved"]]), len(episode.turns)]
             self._hash.update(json.dumps(head).encode() + b"\n")
-            for array in (one.turns[:, _DIGESTED_TURN_COLUMNS], one.tokens, one.label_tokens):
+            for array in (episode.turns[:, _DIGESTED_TURN_COLUMNS], episode.tokens, episode.label_tokens):
                 self._hash.update(np.ascontiguousarray(array).tobytes())
-            labelled = int(one.turns[:, c.T["has_label"]].sum())
-            solved = int(row[c.E["solved"]])
-            counts = (1, len(one.turns), labelled, len(one.tokens), len(one.label_tokens), solved)
+            labelled = int(episode.turns[:, c.TURN["has_label"]].sum())
+            solved = int(row[c.EPISODE["solved"]])
+            counts = (1, len(episode.turns), labelled, len(episode.tokens), len(episode.label_tokens), solved)
             for name, count in zip(_COUNTS, counts, strict=True):
                 self._counts[name] += count
 
@@ -86,7 +92,7 @@ class RoundDigest:
 
 
 def digest_of(manifests: Iterable[Manifest]) -> str:
-    """One digest (hex SHA-256) over sealed rounds, in the order of the rounds."""
+    """Return one digest (hex SHA-256) over sealed rounds, in the order of the rounds."""
     total = hashlib.sha256()
     for manifest in sorted(manifests, key=lambda m: m.round):
         total.update(f"{manifest.round}:{manifest.digest}\n".encode())

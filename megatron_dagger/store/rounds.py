@@ -1,15 +1,14 @@
-"""One round of the store: commits, the seal, and reading before, during and after it.
+"""One round of the store: commits, the seal, and reading before, during and after the seal.
 
 ::
 
     zarr.json                 the round's group; its attributes hold the manifest once it is sealed
-    segments/<writer>-<n>     what one commit wrote (until the seal)
+    segments/<writer>-<n>     the episodes of one commit (until the seal)
     episodes/                 all episodes, sharded and compressed (after the seal)
-    .lock, .tmp-*             the round's lock; work that is not, or was never, finished
+    .lock, .tmp-*             the round's lock; unfinished work
 
-The lock is held while names change (for milliseconds in a commit, for all of a seal), never by
-readers: they see names that were put in place by a rename, and prefer ``episodes`` exactly when the
-manifest is there.
+Writers hold the lock while names change: for milliseconds in a commit, for the whole of a seal. Readers never take it.
+They see only names that a rename put in place, and read ``episodes`` if and only if the manifest exists.
 """
 
 from __future__ import annotations
@@ -51,22 +50,22 @@ from megatron_dagger.types import Trajectory
 logger = logging.getLogger(__name__)
 
 Key = tuple[str, int]  # task_id, attempt
-_SEGMENT_NAME = re.compile(r"[A-Za-z0-9_].*-[0-9]{6,}")  # so not .tmp-*
+_SEGMENT_NAME = re.compile(r"[A-Za-z0-9_].*-[0-9]{6,}")  # does not match .tmp-*
 
 
 class Round:
-    """A round's directory. Objects may be used from several threads."""
+    """A round's directory. Safe to use from several threads."""
 
     def __init__(self, path: Path, index: int, writer: str):
         self.path = path
         self.index = index
         self.writer = writer
-        self._keys: dict[str, list[Key]] = {}  # by segment; segments never change
-        self._places: dict[Key, str] = {}  # the segment of every committed episode, while not sealed
+        self._keys: dict[str, list[Key]] = {}  # by segment, which never changes
+        self._places: dict[Key, str] = {}  # each committed episode's segment, until the seal
         self._sealed: SealedEpisodes | None = None
 
     def manifest(self) -> Manifest | None:
-        """The manifest, or None while the round is not sealed."""
+        """Return the manifest, or None if the round is not sealed. Raises CorruptDataError."""
         path = self.path / "zarr.json"
         if not path.exists():
             return None
@@ -77,41 +76,23 @@ class Round:
         return None if values is None else Manifest.from_dict(values, path)
 
     def is_empty(self) -> bool:
-        """Whether there is no committed episode."""
+        """Return whether the round has no committed episode."""
         return self.manifest() is None and not self._segments()
 
     def keys(self) -> set[Key]:
-        """(task_id, attempt) of the committed episodes."""
+        """Return (task_id, attempt) of the committed episodes."""
         return set(self._index().copy()) if self.manifest() is None else set(self._sealed_episodes().keys)
 
     def commit(self, parts: dict[Key, Columns]) -> list[Key]:
-        """Commit those episodes that are not there yet, all or none; returns their keys."""
+        """Commit the episodes that are not committed yet, all or none of them, and return their keys."""
         self._refuse_sealed()
-        while True:
-            known = self._index()
-            keys = sorted(key for key in parts if key not in known)
-            if not keys:
-                return []
-            temporary = self.path / temporary_name(self.writer)
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                write_segment(temporary, c.join([parts[key] for key in keys]))
-                sync_tree(temporary)
-                with exclusive(self.path / ".lock"):
-                    self._refuse_sealed()
-                    if not self._index().keys().isdisjoint(keys):
-                        continue  # another process was faster with some of them
-                    self._make_groups()
-                    publish_directory(temporary, self._segment(self._next_segment()))  # the commit point
+        while keys := self._new_keys(parts):
+            if self._try_commit({key: parts[key] for key in keys}):
                 return keys
-            except OSError as error:
-                self._refuse_sealed()  # a seal removes what it finds unfinished
-                raise explain_full_disk(error, temporary) from error
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        return []
 
     def seal(self) -> Manifest:
-        """Compact, write the manifest, remove the segments. Doing it again changes nothing."""
+        """Compact the segments, write the manifest, remove the segments. Sealing a sealed round changes nothing."""
         if not self.path.is_dir():
             raise self._nothing_to_seal()
         with exclusive(self.path / ".lock"):
@@ -128,7 +109,7 @@ class Round:
         return manifest
 
     def episodes(self) -> Iterator[Trajectory]:
-        """The committed episodes in (task_id, attempt) order; goes on if the round is sealed meanwhile."""
+        """Yield the committed episodes in (task_id, attempt) order, also when the round is sealed meanwhile."""
         last: Key | None = None
         while True:
             sealed = self.manifest() is not None
@@ -142,7 +123,7 @@ class Round:
                     raise
 
     def read(self, key: Key) -> Trajectory | None:
-        """One committed episode, or None."""
+        """Return one committed episode, or None if there is none with that key."""
         if self.manifest() is not None:
             source = self._sealed_episodes()
             position = source.position.get(key)
@@ -153,10 +134,10 @@ class Round:
         except FileNotFoundError:
             if self.manifest() is None:
                 raise
-            return self.read(key)  # sealed meanwhile
+            return self.read(key)  # the round was sealed meanwhile
 
     def verify(self) -> int:
-        """Read everything and compare it with the checksums and the manifest; the number of episodes."""
+        """Read everything, compare it with the checksums and the manifest, and return the number of episodes."""
         expected = self.manifest()
         if expected is None:
             return sum(1 for _ in self.episodes())
@@ -167,9 +148,33 @@ class Round:
         if digest.manifest() != expected:
             raise CorruptDataError(
                 f"{source.path}: the data is not what was sealed: the manifest says {expected.to_dict()}, "
-                f"the data {digest.manifest().to_dict()}"
+                f"the data gives {digest.manifest().to_dict()}"
             )
         return expected.episodes
+
+    def _new_keys(self, parts: dict[Key, Columns]) -> list[Key]:
+        committed = self._index()
+        return sorted(key for key in parts if key not in committed)
+
+    def _try_commit(self, parts: dict[Key, Columns]) -> bool:
+        """Write ``parts``, in their order, as one segment. Return False if another process committed any of them."""
+        temporary = self.path / temporary_name(self.writer)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_segment(temporary, c.join(list(parts.values())))
+            sync_tree(temporary)
+            with exclusive(self.path / ".lock"):
+                self._refuse_sealed()
+                if not self._index().keys().isdisjoint(parts):
+                    return False
+                self._make_groups()
+                publish_directory(temporary, self._segment(self._next_segment()))  # the commit point
+            return True
+        except OSError as error:
+            self._refuse_sealed()  # a seal removes unfinished segments: that is why the write failed
+            raise explain_full_disk(error, temporary) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _compact(self) -> Manifest:
         loaded = [read_segment(self._segment(name)) for name in self._segments()]
@@ -184,7 +189,7 @@ class Round:
         try:
             write_group(temporary, columns)
             sync_tree(temporary)
-            remove_tree(target)  # of a seal that was killed before its commit point
+            remove_tree(target)  # left by a seal that was killed before its commit point
             publish_directory(temporary, target)
             metadata = group_metadata({"round": self.index, "manifest": manifest.to_dict()})
             write_json(self.path / "zarr.json", metadata)  # the commit point
@@ -216,9 +221,9 @@ class Round:
         return self._sealed
 
     def _index(self) -> dict[Key, str]:
-        """Which segment holds which committed episode, while the round is not sealed.
+        """Return the segment of every committed episode, of a round that is not sealed.
 
-        Only segments that are new since the last call are read: a commit asks twice.
+        Reads only the segments that are new since the last call.
         """
         for name in self._segments():
             if name not in self._keys:
@@ -250,4 +255,4 @@ class Round:
             raise SealedRoundError(f"{self.path}: round {self.index} is sealed and takes no more episodes")
 
     def _nothing_to_seal(self) -> StoreError:
-        return StoreError(f"{self.path}: round {self.index} has no committed episode, so nothing can be sealed")
+        return StoreError(f"{self.path}: round {self.index} has no committed episode, so there is nothing to seal")

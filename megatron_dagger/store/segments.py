@@ -1,9 +1,9 @@
 """Segments and sealed rounds on the disk: two forms of the same columns.
 
-A segment is what one commit wrote: a single zarr array of bytes that holds all columns one after
-another, because a commit's time goes with the number of files. Its attributes list the episodes and
-say where each column lies. Sealing turns a round's segments into a group of one array per column.
-Both are immutable once they are in place.
+A segment holds the episodes of one commit. It is a single zarr array of bytes with all columns one after another,
+because the time of a commit grows with its number of files. The array's attributes list the episodes and the place of
+each column. Sealing turns a round's segments into a group with one array per column. Both are immutable once they are
+in place.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_dagger.store.errors import CorruptDataError
 from megatron_dagger.types import SCHEMA_VERSION
 
 CHUNK_ROWS = {"turns": 1024, "episodes": 1024, "episode_floats": 1024}
-DEFAULT_CHUNK_ROWS = 65536  # tokens: 256 KiB, what one read of an episode decompresses at least
-CHUNKS_PER_SHARD = 64  # tokens: 16 MiB a file before compression
+DEFAULT_CHUNK_ROWS = 65536  # of tokens 256 KiB, the least that reading an episode decompresses
+CHUNKS_PER_SHARD = 64  # of tokens 16 MiB a file before compression
 
 
 def write_segment(path: Path, columns: Columns) -> None:
-    """Write ``columns`` as a segment at ``path``; neither synced nor put in place."""
+    """Write ``columns`` as a segment at ``path``. The caller syncs it and puts it in place."""
     layout, parts, offset = {}, [], 0
-    for name in c.written(columns):
+    for name in c.stored_arrays(columns):
         raw = np.ascontiguousarray(getattr(columns, name), LAYOUT[name][0]).tobytes()
         layout[name] = [offset, len(raw)]
         parts.append(raw)
@@ -38,10 +38,10 @@ def write_segment(path: Path, columns: Columns) -> None:
 
 
 def read_segment(path: Path) -> Columns:
-    """The columns of a segment. FileNotFoundError when it is gone (its round was sealed)."""
+    """Return the columns of a segment. Raises FileNotFoundError if it is gone because its round was sealed."""
     array = open_array(path)
     layout = dict(array.attrs).get("layout", {})
-    known = set(LAYOUT) - set(c.LATER) <= set(layout) <= set(LAYOUT)
+    known = set(LAYOUT) - set(c.OPTIONAL) <= set(layout) <= set(LAYOUT)
     if not known or max(sum(place) for place in layout.values()) != array.shape[0]:
         raise CorruptDataError(f"{path / 'zarr.json'}: the segment's attributes do not describe its data")
     raw = read_rows(path, array)
@@ -50,46 +50,46 @@ def read_segment(path: Path) -> Columns:
         dtype, width = LAYOUT[name]
         values = raw[start : start + size].view(dtype)
         arrays[name] = values.reshape(-1, width) if width else values
-    return c.complete(arrays)
+    return c.from_stored_arrays(arrays)
 
 
 def segment_keys(path: Path) -> list[tuple[str, int]]:
-    """(task_id, attempt) of every episode in a segment or a group, from its attributes alone."""
+    """Return (task_id, attempt) of every episode in a segment or a group, from its attributes alone."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: there is no such segment or group")
     try:
         attributes = read_json(path / "zarr.json")["attributes"]
         return [(task_id, attempt) for task_id, attempt in attributes["keys"]]
     except (UnreadableFileError, KeyError, TypeError, ValueError) as error:
-        if not path.is_dir():  # a seal removed it meanwhile
+        if not path.is_dir():  # a seal has removed it meanwhile
             raise FileNotFoundError(f"{path}: there is no such segment or group") from error
         raise CorruptDataError(f"{path / 'zarr.json'}: unreadable metadata: {error}") from error
 
 
 def write_group(path: Path, columns: Columns) -> None:
-    """Write ``columns`` as a group of sharded, compressed arrays at ``path``; not synced."""
-    names = c.written(columns)
-    later = [name for name in names if name in c.LATER]
-    write_json(path / "zarr.json", group_metadata({"keys": c.keys(columns), "later": later, **_schema()}))
+    """Write ``columns`` as a group of sharded, compressed arrays at ``path``. The caller syncs it."""
+    names = c.stored_arrays(columns)
+    optional = [name for name in names if name in c.OPTIONAL]
+    write_json(path / "zarr.json", group_metadata({"keys": c.keys(columns), "later": optional, **_schema()}))
     for name in names:
         rows = CHUNK_ROWS.get(name, DEFAULT_CHUNK_ROWS)
         write_array(path / name, getattr(columns, name), chunk_rows=rows, chunks_per_shard=CHUNKS_PER_SHARD)
 
 
 def group_metadata(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``zarr.json`` for a zarr v3 group."""
+    """Return the content of ``zarr.json`` for a zarr v3 group."""
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 
 class SealedEpisodes:
-    """Reads a sealed round: whole blocks in order, or single episodes."""
+    """The episodes of a sealed round, read in blocks or one by one."""
 
     def __init__(self, path: Path):
         self.path = path
         self.keys = segment_keys(path)
         self.position = {key: index for index, key in enumerate(self.keys)}
-        later = read_json(path / "zarr.json")["attributes"].get("later", [])
-        names = [name for name in LAYOUT if name not in c.LATER or name in later]
+        optional = read_json(path / "zarr.json")["attributes"].get("later", [])
+        names = [name for name in LAYOUT if name not in c.OPTIONAL or name in optional]
         self._arrays = {name: open_array(path / name) for name in names}
         for name, array in self._arrays.items():
             dtype, width = LAYOUT[name]
@@ -101,24 +101,28 @@ class SealedEpisodes:
         self._floats = self._read("episode_floats", 0, len(self.keys))
 
     def block(self, first: int, last: int) -> Columns:
-        """Episodes ``first`` to ``last`` (not included), read with one access per array."""
+        """Return episodes ``first`` to ``last`` (exclusive), read with one access per array."""
         rows = self._episodes[first:last].copy()
         parts: dict[str, np.ndarray] = {"episode_floats": self._floats[first:last]}
         names = {"turn": ["turns"], "token": ["tokens", "logprobs", "teacher_logprobs"],
                  "label": ["label_tokens", "label_logprobs"], "text": ["text"]}  # fmt: skip
         for unit, arrays in names.items():
-            start_column, count_column = c.E[f"{unit}_start"], c.E[f"{unit}_count"]
+            start_column, count_column = c.EPISODE[f"{unit}_start"], c.EPISODE[f"{unit}_count"]
             start = int(rows[0, start_column])
             stop = int(rows[-1, start_column] + rows[-1, count_column])
             rows[:, start_column] -= start
             for name in arrays:
                 if name in self._arrays:
                     parts[name] = self._read(name, start, stop)
-        return c.complete({"episodes": rows, **parts})
+        return c.from_stored_arrays({"episodes": rows, **parts})
 
     def blocks(self, first: int, bytes_per_block: int = 32 << 20) -> list[tuple[int, int]]:
-        """Ranges of episodes from ``first`` on, of about ``bytes_per_block`` each."""
-        sizes = self._episodes[:, [c.E["token_count"], c.E["label_count"], c.E["text_count"]]] @ [12, 8, 1]
+        """Return ranges [start, stop) that cover the episodes from ``first`` on, of about ``bytes_per_block`` each."""
+        sizes = self._episodes[:, [c.EPISODE["token_count"], c.EPISODE["label_count"], c.EPISODE["text_count"]]] @ [
+            12,
+            8,
+            1,
+        ]
         ranges, start, size = [], first, 0
         for index in range(first, len(sizes)):
             if size and size + sizes[index] > bytes_per_block:

@@ -1,6 +1,7 @@
-"""Training on Megatron-Core: model, parallel layout, packing, loss, optimizer, checkpoints, launch.
+"""Training on Megatron-Core: model, parallel layout, loss, optimizer, checkpoints (see README.md).
 
-Nothing is imported here: ``job``, ``packing``, ``batches``, ``schedule`` and ``launch`` need no torch.
+Nothing is imported here: ``job``, ``schedule``, ``fingerprint``, ``data`` and ``ranks.launch`` need no torch. On a
+machine without a GPU, importing the package hides Transformer Engine and Apex from this process.
 """
 
 import os
@@ -9,9 +10,9 @@ import sys
 from megatron_dagger.gpus import has_gpus
 
 if not has_gpus(os.environ):
-    # Megatron decorates functions with torch.compile on import, which on the CPU compiles for about ten
-    # seconds and gains nothing. Read when torch._dynamo is imported, so it must be set before Megatron is.
+    # Megatron decorates functions with torch.compile, which on the CPU compiles for about ten seconds and gains
+    # nothing. torch._dynamo reads the variable on import: it must be set before Megatron is imported.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Where these are installed Megatron takes their optimizers and kernels, which run on a GPU only.
+    # If these are installed Megatron uses their optimizers and kernels, which run on a GPU only.
     for _name in ("transformer_engine", "apex"):
         sys.modules.setdefault(_name, None)  # type: ignore[arg-type]  # importing it is an ImportError

@@ -1,7 +1,7 @@
 """``python -m megatron_dagger.training EPISODES.npz JOB.json ...``: one rank of one or more training rounds.
 
-A job is a TrainJob, the episodes are what ``episode_file.save_episodes`` wrote. Ranks come from
-torchrun's variables, so one process trains alone and ``launch`` or torchrun start several.
+A job is a TrainJob; the episodes are a file of ``data.episode_file.save_episodes``. The rank comes from torchrun's
+variables: without them one process trains alone, and ``ranks.launch`` or torchrun start several.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from megatron_dagger.training.job import TrainJob
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_dagger.training",
-        description="Train rounds on a file of labelled episodes, one after the other (one rank of each).",
+        description="Train one or more rounds on a file of labelled episodes, as one rank of each.",
     )
-    parser.add_argument("episodes", type=Path, help="the .npz of training.episode_file.save_episodes")
-    parser.add_argument("jobs", type=Path, nargs="+", help="TrainJobs as JSON, all of the same world size")
+    parser.add_argument("episodes", type=Path, help="the .npz file of training.data.episode_file.save_episodes")
+    parser.add_argument("jobs", type=Path, nargs="+", help="TrainJobs as JSON, all with the same world_size")
     arguments = parser.parse_args()
     logging.basicConfig(
         level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING,
@@ -31,12 +31,12 @@ def main() -> int:
     from megatron_dagger.training import compat
 
     compat.quiet()
-    from megatron_dagger.training.trainer import train
+    from megatron_dagger.training.trainer import train_round
 
     episodes = load_episodes(arguments.episodes)
     try:
         for job in arguments.jobs:
-            train(TrainJob.load(job), lambda: episodes)
+            train_round(TrainJob.load(job), lambda: episodes)
     except ValueError as error:  # settings or data: the message says what to change
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -1,8 +1,8 @@
 """Megatron distributed checkpoints (torch_dist): saved atomically, loaded in any parallel layout.
 
-A checkpoint directory is written under a temporary name, synced and renamed; ``complete.json`` is put
-into it last and says what it holds. A directory without that file is half-written and is ignored.
-Tensors are Megatron's own sharded state: global names, optimizer state in the fully reshardable form.
+A checkpoint directory is written under a temporary name, synced and renamed; ``complete.json``, which describes it, is
+written last. A directory without that file is half-written and is ignored. Tensors are Megatron's own sharded state:
+global names, and optimizer state in the fully reshardable form.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointState:
-    """What ``complete.json`` says: where in the round the checkpoint was taken, and of which model.
+    """The content of ``complete.json``: the model, and where in the round the checkpoint was taken.
 
-    ``step`` is the number of finished steps; ``fingerprint`` names the job and its data.
+    ``step`` is the number of finished steps; ``fingerprint`` identifies the job and its data.
     """
 
     step: int
@@ -50,7 +50,7 @@ class CheckpointState:
 
 
 def save(directory: Path, chunks: list[Any], optimizer: Any, state: CheckpointState) -> None:
-    """Write a checkpoint to ``directory`` on all ranks together, replacing one that is there."""
+    """Write a checkpoint to ``directory``, replacing an older one. Called on all ranks together."""
     temporary = directory.parent / _shared_name(directory)
     if torch.distributed.get_rank() == 0:
         temporary.mkdir(parents=True)
@@ -67,14 +67,14 @@ def save(directory: Path, chunks: list[Any], optimizer: Any, state: CheckpointSt
 
 
 def load(directory: Path, chunks: list[Any], optimizer: Any | None, *, exact: bool = False) -> dict[str, Any]:
-    """Fill the model from ``directory``, and the optimizer too if one is given, on all ranks together.
+    """Load the model, and the optimizer if there is one, from ``directory``. Called on all ranks together.
 
-    Returns the chunks' states as they were saved, by Megatron's names for them (``model0``, ...).
-    ``exact`` also takes Transformer Engine's FP8 scales, which only a run of the same precision has.
+    ``exact`` also loads Transformer Engine's FP8 scales, which only a training of the same precision has. Returns the
+    chunks' saved states by Megatron's names for them (``model0``, ...).
     """
     if optimizer is not None:
         _allocate_states(optimizer)
-    sharded = _model_state(chunks, with_engine_state=exact)
+    sharded = _model_state(chunks, with_fp8_scales=exact)
     if optimizer is not None:
         sharded["optimizer"] = optimizer.sharded_state_dict(dict(sharded), is_loading=True, metadata=_metadata())
     loaded = compat.load_sharded(sharded, directory)
@@ -84,33 +84,33 @@ def load(directory: Path, chunks: list[Any], optimizer: Any | None, *, exact: bo
     if optimizer is None:
         return states
     optimizer.load_state_dict(loaded["optimizer"])
-    for part in each_optimizer(optimizer):
-        for values in part.optimizer.state.values():
+    for inner in each_optimizer(optimizer):
+        for values in inner.optimizer.state.values():
             if torch.is_tensor(values.get("step")):
                 values["step"] = values["step"].clone()  # Megatron gives all parameters the same tensor
     return states
 
 
 def read_state(directory: Path) -> CheckpointState:
-    """What a checkpoint holds; CheckpointError if it is missing or half-written."""
+    """Return a checkpoint's ``complete.json``; raise CheckpointError if the checkpoint is missing or half-written."""
     marker = directory / MARKER
     if not marker.is_file():
-        what = "is half-written (it has no complete.json)" if directory.is_dir() else "does not exist"
-        raise CheckpointError(f"checkpoint {directory} {what}; train the round before again, or name another")
+        problem = "is half-written (it has no complete.json)" if directory.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint {directory} {problem}; train the previous round again, or name another one")
     return build(CheckpointState, atomic.read_json(marker))
 
 
 def check_model(directory: Path, model: ModelConfig) -> None:
     """Raise CheckpointError unless the checkpoint is of ``model``."""
-    theirs, ours = to_dict(read_state(directory).model), to_dict(model)
-    for name, value in ours.items():
-        if name != "init_std" and theirs[name] != value:
-            raise CheckpointError(f"checkpoint {directory} has model.{name}={theirs[name]}, the settings say {value}")
+    saved, configured = to_dict(read_state(directory).model), to_dict(model)
+    for name, value in configured.items():
+        if name != "init_std" and saved[name] != value:
+            raise CheckpointError(f"checkpoint {directory} has model.{name}={saved[name]}, the settings say {value}")
 
 
 def find_resumable(output_dir: Path, fingerprint: str) -> tuple[Path, CheckpointState] | None:
-    """The newest complete checkpoint of this very job in ``output_dir``, if there is one."""
-    found = []
+    """Return the newest complete checkpoint of the job with ``fingerprint`` in ``output_dir``, or None."""
+    candidates = []
     for directory in [output_dir / FINAL, *output_dir.glob(_IN_ROUND + "*")]:
         try:
             state = read_state(directory)
@@ -119,21 +119,22 @@ def find_resumable(output_dir: Path, fingerprint: str) -> tuple[Path, Checkpoint
                 logger.warning("ignoring half-written checkpoint %s", directory)
             continue
         if state.fingerprint == fingerprint:
-            found.append((state.step, directory, state))
+            candidates.append((state.step, directory, state))
         else:
-            logger.warning("ignoring %s: it belongs to other settings or other data", directory)
-    if not found:
+            logger.warning("ignoring checkpoint %s: it belongs to other settings or other data", directory)
+    if not candidates:
         return None
-    _, directory, state = max(found, key=lambda item: item[0])
+    _, directory, state = max(candidates, key=lambda item: item[0])
     return directory, state
 
 
 def in_round(output_dir: Path, step: int) -> Path:
+    """Return the directory of the checkpoint after ``step`` steps of a round."""
     return output_dir / f"{_IN_ROUND}{step:06d}"
 
 
 def remove_others(output_dir: Path, keep: Path) -> None:
-    """Remove in-round checkpoints other than ``keep``, and what killed saves left behind."""
+    """Remove in-round checkpoints other than ``keep``, and leftovers of killed saves."""
     if torch.distributed.get_rank() == 0:
         leftovers = output_dir.glob(f"{atomic.TEMPORARY_PREFIX}checkpoint*")
         for directory in [*output_dir.glob(_IN_ROUND + "*"), *leftovers]:
@@ -142,7 +143,7 @@ def remove_others(output_dir: Path, keep: Path) -> None:
 
 
 def _shared_name(directory: Path) -> str:
-    """A temporary name that all ranks know."""
+    """Return a temporary name, the same on all ranks."""
     names = [atomic.temporary_name(directory.name)]
     torch.distributed.broadcast_object_list(names, src=0)
     return names[0]
@@ -158,26 +159,26 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _model_state(chunks: list[Any], *, with_engine_state: bool = True) -> dict[str, Any]:
-    """Every chunk's sharded state, with Transformer Engine's FP8 scales or without."""
+def _model_state(chunks: list[Any], *, with_fp8_scales: bool = True) -> dict[str, Any]:
+    """Return every chunk's sharded state, with or without Transformer Engine's FP8 scales."""
     state = {}
     for index, chunk in enumerate(chunks):
         values = bare(chunk).sharded_state_dict(metadata=_metadata())
-        if not with_engine_state:
+        if not with_fp8_scales:
             values = {key: value for key, value in values.items() if not key.endswith("_extra_state")}
         state[f"model{index}"] = values
     return state
 
 
 def _allocate_states(optimizer: Any) -> None:
-    """Torch's AdamW makes its state in the first step; Megatron wants it before it loads one."""
-    for part in each_optimizer(optimizer):
-        if not isinstance(part.optimizer, torch.optim.AdamW):
+    """Create the state of torch's AdamW, which it makes in its first step and Megatron needs before loading."""
+    for inner in each_optimizer(optimizer):
+        if not isinstance(inner.optimizer, torch.optim.AdamW):
             continue
-        for group in part.optimizer.param_groups:
+        for group in inner.optimizer.param_groups:
             for parameter in group["params"]:
-                if not part.optimizer.state.get(parameter):
-                    part.optimizer.state[parameter] = {
+                if not inner.optimizer.state.get(parameter):
+                    inner.optimizer.state[parameter] = {
                         "step": torch.tensor(0.0),
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),

@@ -1,8 +1,12 @@
-"""Lets Megatron-Core run on a machine without CUDA: the only file that patches anybody's code.
+"""Patches that let Megatron-Core run on a machine without CUDA.
 
-Megatron-Core asks ``torch.cuda`` for the current device, streams and generators, and allocates on
-"cuda" by name. Here each of these answers for the CPU. On a machine with CUDA ``install`` does
-nothing at all. It runs once a process, before a model or an optimizer is built.
+Megatron-Core asks ``torch.cuda`` for the current device, streams and generators, and allocates on "cuda" by name. Here
+each of these answers for the CPU. ``install`` runs once per process, before a model or an optimizer is built; on a
+machine with CUDA it does nothing.
+
+Other places where the package changes a library in its process: ``training/__init__`` hides Transformer Engine and Apex
+on a machine without a GPU, ``compat`` replaces the queue of Megatron's checkpoint writer, ``flex_attention`` raises
+Dynamo's recompile limit, and ``weights/vllm/target`` replaces a function of vLLM's linear layers.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ _installed = False
 
 
 class _Stream:
-    """Stands for a CUDA stream and for an event in one: CPU work is done when the call returns."""
+    """A CUDA stream and an event in one: CPU work is done when the call returns."""
 
     device = _CPU
 
@@ -38,7 +42,7 @@ class _Stream:
 
 
 def install() -> bool:
-    """Patch what Megatron-Core needs; return whether this machine has no CUDA."""
+    """Patch torch and Megatron-Core on a machine without CUDA; return whether it is one."""
     global _installed
     if torch.cuda.is_available():
         return False
@@ -85,7 +89,7 @@ def _patch_tensors() -> None:
     typename = torch.Tensor.type
 
     def tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Megatron sorts gradients by names such as torch.cuda.FloatTensor."""
+        """Return CUDA's type names to Megatron, which sorts gradients by names such as torch.cuda.FloatTensor."""
         answer = typename(self, *args, **kwargs)
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if isinstance(answer, str) and caller.startswith("megatron.core"):
@@ -107,7 +111,7 @@ def _patch_megatron() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
     def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
-        """Megatron's own, for torch's AdamW: its state has a ``step``, which a checkpoint's has not."""
+        """Do as Megatron's own method, for torch's AdamW: its state has a ``step``, a checkpoint's has not."""
         group, order = self.model_param_group_index_map[model_param]
         param = self.optimizer.param_groups[group]["params"][order]
         with torch.no_grad():
@@ -117,11 +121,11 @@ def _patch_megatron() -> None:
 
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
-    moe_utils.te_general_gemm = None  # 0.16 asks for it even where it could not import it
+    moe_utils.te_general_gemm = None  # 0.16 uses the name even if its import failed
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
     def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        """Megatron's own, for a tensor that is there already: splits are wanted as numpy all the same."""
+        """Do as Megatron's own function, which leaves tensors on the CPU alone, but honour ``as_numpy``."""
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else move(tensor)
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu

@@ -1,7 +1,7 @@
 """Digests of the trainer's weights, in canonical (Hugging Face) names, from its memory.
 
-The first of the ranks that hold a share digests it; nothing but the hashes travels, and for
-an engine that quantises the blocks' maxima.
+The first of the ranks that hold a share digests it. Only the hashes are exchanged and, for a rollout engine that
+quantises, the maxima of the weights' blocks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 
 from megatron_dagger.config import ModelConfig
-from megatron_dagger.training import param_names as layout
+from megatron_dagger.training import param_names
 from megatron_dagger.training.model import bare
 from megatron_dagger.weights.blocks import Block
 from megatron_dagger.weights.families import lookup
@@ -24,22 +24,22 @@ from megatron_dagger.weights.verify.digest import Shares, digest_shares, digest_
 
 
 def parameter_digests(chunks: list[Any], model: ModelConfig, scales: BlockScales | None = None) -> dict[str, str]:
-    """The digests by canonical name, the same on every rank; called on all ranks together.
+    """Return the digests by canonical name, the same on every rank. Called on all ranks together.
 
-    With ``scales``, of what an engine holds that quantises with them, the scales included.
+    With ``scales`` they are of the weights quantised with these scales, and of the scales themselves.
     """
     mine: Shares = {}
     for blocks, tensor in _own_tensors(chunks, model):
         mine |= digest_shares(blocks, scales.quantised(blocks, tensor) if scales else tensor, model)
-    all_tasks: list[Shares] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(all_tasks, mine)
+    gathered: list[Shares] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
     if scales:
-        all_tasks.append(digest_whole(scales.canonical().items(), model))
-    return merge(all_tasks, model)
+        gathered.append(digest_whole(scales.canonical().items(), model))
+    return merge(gathered, model)
 
 
 def block_scales(chunks: list[Any], model: ModelConfig, device: torch.device) -> BlockScales:
-    """The scales of the weights in block-wise FP8, the same on every rank; called on all ranks together."""
+    """Return the scales of the weights in block-wise FP8, the same on every rank. Called on all ranks together."""
     scales = BlockScales(model, device)
     for blocks, tensor in _own_tensors(chunks, model):
         scales.add(blocks, tensor)
@@ -49,11 +49,15 @@ def block_scales(chunks: list[Any], model: ModelConfig, device: torch.device) ->
 
 
 def _own_tensors(chunks: list[Any], model: ModelConfig) -> Iterator[tuple[list[Block], torch.Tensor]]:
-    """What this rank holds as the first replica, and what each tensor is made of; a tied embedding once."""
+    """Yield (blocks, tensor) for each tensor of which this rank is the first replica; a tied embedding once."""
     for chunk in chunks:
-        for name, parameter in layout.global_parameters(bare(chunk)):
-            if not layout.is_first_replica(name) or (name == OUTPUT_LAYER and model.tie_embeddings):
+        for name, parameter in param_names.global_parameters(bare(chunk)):
+            if not param_names.is_first_replica(name) or (name == OUTPUT_LAYER and model.tie_embeddings):
                 continue
-            own = layout.own_shard(name)
-            blocks = lookup(model).layout(name, model).blocks(own, padded_rows=padded_vocab_size(model, own.size))
-            yield blocks, layout.values(parameter)
+            shard = param_names.own_shard(name)
+            blocks = (
+                lookup(model)
+                .megatron_tensor(name, model)
+                .blocks(shard, padded_rows=padded_vocab_size(model, shard.size))
+            )
+            yield blocks, param_names.values(parameter)

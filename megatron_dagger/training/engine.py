@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dagger.config import ModelConfig, TrainingConfig
-from megatron_dagger.training import checkpoint, loss, model, optimizer
+from megatron_dagger.training import checkpoint, megatron_config, model, optimizer
+from megatron_dagger.training.batch import MicroBatch, micro_batch
 from megatron_dagger.training.data.packing import PackedRow
+from megatron_dagger.training.forward_step import forward_step
+from megatron_dagger.training.loss import weighted_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,85 +30,108 @@ class StepResult:
     grad_norm: float
 
 
+class Moments(Enum):
+    """What the optimizer's moments belong to."""
+
+    NONE = "no step was taken since the weights were initialised or loaded"
+    SAVED = "weights and moments are those of a checkpoint"
+    UNSAVED = "steps were taken that no checkpoint has"
+
+
 class MegatronEngine:
-    """Built on all ranks together, inside ``parallel.process_groups``."""
+    """Model, gradients and optimizer of this rank. All methods are called on all ranks together.
+
+    Must be built inside ``ranks.process_groups``. Raises ConfigError for settings that this machine cannot run.
+    """
 
     def __init__(self, model_config: ModelConfig, training: TrainingConfig, *, seed: int, device: torch.device) -> None:
-        model.check_supported(model_config, training)
+        megatron_config.check_supported(model_config, training)
         self.model_config, self.training, self.device = model_config, training, device
-        config = model.transformer_config(model_config, training)
-        chunks = model.build(model_config, training, config)
+        chunks = model.build(model_config, training, megatron_config.transformer_config(model_config, training))
         model.initialize_weights(chunks, model_config, seed)
         self.chunks = optimizer.data_parallel(chunks, training)
         self.optimizer = optimizer.build(self.chunks, training)
-        self.holds: Path | None = None  # the checkpoint that says what weights and moments are, if one does
-        self._stepped = False
-        self.select = not training.parallel.sequence_parallel  # there each rank has other positions
-        heads = [model.bare(c) for c in self.chunks if getattr(model.bare(c), "post_process", False)]
-        self._forward_step = loss.forward_step(
-            {id(head): loss.LabelLogits(head, model_config.vocab_size) for head in heads}
-        )
-        self._attention = model.attention(training)
+        self.moments = Moments.NONE
+        self._checkpoint: Path | None = None  # that ``moments`` are of, if SAVED
+        # With sequence parallelism each rank has other places, so the output layer computes all of them.
+        self.labels_only = not training.parallel.sequence_parallel
+        self._forward_step = forward_step(self.chunks, model_config.vocab_size, weighted_loss)
+        self._attention = megatron_config.attention_kind(training)
         self._schedule = get_forward_backward_func()
 
-    def load(self, directory: Path, *, with_optimizer: bool, exact: bool = False) -> None:
-        """Take weights, and the optimizer's state if asked, from a checkpoint of any layout.
+    def holds(self, directory: Path) -> bool:
+        """Return whether weights and moments in memory are those of the checkpoint ``directory``."""
+        return self.moments is Moments.SAVED and self._checkpoint == directory
 
-        ``exact``, to resume a round, needs a checkpoint of the same precision.
+    def load(self, directory: Path, *, with_optimizer: bool, exact: bool = False) -> None:
+        """Load the weights, and with ``with_optimizer`` the moments, from a checkpoint of any parallel layout.
+
+        Without ``with_optimizer`` the moments start from zero. ``exact``, to resume a round, needs a checkpoint of
+        the same precision. Raises CheckpointError for a missing or half-written checkpoint, or another model's.
         """
         checkpoint.check_model(directory, self.model_config)
-        if self._stepped and not with_optimizer:  # the moments are to be forgotten
+        if self.moments is not Moments.NONE and not with_optimizer:
             self.optimizer = optimizer.build(self.chunks, self.training)
         saved = checkpoint.load(directory, self.chunks, self.optimizer if with_optimizer else None, exact=exact)
-        if not with_optimizer:  # the main copy of BF16 weights; of FP8 weights as they were before they were rounded
-            self.optimizer.reload_model_params(saved if self.training.fp8_param_gather else None)
-        self.holds = directory if with_optimizer else None
+        if with_optimizer:
+            self._set_saved(directory)
+            return
+        # The optimizer has main copies of BF16 weights, and of FP8 weights from before they were rounded.
+        self.optimizer.reload_model_params(saved if self.training.fp8_param_gather else None)
+        self.moments = Moments.NONE
 
     def save(self, directory: Path, state: checkpoint.CheckpointState) -> None:
         """Write weights and optimizer to ``directory``; see checkpoint.save."""
         checkpoint.save(directory, self.chunks, self.optimizer, state)
-        self.holds = directory
+        self._set_saved(directory)
 
     def step(self, rows: Sequence[PackedRow], *, normaliser: float, learning_rate: float) -> StepResult:
-        """Train on this data-parallel rank's ``rows``, one a micro-batch.
+        """Train on this data-parallel rank's ``rows``, one per micro-batch; return the same result on every rank.
 
-        ``normaliser`` is the sum of the label weights of all ranks' rows. The result is the same on
-        every rank.
+        ``normaliser`` is the sum of the label weights of all ranks' rows. Raises RuntimeError if the optimizer
+        skips the step.
         """
-        self.holds, self._stepped = None, True
-        value = self.forward_backward(rows, normaliser=normaliser)
+        self.moments = Moments.UNSAVED
+        loss = self.forward_backward(rows, normaliser=normaliser)
         optimizer.set_learning_rate(self.optimizer, learning_rate)
         succeeded, grad_norm, _ = self.optimizer.step()
-        assert succeeded, "only FP16 with loss scaling skips steps"
-        return StepResult(loss=value, grad_norm=float(grad_norm or 0.0))
+        if not succeeded:  # only FP16 with loss scaling may skip steps
+            raise RuntimeError(
+                f"Megatron's optimizer skipped a step (loss {loss}, gradient norm {grad_norm}), which it does when "
+                f"gradients are not finite; lower training.optimizer.lr={self.training.optimizer.lr}"
+            )
+        return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0))
 
     def forward_backward(self, rows: Sequence[PackedRow], *, normaliser: float) -> float:
-        """Leave the global batch's gradient in the chunks' buffers and return its loss."""
+        """Leave the global batch's gradient in the chunks' buffers, and return its loss."""
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        parts = self._run(rows, max(normaliser, 1e-6), forward_only=False, select=self.select)
-        return self._total([part["loss"] for part in parts])
+        metrics = self._run(rows, max(normaliser, 1e-6), forward_only=False, labels_only=self.labels_only)
+        return self._total([values["loss"] for values in metrics])
 
     @torch.no_grad()
     def logprobs(self, rows: Sequence[PackedRow]) -> list[np.ndarray] | None:
-        """For each row (s,) float32, the log-probability of every target; None but on the last stage."""
-        losses: list[np.ndarray] = []
+        """Return the log-probability of every target, (s,) float32 per row; None on all but the last stage."""
+        logprobs: list[np.ndarray] = []
 
-        def keep(batches: Iterator[loss.MicroBatch], chunk: Any) -> Any:
+        def keep(batches: Iterator[MicroBatch], chunk: Any) -> Any:
             output, _ = self._forward_step(batches, chunk)
 
-            def collect(values: torch.Tensor) -> Any:
-                losses.append(-values.float().cpu().numpy().reshape(-1))
-                return values.sum(), torch.tensor(values.numel(), dtype=torch.int), {}
+            def collect(losses: torch.Tensor) -> Any:
+                logprobs.append(-losses.float().cpu().numpy().reshape(-1))
+                return losses.sum(), torch.tensor(losses.numel(), dtype=torch.int), {}
 
             return output, collect
 
         for chunk in self.chunks:
             chunk.eval()
-        self._run(rows, 1.0, forward_only=True, select=False, forward_step=keep)
-        return losses if parallel_state.is_pipeline_last_stage() else None
+        self._run(rows, 1.0, forward_only=True, labels_only=False, forward_step=keep)
+        return logprobs if parallel_state.is_pipeline_last_stage() else None
+
+    def _set_saved(self, directory: Path) -> None:
+        self.moments, self._checkpoint = Moments.SAVED, directory
 
     def _run(
         self,
@@ -112,11 +139,13 @@ class MegatronEngine:
         normaliser: float,
         *,
         forward_only: bool,
-        select: bool,
+        labels_only: bool,
         forward_step: Any = None,
     ) -> list[Any]:
+        """Run Megatron's schedule over ``rows``; return the metrics of each micro-batch, on the last stage only."""
         batches = [
-            loss.micro_batch(row, normaliser, self.device, select=select, attention=self._attention) for row in rows
+            micro_batch(row, normaliser, self.device, labels_only=labels_only, attention=self._attention)
+            for row in rows
         ]
         several = len(self.chunks) > 1
         result = self._schedule(
@@ -130,10 +159,10 @@ class MegatronEngine:
         )
         return list(result or [])
 
-    def _total(self, parts: list[torch.Tensor]) -> float:
-        """The sum over micro-batches and data-parallel ranks, on every rank of every stage."""
+    def _total(self, losses: list[torch.Tensor]) -> float:
+        """Return the sum over micro-batches and data-parallel ranks, on every rank of every stage."""
         total = torch.zeros(1, dtype=torch.float64, device=self.device)
-        if parts and parallel_state.get_tensor_model_parallel_rank() == 0:
-            total += torch.stack(parts).double().sum()
+        if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
+            total += torch.stack(losses).double().sum()
         torch.distributed.all_reduce(total)
         return float(total)

@@ -1,9 +1,9 @@
-"""Attention over trees by a block mask (FlexAttention), in the place of Transformer Engine's.
+"""Attention over trees with a block mask (FlexAttention), as the core attention of Transformer Engine's layers.
 
-One kernel call for a whole row: blocks of 128 x 128 places that see nothing of each other are left out,
-those that see all of each other need no mask, and in the others each place's own two ranges of keys are
-compared. Layers are Transformer Engine's otherwise, and their linears FP8; attention itself is BF16.
-The kernel is compiled on a GPU. On the CPU, where it has no backward pass, it only serves to be tested.
+One kernel call computes a whole row. Blocks of 128 x 128 (query, key) pairs in which no query attends to any key are
+skipped, blocks in which every query attends to every key need no mask, and in the other blocks each query's two ranges
+of keys are compared. Attention itself is BF16, also where the layers' linears are FP8. The kernel is compiled on a
+GPU; on the CPU it has no backward pass and is only used by tests.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_dagger.training.data.packing import PackedRow
-from megatron_dagger.training.local_modules import TreeAttention, TreeParams
+from megatron_dagger.training.tree_attention import TreeAttention, TreeParams
 
-BLOCK = 128
-_MOST_COMPILED = 32
+BLOCK = 128  # places
+_RECOMPILE_LIMIT = 32
 
 
 class TreeFlexAttention(TreeAttention):
-    """As TreeAttention; the TreeParams must have a ``block_mask``."""
+    """As TreeAttention, but in one kernel call; the TreeParams must have a ``block_mask``."""
 
     def over_trees(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: TreeParams
@@ -40,39 +40,39 @@ class TreeFlexAttention(TreeAttention):
 
 @cache
 def _kernel(compiled: bool) -> Any:
-    """FlexAttention; compiled for rows of all lengths.
+    """Return FlexAttention, compiled for rows of any length.
 
-    Three times, in fact (the first row's length, one block alone, all others), and as often again without
-    gradients, where layers are recomputed: two short of what Dynamo allows, beyond which it silently computes
-    with all scores in memory. Hence the limit, and an error beyond it.
+    Dynamo compiles it three times (for the first row's length, for a single block, for all other lengths), and as
+    often again without gradients if layers are recomputed. Beyond its limit of 8 it would silently fall back to an
+    implementation that holds all scores in memory: the limit is raised, and ``fullgraph`` makes exceeding it an error.
     """
     if not compiled:
         return flex_attention
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_COMPILED)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def block_mask(row: PackedRow, device: torch.device) -> BlockMask:
-    """The BlockMask of a packed row: place i sees start..prefix_stops[i]-1 and run_starts[i]..i."""
+    """Return the BlockMask of a packed row: place i attends to start..prefix_stops[i]-1 and run_starts[i]..i."""
     partial, full = blocks(row)
     bounds = (np.repeat(row.trees[:-1], np.diff(row.trees)), row.prefix_stops, row.run_starts)
     start, prefix_stop, run_start = (torch.from_numpy(x.astype(np.int32)).to(device) for x in bounds)
 
-    def sees(batch: Any, head: Any, place: Any, other: Any) -> Any:
-        in_prefix = (other >= start[place]) & (other < prefix_stop[place])
-        return in_prefix | ((other >= run_start[place]) & (other <= place))
+    def attends(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        in_prefix = (key >= start[query]) & (key < prefix_stop[query])
+        return in_prefix | ((key >= run_start[query]) & (key <= query))
 
-    counted = [x for some in (partial, full) for x in _counted(some, device)]
+    indices = [x for blocks_of_kind in (partial, full) for x in _kv_indices(blocks_of_kind, device)]
     return BlockMask.from_kv_blocks(
-        *counted, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(len(row.tokens), len(row.tokens))
+        *indices, BLOCK_SIZE=BLOCK, mask_mod=attends, seq_lengths=(len(row.tokens), len(row.tokens))
     )
 
 
 def blocks(row: PackedRow) -> tuple[np.ndarray, np.ndarray]:
-    """Of which blocks of places (rows) see some, and which all, of which blocks (columns): (n, n) bool each.
+    """Return (partial, full), (n, n) bool each: where a block of queries attends to part, or all, of a block of keys.
 
-    Places of one run within one block see the same prefix and begin at the same place, so it is enough to look
-    at the first and the last of them.
+    The places of one run within one block have the same prefix and run start, so it suffices to compare the first
+    and the last of them.
     """
     size = len(row.tokens)
     count = -(-size // BLOCK)
@@ -82,15 +82,15 @@ def blocks(row: PackedRow) -> tuple[np.ndarray, np.ndarray]:
     prefix_stop, run_start = row.prefix_stops[first, None], row.run_starts[first, None]
     low = np.arange(count)[None] * BLOCK
     high = np.minimum(low + BLOCK, size)
-    some = (np.maximum(start, low) < np.minimum(prefix_stop, high)) | ((run_start < high) & (low <= last[:, None]))
-    every = ((start <= low) & (high <= prefix_stop)) | ((run_start <= low) & (high <= first[:, None] + 1))
-    block = np.searchsorted(first, low[0])  # where a block's runs begin: each block begins one
-    any_of, all_of = np.logical_or.reduceat(some, block), np.logical_and.reduceat(every, block)
-    return any_of & ~all_of, all_of
+    run_any = (np.maximum(start, low) < np.minimum(prefix_stop, high)) | ((run_start < high) & (low <= last[:, None]))
+    run_all = ((start <= low) & (high <= prefix_stop)) | ((run_start <= low) & (high <= first[:, None] + 1))
+    first_run = np.searchsorted(first, low[0])  # of each block: runs are split at the blocks' bounds
+    block_any, block_all = np.logical_or.reduceat(run_any, first_run), np.logical_and.reduceat(run_all, first_run)
+    return block_any & ~block_all, block_all
 
 
-def _counted(chosen: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many blocks each block of queries has, (1, 1, n), and which, first of all, (1, 1, n, n); int32."""
-    order = np.argsort(~chosen, axis=1, kind="stable")
+def _kv_indices(chosen: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each query block's number of chosen key blocks (1, 1, n) and their indices (1, 1, n, n), int32."""
+    order = np.argsort(~chosen, axis=1, kind="stable")  # the chosen ones come first
     counts, indices = (torch.from_numpy(x.astype(np.int32)).to(device) for x in (chosen.sum(1), order))
     return counts[None, None], indices[None, None]

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step, consistent after a resume, and progress in the log."""
+"""metrics.jsonl: one line per step, consistent after a resume; and progress in the log."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from megatron_dagger.store import atomic
 from megatron_dagger.store.fence import permitted
@@ -17,27 +17,24 @@ FILE_NAME = "metrics.jsonl"
 _LOG_EVERY_S = 5.0
 
 
-class Metrics:
-    """Written by rank 0: {step, loss, grad_norm, lr, label_tokens, tokens, places, step_s}; steps count from 1.
+class StepMetrics:
+    """The open metrics.jsonl of a round, written by rank 0.
 
-    ``places``: of all ranks' rows, those that hold a token and those that are padding.
+    A line is {step, loss, grad_norm, lr, label_tokens, tokens, places, step_s}; steps count from 1. ``places`` are
+    those of all ranks' rows, with a token or with padding.
     """
 
-    def __init__(self, output_dir: Path, steps: int) -> None:
+    def __init__(self, output_dir: Path, steps: int, *, finished: int) -> None:
+        """Open the file for a round of ``steps``; keep the lines of the first ``finished``: later ones are repeated."""
         self.path, self.steps = output_dir / FILE_NAME, steps
-        self.lines: list[dict[str, Any]] = []
-        self._file: TextIO | None = None
+        self.lines = [line for line in read_steps(self.path) if line["step"] <= finished]
         self._logged = 0.0
-
-    def begin(self, finished_steps: int) -> None:
-        """Keep the lines of the first ``finished_steps`` steps; later ones will be repeated."""
-        self.lines = [line for line in read(self.path) if line["step"] <= finished_steps]
-        with permitted(self.path):  # the file that is opened is the one that was written
+        with permitted(self.path):  # no other process may write between the two
             atomic.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
             self._file = self.path.open("a")
 
     def add(self, **line: Any) -> None:
-        assert self._file is not None
+        """Append a step's line, and log the progress every few seconds."""
         self.lines.append(line)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -56,11 +53,11 @@ class Metrics:
             )
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        """Close the file. May be called twice."""
+        self._file.close()
 
     def summary(self) -> dict[str, Any]:
-        """The manifest's numbers about the steps; a token counts as often as it was trained on."""
+        """Return the manifest's numbers about the steps; a token counts as often as it was trained on."""
         losses = [line["loss"] for line in self.lines]
         tokens = sum(line["tokens"] for line in self.lines)
         return {
@@ -75,8 +72,8 @@ class Metrics:
         }
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that a kill cut short is left out."""
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics file ([] if there is none), without a last line that a kill cut short."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:

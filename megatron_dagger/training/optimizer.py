@@ -1,4 +1,4 @@
-"""Gradient buffers and AdamW, Megatron-Core's own: distributed over data-parallel ranks, clipped."""
+"""Megatron-Core's gradient buffers and AdamW: distributed over data-parallel ranks, with clipping."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from megatron.core.optimizer import get_megatron_optimizer
 
 from megatron_dagger.config import TrainingConfig
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}  # as Transformer Engine's AdamW asks
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}  # of Transformer Engine's AdamW
 
 
 def fp8_recipe(training: TrainingConfig) -> str | None:
-    """Megatron's name of the recipe; None where nothing is FP8."""
+    """Return Megatron's name of the FP8 recipe; None in other precisions."""
     name, _, recipe = training.precision.partition("_")
     return recipe if name == "fp8" else None
 
 
 def data_parallel_config(training: TrainingConfig) -> DistributedDataParallelConfig:
+    """Return Megatron's settings of gradient reduction."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=training.optimizer.distributed,
         overlap_grad_reduce=torch.cuda.is_available(),
-        overlap_param_gather=False,  # between steps the weights are whole: they are saved and digested
+        overlap_param_gather=False,  # between steps the weights are complete, to be saved and digested
         check_for_nan_in_grad=True,
         average_in_collective=False,
         fp8_param_gather=training.fp8_param_gather,
@@ -48,12 +49,12 @@ def data_parallel(chunks: list[Any], training: TrainingConfig) -> list[Any]:
 
 
 def finalize_model_grads(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-    """Megatron's, without its division by ``num_tokens``: the loss is normalised already."""
+    """Do as Megatron's function, without its division by ``num_tokens``: the loss is normalised already."""
     megatron_finalize(model, None, **kwargs)
 
 
 def settings(training: TrainingConfig) -> dict[str, Any]:
-    """The fields of Megatron's OptimizerConfig."""
+    """Return the fields of Megatron's OptimizerConfig."""
     config = training.optimizer
     dtype = torch.float32 if training.precision == "fp32" else torch.bfloat16
     return {
@@ -79,7 +80,7 @@ def settings(training: TrainingConfig) -> dict[str, Any]:
 
 
 def build(chunks: list[Any], training: TrainingConfig) -> Any:
-    """AdamW over the wrapped ``chunks`` as ``training`` says."""
+    """Return Megatron's AdamW over the wrapped ``chunks``, without any moments yet."""
     optimizer = get_megatron_optimizer(MegatronOptimizerConfig(**settings(training)), chunks)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     if not torch.cuda.is_available():
@@ -89,10 +90,11 @@ def build(chunks: list[Any], training: TrainingConfig) -> Any:
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_mult", 1.0)
 
 
 def each_optimizer(optimizer: Any) -> list[Any]:
-    """The Megatron optimizers inside a ChainedOptimizer."""
+    """Return the Megatron optimizers inside a ChainedOptimizer, or the only one."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))

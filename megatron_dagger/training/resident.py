@@ -1,8 +1,9 @@
-"""A trainer that lives through all rounds of a run: it waits for a round's episodes, trains, and hands over.
+"""The resident trainer: it waits for a round's episodes, trains, and sends the weights to rollout workers.
 
-Runs on all ranks alike. While it waits, weights and moments stay in memory, and engines are given the weights
-that ask for them (``weights.desk``). What it writes is what the trainings of single rounds write, so a run may
-go on in either way.
+Resident means disaggregated: the trainer and the rollout workers stay alive on GPUs of their own through all rounds.
+While the trainer waits, weights and moments stay in memory, and engines that ask get the weights
+(``weights.weight_server``). It writes the same files as the trainings of single rounds: a run may be continued either
+way. Runs on all ranks alike.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch.distributed
 
 from megatron_dagger.config import VllmEngineConfig
 from megatron_dagger.signals import STOPPED
-from megatron_dagger.training.job import TrainJob
-from megatron_dagger.training.ranks import process_groups as parallel
-from megatron_dagger.training.trainer import MANIFEST, Trainer
+from megatron_dagger.training.job import MANIFEST, TrainJob
+from megatron_dagger.training.ranks.process_groups import is_rank_zero
+from megatron_dagger.training.round_data import load_round_data
+from megatron_dagger.training.trainer import Trainer
 from megatron_dagger.training.weight_export import send_to_engine
 from megatron_dagger.types import LabelledEpisode
 from megatron_dagger.weights.errors import WeightSyncError
@@ -34,91 +36,93 @@ from megatron_dagger.weights.weight_server import WeightServer
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
-_ON = "on"  # what rank 0 tells the others: go on, serve this WeightSource, or (None) wait
+_CONDITION_MET = "condition met"  # rank 0's decision: end the wait; else serve a WeightSource, or None: keep waiting
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidentRounds:
-    """What a resident trainer asks about its run; the answers come from files, on rank 0 where it decides."""
+class ResidentRun:
+    """The run of a resident trainer. The callables read files; rank 0 calls those that decide for all ranks."""
 
     run_dir: Path
-    rounds: int
-    engine: VllmEngineConfig  # of those who take the weights
-    job: Callable[[int], TrainJob]
-    collected: Callable[[int], bool]  # whether a round's episodes are all there
-    episodes: Callable[[int], Sequence[LabelledEpisode]]
-    told: Callable[[int], AbstractContextManager[Any]]  # rank 0 tells of a round's training within it
-    over: Callable[[], bool]  # whether nobody will want weights any more
-    deadline_s: float  # for a round's collection
+    num_rounds: int
+    rollout_engine: VllmEngineConfig  # of the workers that take the weights
+    job: Callable[[int], TrainJob]  # of a round
+    is_collected: Callable[[int], bool]  # whether all episodes of a round are there
+    read_episodes: Callable[[int], Sequence[LabelledEpisode]]  # a round's training data
+    report_progress: Callable[[int], AbstractContextManager[Any]]  # entered on rank 0 while a round is trained
+    is_over: Callable[[], bool]  # whether no worker will need weights any more
+    deadline_s: float  # for the collection of a round
 
 
-def train_rounds(rounds: ResidentRounds) -> None:
-    """Train every round that has not been trained, as soon as it is collected; return when the run is over.
+def train_rounds(run: ResidentRun) -> None:
+    """Train every untrained round as soon as it is collected; return when the run is over.
 
-    Raises what ``trainer.train`` raises, TimeoutError where a round is not collected within ``deadline_s``, and
-    SystemExit(STOPPED) when a signal asked for it.
+    Raises what ``trainer.train_round`` raises, TimeoutError if a round is not collected within ``deadline_s``, and
+    SystemExit(STOPPED) if a signal asked this or another rank to stop.
     """
-    job = rounds.job(0)
+    job = run.job(0)
     with Trainer(job.model, job.training, seed=job.seed) as trainer:
-        _Resident(rounds, trainer, SourceLayout.of_trainer(job.model, job.training.parallel)).run()
+        _ResidentTrainer(run, trainer, SourceLayout.of_trainer(job.model, job.training.parallel)).train_rounds()
 
 
-class _Resident:
-    def __init__(self, rounds: ResidentRounds, trainer: Trainer, source: SourceLayout) -> None:
-        self.rounds, self.trainer = rounds, trainer
-        self.target = TargetLayout(tensor_parallel_size=rounds.engine.tensor_parallel_size)
+class _ResidentTrainer:
+    def __init__(self, run: ResidentRun, trainer: Trainer, layout: SourceLayout) -> None:
+        self.run, self.trainer = run, trainer
+        self.target = TargetLayout(tensor_parallel_size=run.rollout_engine.tensor_parallel_size)
         hosts = [""] * torch.distributed.get_world_size()
-        # Between GPUs the network (NCCL): CUDA IPC is written, and has not been tried yet where each process sees
-        # its own GPUs only, as on a cluster.
-        shares = trainer.engine.device.type == "cpu"
-        torch.distributed.all_gather_object(hosts, this_host() if shares else "")
-        self.desk = WeightServer(rounds.run_dir, source, hosts) if parallel.is_rank_zero() else None
+        # GPUs use NCCL: the transport by CUDA IPC exists, but was never tried where each process sees its own GPUs
+        # only, as on a cluster.
+        use_shared_memory = trainer.engine.device.type == "cpu"
+        torch.distributed.all_gather_object(hosts, this_host() if use_shared_memory else "")
+        self.server = WeightServer(run.run_dir, layout, hosts) if is_rank_zero() else None
         self.version: int | None = None  # of the weights in memory
 
-    def run(self) -> None:
-        for index in range(self._first(), self.rounds.rounds):
-            self._serve_until(partial(self.rounds.collected, index), f"the episodes of round {index}")
-            with self.rounds.told(index) if self.desk is not None else nullcontext():
-                self.trainer.train(self.rounds.job(index), partial(self.rounds.episodes, index))
+    def train_rounds(self) -> None:
+        for index in range(self._first_untrained(), self.run.num_rounds):
+            self._serve_until(partial(self.run.is_collected, index), f"the episodes of round {index}")
+            with self.run.report_progress(index) if is_rank_zero() else nullcontext():
+                job = self.run.job(index)
+                data = load_round_data(job, partial(self.run.read_episodes, index))
+                self.trainer.train(job, data, data_wait_s=data.load_s)
             self.version = index
-        self._serve_until(self.rounds.over, "the last evaluation")
+        self._serve_until(self.run.is_over, "the last evaluation")
 
-    def _first(self) -> int:
-        """The first round that is not trained; on every rank what rank 0 sees."""
-        jobs = map(self.rounds.job, range(self.rounds.rounds))
+    def _first_untrained(self) -> int:
+        """Return the first round without a manifest, as rank 0 sees it, on every rank."""
+        jobs = map(self.run.job, range(self.run.num_rounds))
         trained = [(Path(job.output_dir) / MANIFEST).exists() for job in jobs]
-        first = [trained.index(False) if False in trained else self.rounds.rounds]
+        first = [trained.index(False) if False in trained else self.run.num_rounds]
         torch.distributed.broadcast_object_list(first, src=0)
         return first[0]
 
-    def _serve_until(self, condition: Callable[[], bool], what: str) -> None:
-        """Give the weights in memory to engines that ask, until the condition holds."""
-        deadline = time.monotonic() + self.rounds.deadline_s
-        with self.desk.serving(self.version) if self.desk and self.version is not None else nullcontext():
+    def _serve_until(self, condition: Callable[[], bool], awaited: str) -> None:
+        """Send the weights in memory to engines that ask for them, until ``condition`` holds."""
+        deadline = time.monotonic() + self.run.deadline_s
+        with self.server.serving(self.version) if self.server and self.version is not None else nullcontext():
             while True:
-                told = [self._decide(condition)] if self.desk else [None]
-                torch.distributed.broadcast_object_list(told, src=0)
+                decision = [_decide(self.server, condition)] if self.server else [None]
+                torch.distributed.broadcast_object_list(decision, src=0)
                 if self.trainer.stop.on_any_rank(self.trainer.engine.device):
-                    logger.warning("stopped as asked while waiting for %s", what)
+                    logger.warning("stopped by a signal while waiting for %s", awaited)
                     raise SystemExit(STOPPED)
-                if told[0] == _ON:
+                if decision[0] == _CONDITION_MET:
                     return
-                if isinstance(told[0], WeightSource):
-                    self._send_to_engine(told[0])
+                if isinstance(decision[0], WeightSource):
+                    self._send(decision[0])
                 elif time.monotonic() > deadline:
-                    raise TimeoutError(f"{what}: not there after {self.rounds.deadline_s:.0f} s")
+                    raise TimeoutError(f"{awaited}: not there after {self.run.deadline_s:.0f} s")
                 else:
                     time.sleep(_POLL_S)
 
-    def _decide(self, condition: Callable[[], bool]) -> WeightSource | str | None:
-        assert self.desk is not None
-        return self.desk.next_offer() or (_ON if condition() else None)
-
-    def _send_to_engine(self, offer: WeightSource) -> None:
-        engine = self.rounds.engine
+    def _send(self, source: WeightSource) -> None:
+        engine = self.run.rollout_engine
         try:
-            send_to_engine(self.trainer.engine, offer, self.target, engine.dtype, engine.quantization)
-        except WeightSyncError as error:  # the engine has the checkpoint to fall back on
-            logger.warning("an engine did not take the weights: %s", error)
+            send_to_engine(self.trainer.engine, source, self.target, engine.dtype, engine.quantization)
+        except WeightSyncError as error:  # the rollout engine falls back on the checkpoint
+            logger.warning("a rollout engine did not take the weights: %s", error)
         else:
-            logger.info("an engine took weights %s (%s)", self.version, offer.kind)
+            logger.info("a rollout engine took weights %s (%s)", self.version, source.kind)
+
+
+def _decide(server: WeightServer, condition: Callable[[], bool]) -> WeightSource | str | None:
+    return server.next_source() or (_CONDITION_MET if condition() else None)

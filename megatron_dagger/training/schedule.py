@@ -1,4 +1,4 @@
-"""The learning rate of a step: a linear warm-up, then constant, linear or cosine decay to min_lr."""
+"""The learning rate of a step: linear warm-up, then constant, or linear or cosine decay to ``min_lr``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from megatron_dagger.config import OptimizerConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The rate of step ``step`` (from 0) of a round of ``steps``; each round starts anew.
+    """Return the learning rate of step ``step`` (from 0) in a round of ``steps`` steps.
 
-    The warm-up reaches ``lr`` in its last step and takes no more than half of the round.
+    Every round has the whole schedule. The warm-up reaches ``lr`` in its last step and takes at most half the round.
     """
     warmup = min(config.warmup_steps, steps // 2)
     if step < warmup:

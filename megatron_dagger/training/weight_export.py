@@ -1,11 +1,11 @@
-"""The trainer's end of a live transfer."""
+"""The trainer's end of a transfer of weights to rollout engines."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed
 
-from megatron_dagger.training import param_names as layout
+from megatron_dagger.training import param_names
 from megatron_dagger.training.digests import block_scales
 from megatron_dagger.training.engine import MegatronEngine
 from megatron_dagger.training.model import bare
@@ -16,27 +16,25 @@ from megatron_dagger.weights.transports.open import send_weights
 
 
 def own_tensors(engine: MegatronEngine) -> dict[str, torch.Tensor]:
-    """This rank's parameters by the names that the plan has for them, a tied output layer's copy included."""
+    """Return this rank's parameters by their names in a TransferPlan, a tied output layer's copy included."""
     return {
-        name: layout.values(parameter)
+        name: param_names.values(parameter)
         for chunk in engine.chunks
-        for name, parameter in layout.global_parameters(bare(chunk), number_experts=False)
+        for name, parameter in param_names.global_parameters(bare(chunk), number_experts=False)
     }
 
 
 def send_to_engine(
-    engine: MegatronEngine, offer: WeightSource, target: TargetLayout, dtype: str, quantization: Quantization = "none"
+    engine: MegatronEngine, source: WeightSource, target: TargetLayout, dtype: str, quantization: Quantization = "none"
 ) -> None:
-    """Send the weights to engines that were told of ``offer``; called on every rank.
+    """Send the weights to the rollout engines that opened ``source``. Called on all ranks together.
 
-    ``dtype``, by torch's name, and ``quantization``: what the engines hold. Raises WeightSyncError, within
-    the offer's deadline.
+    ``dtype`` (torch's name) and ``quantization`` say how the engines hold the weights. Raises WeightSyncError, at the
+    latest after the source's deadline.
     """
-    agreement = TransferSpec(
-        model=engine.model_config, target=target, dtype=dtype, offer=offer, quantization=quantization
-    )
+    spec = TransferSpec(model=engine.model_config, target=target, dtype=dtype, source=source, quantization=quantization)
     with torch.no_grad():
         tensors = own_tensors(engine)
         if quantization == "fp8":
             tensors |= block_scales(engine.chunks, engine.model_config, engine.device).tensors()
-        send_weights(agreement, torch.distributed.get_rank(), tensors, engine.device)
+        send_weights(spec, torch.distributed.get_rank(), tensors, engine.device)

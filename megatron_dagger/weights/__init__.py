@@ -1,1 +1,1 @@
-"""The bridge: the trainer's Megatron weights, in canonical Hugging Face names, brought to vLLM."""
+"""Weight sync: Megatron's weights, under canonical Hugging Face names, into vLLM. See the README of this folder."""

@@ -1,10 +1,9 @@
-"""The geometry of weights in parallel: shares of a tensor, and which block of it a rank holds where.
+"""The geometry of sharded weights: which blocks of a canonical tensor a rank holds, and where.
 
-Both ends of the bridge say which blocks of which canonical (Hugging Face) tensors a rank's own tensor
-is made of: Megatron's in ``families/layout.py``, vLLM's in ``families/parameter.py``. What a rank of
-one end has to send to a rank of the other is then the overlap of their blocks, in canonical
-coordinates. Tensors have one dimension (norms, biases), two (matrices) or, where a layer's experts
-are stacked, three: experts, rows, columns.
+Both sides describe a rank's own tensor as blocks of canonical (Hugging Face) tensors: Megatron's in
+``families/megatron_tensor.py``, vLLM's in ``families/vllm_tensor.py``. The data that a rank of one side sends to a
+rank of the other is the overlap of their blocks in canonical coordinates. Tensors have one dimension (norms, biases),
+two (matrices), or three where a layer's experts are stacked: experts, rows, columns.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ from enum import Enum
 from megatron_dagger.weights.errors import WeightMapError
 
 Index = tuple[int, ...]
-# Bytes of an element, by torch's name of the dtype.
+# Bytes per element, by torch's name of the dtype.
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 Span = tuple[int, int]  # start and extent along one dimension
 
 
-class Cut(Enum):
-    """How tensor parallelism cuts a tensor into equal shares."""
+class ShardDim(Enum):
+    """The dimension along which tensor parallelism splits a tensor into equal shards."""
 
-    NONE = "none"  # every rank has all of it
-    ROWS = "rows"  # along the rows of every canonical tensor in it
-    GROUPS = "groups"  # along the rows, between query groups only
+    NONE = "none"  # replicated on every rank
+    ROWS = "rows"  # the rows of each canonical tensor in it
+    GROUPS = "groups"  # the rows, between query groups only
     COLUMNS = "columns"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A rank's share of a tensor: ``rank`` of ``size`` tensor-parallel ones, and likewise of the experts."""
+    """A rank's shard of a tensor: ``rank`` of ``size`` tensor-parallel ranks, and the same for the experts."""
 
     rank: int = 0
     size: int = 1
@@ -42,7 +41,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A block of a tensor: where it starts, and its extent in every dimension."""
+    """A block of a tensor: its first index and its extent in every dimension."""
 
     start: Index
     shape: Index
@@ -53,13 +52,13 @@ class Box:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """For indexing an array."""
+        """Return the index of the block in an array."""
         return tuple(slice(s, s + n) for s, n in zip(self.start, self.shape, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """``canonical``: a box of the canonical tensor ``name``; ``start``: where a rank's own tensor has it."""
+    """The box ``canonical`` of the canonical tensor ``name``, which a rank's own tensor holds at index ``start``."""
 
     name: str
     canonical: Box
@@ -67,9 +66,9 @@ class Block:
 
     @classmethod
     def of(cls, name: str, rows: Span, row: int, columns: Span | None, experts: Span | None) -> Block:
-        """Of the canonical tensor, these experts, ``rows`` and ``columns``; the rank has them from ``row`` on.
+        """Return the block of these experts, ``rows`` and ``columns``, held by the rank from ``row`` on.
 
-        None stands for a dimension that the tensor has not.
+        None stands for a dimension that the tensor does not have.
         """
         spans = [span for span in (experts, rows, columns) if span]
         start = [0] * len(spans)
@@ -77,25 +76,24 @@ class Block:
         return cls(name, Box(tuple(s for s, _ in spans), tuple(n for _, n in spans)), tuple(start))
 
 
-def overlap(one: Block, other: Block) -> tuple[Box, Box] | None:
-    """What two ranks' blocks have in common, as a box of each rank's own tensor; None if nothing."""
-    if one.name != other.name:
+def overlap(a: Block, b: Block) -> tuple[Box, Box] | None:
+    """Return the overlap of two ranks' blocks as a box of each rank's own tensor, or None if they do not overlap."""
+    if a.name != b.name:
         return None
-    here, there, shape = [], [], []
-    a, b = one.canonical, other.canonical
-    for axis, (first, second) in enumerate(zip(a.start, b.start, strict=True)):
-        start = max(first, second)
-        extent = min(first + a.shape[axis], second + b.shape[axis]) - start
+    starts_in_a, starts_in_b, shape = [], [], []
+    for axis, (first_of_a, first_of_b) in enumerate(zip(a.canonical.start, b.canonical.start, strict=True)):
+        start = max(first_of_a, first_of_b)
+        extent = min(first_of_a + a.canonical.shape[axis], first_of_b + b.canonical.shape[axis]) - start
         if extent <= 0:
             return None
-        here.append(one.start[axis] + start - first)
-        there.append(other.start[axis] + start - second)
+        starts_in_a.append(a.start[axis] + start - first_of_a)
+        starts_in_b.append(b.start[axis] + start - first_of_b)
         shape.append(extent)
-    return Box(tuple(here), tuple(shape)), Box(tuple(there), tuple(shape))
+    return Box(tuple(starts_in_a), tuple(shape)), Box(tuple(starts_in_b), tuple(shape))
 
 
 def merge(pairs: list[tuple[Box, Box]]) -> list[tuple[Box, Box]]:
-    """Join pairs of boxes whose rows follow each other on both sides (gate and up, K and V, …)."""
+    """Return the pairs with those joined whose rows are adjacent on both sides (gate and up, K and V, …)."""
     merged: list[tuple[Box, Box]] = []
     for pair in sorted(pairs, key=lambda pair: pair[0].start):
         if merged and all(_follows(next_, last) for last, next_ in zip(merged[-1], pair, strict=True)):
@@ -106,7 +104,7 @@ def merge(pairs: list[tuple[Box, Box]]) -> list[tuple[Box, Box]]:
 
 
 def share(total: int, rank: int, size: int, what: str) -> Span:
-    """A rank's equal share; WeightMapError names ``what`` if it does not come out even."""
+    """Return the rank's equal share of ``total`` units. Raises WeightMapError, naming ``what``, if none exists."""
     if total % size:
         raise WeightMapError(f"{what}: {total} cannot be cut into {size} equal shares")
     extent = total // size

@@ -1,4 +1,4 @@
-"""Checkpoints of any kind, looked at alike: Megatron's and Hugging Face's, as canonical tensors."""
+"""Megatron's and Hugging Face's checkpoints behind one interface: canonical tensors by name."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from megatron_dagger.weights.torch_dist.reader import MegatronCheckpoint
 if TYPE_CHECKING:
     import torch
 
-MARKER = "complete.json"  # of our trainer's checkpoints
-HF_FILES = "hf"  # config.json, tokenizer: what a converted Megatron checkpoint carries along
+MARKER = "complete.json"  # in the trainer's checkpoints; contains the model's settings
+HF_FILES = "hf"  # directory in a converted Megatron checkpoint with config.json and the tokenizer
 
 
 class Checkpoint(Protocol):
@@ -29,33 +29,33 @@ class Checkpoint(Protocol):
     model: ModelConfig
 
     def read(self, name: str) -> torch.Tensor:
-        """One canonical tensor."""
+        """Return a canonical tensor."""
         ...
 
     def canonical_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All of them, in the model's order."""
+        """Yield (name, tensor) for all canonical tensors, in the model's order."""
         ...
 
     def dtype(self) -> str:
-        """By torch's name."""
+        """Return torch's name of the weights' dtype."""
         ...
 
 
 class MegatronFiles:
-    """A Megatron checkpoint as a Checkpoint; ``model`` is found beside the weights unless it is given."""
+    """A Megatron checkpoint as a Checkpoint. Without ``model`` the settings are read from beside the weights."""
 
     def __init__(self, directory: Path, model: ModelConfig | None = None):
         self.directory = Path(directory)
         self.weights = MegatronCheckpoint(self.directory)
         self.model = model or model_of(self.directory)
         self._sources = self.weights.sources(self.model)
-        layouts = families.lookup(self.model).layouts(self.model).values()
-        self._places = {
-            part.name: source for layout, source in zip(layouts, self._sources, strict=True) for part in layout.parts
+        entries = families.lookup(self.model).megatron_tensors(self.model).values()
+        self._source_of = {
+            part.name: source for entry, source in zip(entries, self._sources, strict=True) for part in entry.parts
         }
 
     def read(self, name: str) -> torch.Tensor:
-        source = self._places[name]
+        source = self._source_of[name]
         parts = families.to_canonical(source.name, self.weights.read(source), self.model)
         return next(tensor for part, tensor in parts if part == name)
 
@@ -67,9 +67,10 @@ class MegatronFiles:
 
 
 def open_checkpoint(directory: Path, model: ModelConfig | None = None) -> Checkpoint:
-    """The checkpoint in ``directory``, of whatever kind. Reads no weights.
+    """Open the checkpoint in ``directory``, of either kind. Reads no weights.
 
-    ``model`` is for a Megatron checkpoint without our trainer's complete.json or a config.json beside it.
+    A Megatron checkpoint that has neither the trainer's complete.json nor hf/config.json needs ``model``. Raises
+    CheckpointReadError.
     """
     if (directory / METADATA_FILE).exists():
         return MegatronFiles(directory, model)
@@ -79,12 +80,12 @@ def open_checkpoint(directory: Path, model: ModelConfig | None = None) -> Checkp
 
 
 def model_of(directory: Path) -> ModelConfig:
-    """What a Megatron checkpoint says it is of. Raises CheckpointReadError if it does not say."""
+    """Return the model's settings stored beside a Megatron checkpoint. Raises CheckpointReadError if there are none."""
     marker, config = directory / MARKER, directory / HF_FILES / CONFIG
     if marker.is_file():
         return build(ModelConfig, json.loads(marker.read_text())["model"])
     if config.is_file():
         return ModelConfig.from_hf(json.loads(config.read_text()))
     raise CheckpointReadError(
-        f"{directory} does not say what model it is of ({MARKER}, {HF_FILES}/{CONFIG}); name its config.json"
+        f"{directory} has no settings of its model ({MARKER} or {HF_FILES}/{CONFIG}); name its config.json"
     )

@@ -1,15 +1,15 @@
-"""What can go wrong between the trainer's weights and the engine's."""
+"""Errors on the way from the trainer's weights to the engine's."""
 
 from __future__ import annotations
 
 
 class CheckpointReadError(ValueError):
-    """A Megatron checkpoint is missing, incomplete, damaged, or not to be trusted."""
+    """A checkpoint is missing, incomplete, damaged, of another model, or contains code."""
 
 
 class WeightMapError(ValueError):
-    """A tensor has a name or a shape that the model family does not know, or cannot be cut as asked."""
+    """The model family does not know a tensor's name or shape, or the tensor cannot be sharded as requested."""
 
 
 class WeightSyncError(RuntimeError):
-    """The engine did not take over exactly the weights that the trainer wrote."""
+    """The engine could not take over the weights, or holds other weights than the trainer's."""

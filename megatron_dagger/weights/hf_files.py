@@ -1,8 +1,8 @@
 """Hugging Face checkpoints: safetensors files with an index, read and written tensor by tensor.
 
-Reading touches only the tensors asked for. Writing knows every tensor's size beforehand, so a file's header
-comes first and then one tensor after the other: no more than one is in memory. A file gets its name when
-it is whole, so a conversion that was interrupted goes on with the first file that is missing.
+Only requested tensors are read. All sizes are known before writing, so a file's header is written first and then its
+tensors, with no more than one in memory. A file gets its name when it is complete; an interrupted conversion resumes
+with the first missing file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ Read = Callable[[str], "torch.Tensor"]
 
 
 class HfCheckpoint:
-    """A directory with config.json and safetensors files."""
+    """A directory with config.json and safetensors files.
+
+    Raises CheckpointReadError if a file is missing or damaged, or of another model.
+    """
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
@@ -41,7 +44,7 @@ class HfCheckpoint:
             self.model = ModelConfig.from_hf(json.loads((self.directory / CONFIG).read_text()))
             self._files = self._index()
         except (OSError, KeyError, json.JSONDecodeError) as error:
-            raise CheckpointReadError(f"{directory} is no Hugging Face checkpoint: {error!r}") from error
+            raise CheckpointReadError(f"{directory} is not a Hugging Face checkpoint: {error!r}") from error
         self._open: dict[str, Any] = {}
         if self.model.tie_embeddings and _TIED_HEAD in self._files:
             self._drop_tied_head()
@@ -51,7 +54,7 @@ class HfCheckpoint:
             raise CheckpointReadError(f"{directory}: {error}") from None
 
     def read(self, name: str) -> torch.Tensor:
-        """One canonical tensor, in the dtype it is stored in."""
+        """Return a canonical tensor in its stored dtype."""
         file = self._files[name]
         tensor: torch.Tensor = self._opened(file).get_tensor(name)
         expected = families.canonical_names(self.model)[name]
@@ -60,22 +63,23 @@ class HfCheckpoint:
         return tensor
 
     def canonical_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the model, in the model's order."""
+        """Yield (name, tensor) for every tensor, in the model's order."""
         for name in families.canonical_names(self.model):
             yield name, self.read(name)
 
     def dtype(self) -> str:
-        """The dtype of the embedding, by torch's name."""
+        """Return torch's name of the embedding's dtype."""
         return str(self.read(_EMBEDDING).dtype).removeprefix("torch.")
 
     def _index(self) -> dict[str, str]:
+        """Return the file of each tensor."""
         index = self.directory / INDEX
         if index.is_file():
-            found: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            for file in set(found.values()):
+            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            for file in set(files.values()):
                 if Path(file).name != file or not (self.directory / file).is_file():
-                    raise CheckpointReadError(f"{index} names {file!r}, which is not there")
-            return found
+                    raise CheckpointReadError(f"{index} names {file!r}, which does not exist")
+            return files
         return dict.fromkeys(self._names(SINGLE), SINGLE)
 
     def _names(self, file: str) -> list[str]:
@@ -98,24 +102,27 @@ class HfCheckpoint:
         return self._open[file]
 
     def _drop_tied_head(self) -> None:
+        """Drop a stored output layer that is equal to the tied embedding. Raises CheckpointReadError if it differs."""
         import torch
 
         head, embedding = (self._opened(self._files[n]).get_tensor(n) for n in (_TIED_HEAD, _EMBEDDING))
         if not torch.equal(head, embedding):
             raise CheckpointReadError(
-                f"{self.directory} has tie_word_embeddings, but {_TIED_HEAD} is not {_EMBEDDING}: set it to false"
+                f"{self.directory} has tie_word_embeddings, but {_TIED_HEAD} differs from {_EMBEDDING}: "
+                "set tie_word_embeddings to false"
             )
         del self._files[_TIED_HEAD]
 
 
-def write_hf(directory: Path, model: ModelConfig, read: Read, dtype: str, *, most_bytes: int = 5 << 30) -> None:
-    """Write config.json and the safetensors files of ``model`` into ``directory``; goes on where it was.
+def write_hf(directory: Path, model: ModelConfig, read: Read, dtype: str, *, max_bytes: int = 5 << 30) -> None:
+    """Write config.json and the safetensors files of ``model`` into ``directory``, resuming an interrupted call.
 
-    What is in ``directory`` must be of the same weights and arguments (``store.resumable`` sees to it).
-    ``read`` gives a canonical tensor by its name; it is cast to ``dtype``. The index comes last.
+    Files already in ``directory`` must be of the same weights and arguments, which ``store.resumable`` ensures.
+    ``read(name)`` returns a canonical tensor, which is cast to ``dtype``. No file exceeds ``max_bytes`` by more than
+    its header, unless a single tensor does. The index is written last.
     """
     shapes = families.canonical_names(model)
-    files = _portions([(name, math.prod(shape) * ITEMSIZE[dtype]) for name, shape in shapes.items()], most_bytes)
+    files = _portions([(name, math.prod(shape) * ITEMSIZE[dtype]) for name, shape in shapes.items()], max_bytes)
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     if len(files) == 1:
         names = [SINGLE]
@@ -125,12 +132,12 @@ def write_hf(directory: Path, model: ModelConfig, read: Read, dtype: str, *, mos
     atomic.write_json(directory / CONFIG, model.hf_config() | {"torch_dtype": dtype})
     if len(files) > 1:
         total = sum(math.prod(shape) * ITEMSIZE[dtype] for shape in shapes.values())
-        places = {name: file for file, tensors in zip(names, files, strict=True) for name in tensors}
-        atomic.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        weight_map = {name: file for file, tensors in zip(names, files, strict=True) for name in tensors}
+        atomic.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def carry_along(source: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights: tokenizer, chat template, generation settings."""
+    """Copy the files that accompany a model's weights: tokenizer, chat template, generation settings."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         carried = path.is_file() and not path.name.endswith(_NOT_CARRIED)
@@ -138,20 +145,21 @@ def carry_along(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _portions(sizes: Sequence[tuple[str, int]], most_bytes: int) -> list[list[str]]:
+def _portions(sizes: Sequence[tuple[str, int]], max_bytes: int) -> list[list[str]]:
+    """Group the tensors into files of at most ``max_bytes``, in order."""
     portions: list[list[str]] = []
-    room = 0
+    bytes_free = 0
     for name, size in sizes:
-        if not portions or size > room:
+        if not portions or size > bytes_free:
             portions.append([])
-            room = most_bytes
+            bytes_free = max_bytes
         portions[-1].append(name)
-        room -= size
+        bytes_free -= size
     return portions
 
 
 def _write_file(path: Path, names: Sequence[str], read: Read, dtype: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    """The safetensors format: the header's length, the header, the tensors' bytes."""
+    """Write a safetensors file: the header's length, the header, the tensors' bytes."""
     import torch
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,6 +1,6 @@
-"""The two ends of the bridge: how the trainer's ranks and the engine's hold the model.
+"""The parallel layouts of both sides: which ranks of the trainer and of the engine hold which shard.
 
-Neither end's library is imported; the rank orders are theirs.
+Neither Megatron nor vLLM is imported; their rank orders are reproduced.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Self
 from megatron_dagger.config.base import require
 from megatron_dagger.config.model import ModelConfig, padded_vocab_size
 from megatron_dagger.config.training import ParallelConfig
-from megatron_dagger.weights.blocks import Cut, Shard
+from megatron_dagger.weights.blocks import Shard, ShardDim
 from megatron_dagger.weights.families.decoder import OUTPUT_LAYER
-from megatron_dagger.weights.families.megatron_tensor import Layout
+from megatron_dagger.weights.families.megatron_tensor import MegatronTensor
 
 _LAYERS = "decoder.layers."
 
@@ -23,9 +23,9 @@ _LAYERS = "decoder.layers."
 class SourceLayout:
     """Megatron-Core's parallel layout, in its default rank order ``tp-cp-ep-dp-pp``.
 
-    As in ``megatron.core.parallel_state``, the dense tensors and the experts have a grid of ranks
-    each: ``tp-cp-dp-pp`` and ``expert tp-ep-expert dp-pp``, over the same ranks. ``padded_vocab_size``
-    is the rows of the embedding, over all tensor-parallel ranks.
+    As in ``megatron.core.parallel_state``, dense tensors and experts each have a grid over the same ranks:
+    ``tp-cp-dp-pp`` and ``expert tp-ep-expert dp-pp``. ``padded_vocab_size`` counts the embedding's rows over all
+    tensor-parallel ranks.
     """
 
     padded_vocab_size: int
@@ -35,7 +35,7 @@ class SourceLayout:
     context_parallel_size: int = 1
     data_parallel_size: int = 1
     expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int | None = None  # None: as tensor_model_parallel_size
+    expert_tensor_parallel_size: int | None = None  # None: the same as tensor_model_parallel_size
 
     def __post_init__(self) -> None:
         for name in ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "data", "expert_model"):
@@ -54,7 +54,7 @@ class SourceLayout:
 
     @classmethod
     def of_trainer(cls, model: ModelConfig, parallel: ParallelConfig) -> Self:
-        """How our trainer holds the model under its own parallel layout."""
+        """Return the layout of the trainer under its own parallel settings."""
         return cls(
             padded_vocab_size=padded_vocab_size(model, parallel.tensor_model_parallel_size),
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -72,7 +72,7 @@ class SourceLayout:
 
     @property
     def stage_size(self) -> int:
-        """The ranks of one pipeline stage."""
+        """The number of ranks of a pipeline stage."""
         return self.tensor_model_parallel_size * self.context_parallel_size * self.data_parallel_size
 
     @property
@@ -84,7 +84,7 @@ class SourceLayout:
         return self.expert_tensor_size * self.expert_model_parallel_size
 
     def check_model(self, model: ModelConfig) -> None:
-        """Raise ConfigError if the pipeline or the experts cannot be laid out so."""
+        """Raise ConfigError if the model's layers or experts cannot be split this way."""
         chunks = self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
         require(
             model.num_layers % chunks == 0,
@@ -99,9 +99,9 @@ class SourceLayout:
         )
 
     def stage(self, name: str, model: ModelConfig) -> int:
-        """The pipeline stage that holds the Megatron tensor of this global name.
+        """Return the pipeline stage that holds the Megatron tensor with this global name.
 
-        With virtual stages the layers go round: chunk 0 of every stage, then chunk 1 of every stage.
+        With virtual stages the layers are dealt out in turn: chunk 0 of every stage, then chunk 1 of every stage.
         """
         stages = self.pipeline_model_parallel_size
         if not name.startswith(_LAYERS):
@@ -110,15 +110,15 @@ class SourceLayout:
         layers_per_chunk = model.num_layers // (stages * self.virtual_pipeline_model_parallel_size)
         return layer // layers_per_chunk % stages
 
-    def holders(self, layout: Layout, stage: int) -> Iterator[tuple[Shard, tuple[int, ...]]]:
-        """Each different share of a tensor of this stage, and the ranks that all hold it."""
+    def holders(self, tensor: MegatronTensor, stage: int) -> Iterator[tuple[Shard, tuple[int, ...]]]:
+        """Yield each distinct shard of a tensor of this stage, with all the ranks that hold it."""
         ranks = range(stage * self.stage_size, (stage + 1) * self.stage_size)
-        if layout.experts:
+        if tensor.experts:
             inner, experts = self.expert_tensor_size, self.expert_model_parallel_size
-            for place in range(inner * experts):
-                shard = Shard(rank=place % inner, size=inner, expert_rank=place // inner, expert_size=experts)
-                yield shard, tuple(ranks[place :: inner * experts])
-        elif layout.cut is Cut.NONE:
+            for index in range(inner * experts):
+                shard = Shard(rank=index % inner, size=inner, expert_rank=index // inner, expert_size=experts)
+                yield shard, tuple(ranks[index :: inner * experts])
+        elif tensor.shard_dim is ShardDim.NONE:
             yield Shard(), tuple(ranks)
         else:
             size = self.tensor_model_parallel_size
@@ -126,7 +126,7 @@ class SourceLayout:
                 yield Shard(rank=rank, size=size), tuple(ranks[rank::size])
 
     def tied_copy(self, model: ModelConfig) -> str | None:
-        """What the last stage calls its copy of a tied embedding; None if there is none."""
+        """Return the name of the last stage's copy of a tied embedding, or None if it has none."""
         return OUTPUT_LAYER if model.tie_embeddings and self.pipeline_model_parallel_size > 1 else None
 
 
@@ -134,13 +134,13 @@ class SourceLayout:
 class TargetLayout:
     """vLLM's parallel layout: ``replicas`` engines, each of data-parallel x tensor-parallel ranks.
 
-    Ranks count tensor-parallel ranks first, then data-parallel ones, then engines. Within an engine
-    the experts are spread over all of its ranks (``FusedMoEParallelConfig.make``): whole experts with
-    ``enable_expert_parallel``, else a share of every expert.
+    Ranks count tensor-parallel ranks first, then data-parallel ranks, then engines. The experts are spread over all
+    ranks of an engine (``FusedMoEParallelConfig.make``): whole experts with ``enable_expert_parallel``, otherwise a
+    shard of every expert.
     """
 
     tensor_parallel_size: int = 1
-    data_parallel_size: int = 1  # dense tensors are replicated over these ranks, experts are not
+    data_parallel_size: int = 1  # replicates dense tensors, but not experts
     enable_expert_parallel: bool = False
     replicas: int = 1
 
@@ -150,7 +150,7 @@ class TargetLayout:
 
     @property
     def engine_size(self) -> int:
-        """The ranks of one engine."""
+        """The number of ranks of an engine."""
         return self.tensor_parallel_size * self.data_parallel_size
 
     @property
@@ -158,12 +158,12 @@ class TargetLayout:
         return self.engine_size * self.replicas
 
     def check_model(self, model: ModelConfig) -> None:
-        """Raise ConfigError if vLLM would refuse the model in this layout."""
+        """Raise ConfigError if vLLM would reject the model in this layout."""
         experts = model.num_moe_experts
         require(
             experts is None or self.tensor_parallel_size <= experts,
             f"target.tensor_parallel_size={self.tensor_parallel_size} is more than model.num_moe_experts={experts}, "
-            "which vLLM refuses",
+            "which vLLM rejects",
         )
         require(
             experts is not None or not self.enable_expert_parallel,
@@ -171,7 +171,7 @@ class TargetLayout:
         )
 
     def holders(self, *, experts: bool) -> Iterator[tuple[Shard, tuple[int, ...]]]:
-        """Each different share, of dense tensors or of stacked experts, and the ranks that want it."""
+        """Yield each distinct shard of dense tensors, or of stacked experts, with all the ranks that hold it."""
         ranks = range(self.world_size)
         size = self.engine_size if experts else self.tensor_parallel_size
         for rank in range(size):
@@ -180,5 +180,5 @@ class TargetLayout:
             yield shard, tuple(ranks[rank::size])
 
     def shard(self, rank: int, *, experts: bool) -> Shard:
-        """The share that ``rank`` has, of dense tensors or of stacked experts."""
+        """Return the shard of dense tensors, or of stacked experts, on ``rank``."""
         return next(shard for shard, ranks in self.holders(experts=experts) if rank in ranks)

@@ -1,9 +1,8 @@
-"""Block-wise FP8 of weights, wherever a block's values lie: maxima first, then scales, then values.
+"""Block-wise FP8 quantisation of sharded weights: maxima first, then scales, then values.
 
-A block's scale is its largest absolute value over the largest of e4m3 (448), as in DeepSeek-V3
-(arXiv 2412.19437, section 3.3) and in Qwen3's FP8 checkpoints. Ranks that hold parts of a block take the
-larger of their maxima; then each quantises its own part, with the result of quantising the whole.
-All is computed in float32.
+A block's scale is its largest absolute value divided by e4m3's largest value (448), as in DeepSeek-V3 (arXiv
+2412.19437, section 3.3) and Qwen3's FP8 checkpoints. Ranks that hold parts of a block take the maximum over the ranks;
+then each quantises its own part, with the same result as quantising the full tensor. All arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from megatron_dagger.weights.blocks import Block, Box
 from megatron_dagger.weights.families.fp8 import BLOCK, scales_name, scales_shape, scales_shapes, source_name
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
-_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a block of zeros
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # for a block of zeros
 
 
 class BlockScales:
-    """The scales of all of a model's matrices, made by the trainer's ranks together.
+    """The scales of all of a model's matrices, computed by the trainer's ranks together.
 
-    Each rank adds the tensors that it holds; ``maxima`` (one vector, for one all-reduce) is made the
-    same on all ranks, taking the largest; ``finish`` makes scales of it.
+    Each rank calls ``add`` for the tensors it holds. The caller then all-reduces ``maxima``, a single vector of all
+    blocks' maxima, with MAX, and calls ``finish``, which turns it into scales.
     """
 
     def __init__(self, model: ModelConfig, device: torch.device):
@@ -36,24 +35,25 @@ class BlockScales:
         self._tables = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
     def add(self, blocks: Iterable[Block], tensor: torch.Tensor) -> None:
-        """Take in a rank's own tensor, made up of ``blocks``."""
+        """Add a rank's own tensor, made up of ``blocks``, to the maxima."""
         for block, values in _parts(blocks, tensor):
             if (table := self._tables.get(scales_name(block.name))) is not None:
                 fold_maxima(table, values, block.canonical)
 
     def finish(self) -> None:
+        """Turn the maxima, which must be the same on all ranks by now, into scales."""
         self.maxima.copy_(scales_of(self.maxima))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The scales, (rows, columns) of blocks each, by the names that a plan's source has for them."""
+        """Return the scales by their names in a plan's source, each (rows, columns) of blocks, float32."""
         return {source_name(name): table for name, table in self._tables.items()}
 
     def canonical(self) -> Mapping[str, torch.Tensor]:
-        """The same by their canonical names."""
+        """Return the scales by their canonical names."""
         return self._tables
 
     def quantised(self, blocks: Iterable[Block], tensor: torch.Tensor) -> torch.Tensor:
-        """A rank's own tensor as the engine will hold it: e4m3, or as it is."""
+        """Return a rank's own tensor quantised to e4m3 if the engine quantises it, else unchanged."""
         parts = list(_parts(blocks, tensor))
         if not parts or scales_name(parts[0][0].name) not in self._tables:
             return tensor
@@ -65,7 +65,7 @@ class BlockScales:
 
 
 def quantise_matrix(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A whole matrix: its values (rows, columns) float8_e4m3fn, and the scales of its blocks, float32."""
+    """Quantise a full matrix. Return its values, (rows, columns) float8_e4m3fn, and its blocks' scales, float32."""
     box = Box((0, 0), (matrix.shape[0], matrix.shape[1]))
     maxima = torch.zeros(scales_shape(box.shape), dtype=torch.float32, device=matrix.device)
     fold_maxima(maxima, matrix, box)
@@ -74,7 +74,7 @@ def quantise_matrix(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fold_maxima(maxima: torch.Tensor, values: torch.Tensor, box: Box) -> None:
-    """Raise ``maxima``, (rows, columns) of a matrix's blocks, to those of ``values``, which are ``box`` of it."""
+    """Update ``maxima``, (rows, columns) of a matrix's blocks, in place with ``values``, which are its ``box``."""
     first = [start // BLOCK for start in box.start]
     before = [start % BLOCK for start in box.start]
     rows, columns = scales_shape((before[0] + box.shape[0], before[1] + box.shape[1]))
@@ -85,18 +85,18 @@ def fold_maxima(maxima: torch.Tensor, values: torch.Tensor, box: Box) -> None:
         rows * BLOCK - before[0] - box.shape[0],
     )
     whole = torch.nn.functional.pad(values.abs(), padding) if any(padding) else values.abs()
-    found = whole.reshape(rows, BLOCK, columns, BLOCK).amax((1, 3)).float()
+    block_maxima = whole.reshape(rows, BLOCK, columns, BLOCK).amax((1, 3)).float()
     part = maxima[first[0] : first[0] + rows, first[1] : first[1] + columns]
-    torch.maximum(part, found, out=part)
+    torch.maximum(part, block_maxima, out=part)
 
 
 def scales_of(maxima: torch.Tensor) -> torch.Tensor:
-    """The scales of blocks by their largest absolute values."""
+    """Return the blocks' scales from their largest absolute values."""
     return (maxima / LARGEST).clamp(min=_SMALLEST_SCALE)
 
 
 def quantise(values: torch.Tensor, scales: torch.Tensor, box: Box) -> torch.Tensor:
-    """``values``, which are ``box`` of a matrix whose blocks have ``scales``, as float8_e4m3fn."""
+    """Quantise ``values``, which are the ``box`` of a matrix whose blocks have ``scales``, to float8_e4m3fn."""
     rows, columns = (
         torch.arange(start, start + extent, device=scales.device) // BLOCK
         for start, extent in zip(box.start, box.shape, strict=True)
@@ -105,5 +105,6 @@ def quantise(values: torch.Tensor, scales: torch.Tensor, box: Box) -> torch.Tens
 
 
 def _parts(blocks: Iterable[Block], tensor: torch.Tensor) -> Iterable[tuple[Block, torch.Tensor]]:
+    """Yield each block with its values."""
     for block in blocks:
         yield block, tensor[Box(block.start, block.canonical.shape).slices]

@@ -1,18 +1,17 @@
-"""The plan: which rank of the trainer sends which block of which tensor to which rank of the engine.
+"""Plans a transfer: which rank of the trainer sends which block of which tensor to which rank of the engine.
 
-Pure Python, on shapes alone: no engine is imported and no weight read. Invariants, which the tests
-check over the matrix of layouts:
+Pure Python on shapes: no engine is imported and no weight is read. Invariants, which the tests check over the matrix of
+layouts:
 
-- every element of every parameter of every target rank is written exactly once, by a copy, or by a
-  fill where it is vocabulary padding;
-- so the bytes moved are the fewest possible: what the targets hold, less their padding;
-- ranks that hold the same data take turns as sources: each share of a tensor goes to a target from
-  the one that has sent the least so far;
+- every element of every parameter on every target rank is written exactly once: by a copy, or by a fill if it is
+  vocabulary padding;
+- therefore the bytes moved are the minimum: the targets' parameters without their padding;
+- ranks that hold the same shard take turns: each target's part of a shard comes from the holder that has sent least;
 - nothing is skipped: a canonical tensor that only one side has is an error that names it.
 
-Names are global on both sides. The experts of a layer are one tensor with a leading dimension of the
-rank's own experts: on the source it stands for the tensors that its name (``…linear_fc1.weight{}``)
-gives for each local expert; on the target it is vLLM's stacked parameter.
+Names are global on both sides. The experts of a layer are a single tensor whose leading dimension counts the rank's own
+experts. On the source it stands for one tensor per local expert, named by filling the number into
+``…linear_fc1.weight{}``; on the target it is vLLM's stacked parameter.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from megatron_dagger.weights.families.fp8 import (
     scales_name,
     vllm_table,
 )
-from megatron_dagger.weights.families.megatron_tensor import Layout
-from megatron_dagger.weights.families.vllm_tensor import Parameter
+from megatron_dagger.weights.families.megatron_tensor import MegatronTensor
+from megatron_dagger.weights.families.vllm_tensor import VllmTensor
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
 
 
@@ -54,7 +53,7 @@ class Copy:
     target: Box
 
     def part(self, inside: Box) -> Copy:
-        """What it copies of ``inside``, a box of its block."""
+        """Return the copy of ``inside``, a box relative to the copied block."""
         return replace(self, source=_within(self.source, inside), target=_within(self.target, inside))
 
 
@@ -71,7 +70,7 @@ class Fill:
 class TransferPlan:
     """All copies and fills, in the order of vLLM's parameters.
 
-    ``minimum_elements``: the elements of all target parameters, less their padding.
+    ``minimum_elements``: the elements of all target parameters without their padding.
     """
 
     copies: tuple[Copy, ...]
@@ -80,12 +79,12 @@ class TransferPlan:
 
     @cached_property
     def by_source(self) -> dict[int, list[Copy]]:
-        """What each source rank sends; ranks that send nothing are missing."""
+        """The copies that each source rank sends. Ranks that send nothing are missing."""
         return _grouped((copy.source_rank, copy) for copy in self.copies)
 
     @cached_property
     def by_target(self) -> dict[int, list[Copy]]:
-        """What each target rank receives."""
+        """The copies that each target rank receives."""
         return _grouped((copy.target_rank, copy) for copy in self.copies)
 
     @cached_property
@@ -93,117 +92,123 @@ class TransferPlan:
         return sum(copy.source.elements for copy in self.copies)
 
     def bytes_moved(self, itemsize: int) -> int:
-        """What all copies move together, at ``itemsize`` bytes an element."""
+        """Return the bytes of all copies, at ``itemsize`` bytes per element."""
         return self.elements_moved * itemsize
 
     def minimum_bytes(self, itemsize: int) -> int:
-        """The fewest bytes that any plan could move."""
+        """Return the fewest bytes that any plan could move."""
         return self.minimum_elements * itemsize
 
 
 def plan(
     model: ModelConfig, source: SourceLayout, target: TargetLayout, quantization: Quantization = "none"
 ) -> TransferPlan:
-    """TransferPlan the way of all weights of ``model`` from the trainer's ranks to the engine's.
+    """Plan the transfer of all weights of ``model`` from the trainer's ranks to the engine's.
 
-    With a ``quantization`` the engine's linear layers have scales, and the source ranks tables of them.
+    With a ``quantization`` the engine's linear layers have scales, which every source rank holds whole.
 
-    Raises ConfigError or WeightMapError, with the setting or the tensor by name, if one side cannot
-    hold the model in its layout or the two sides are not made of the same tensors.
+    Raises ConfigError or WeightMapError, naming the setting or the tensor, if a side cannot hold the model in its
+    layout or the sides do not have the same canonical tensors.
     """
     source.check_model(model)
     target.check_model(model)
-    holdings = _Holdings(model, source, quantization)
-    sent = [0] * source.world_size
+    sources, balancer = _SourceShards(model, source, quantization), _Balancer()
     copies: list[Copy] = []
     fills: list[Fill] = []
     minimum = 0
     table = vllm_table(model, quantization)
     for name, parameter in table.items():
-        held = holdings.take(parameter)
+        source_shards = sources.take(parameter)
         for shard, ranks in target.holders(experts=parameter.experts > 0):
             if scales_name(name) in table:
                 check_whole_blocks(name, parameter, shard)
-            wanted, padding = parameter.blocks(shard), parameter.padding(shard)
+            blocks, padding = parameter.blocks(shard), parameter.padding(shard)
             elements = math.prod(parameter.shape(shard)) - (padding.elements if padding else 0)
             minimum += elements * len(ranks)
-            found = [(holding, _overlaps(holding.blocks, wanted)) for holding in held]
+            overlaps = [(held, _overlaps(held.blocks, blocks)) for held in source_shards]
             for rank in ranks:
-                for holding, pairs in found:
-                    copies += _copies(holding, pairs, sent, rank, name)
+                for held, boxes in overlaps:
+                    if not boxes:
+                        continue
+                    source_rank, tensor = balancer.choose(held, sum(box.elements for box, _ in boxes))
+                    copies += [
+                        Copy(
+                            source_rank=source_rank,
+                            source_tensor=tensor,
+                            source=source_box,
+                            target_rank=rank,
+                            target_parameter=name,
+                            target=target_box,
+                        )
+                        for source_box, target_box in boxes
+                    ]
                 if padding:
                     fills.append(Fill(target_rank=rank, target_parameter=name, target=padding))
-    holdings.check_all_taken()
+    sources.check_all_taken()
     return TransferPlan(copies=tuple(copies), fills=tuple(fills), minimum_elements=minimum)
 
 
 @dataclass(frozen=True, slots=True)
-class _Holding:
-    """Blocks that several ranks hold alike, each in a tensor of its own: ``(rank, tensor)``."""
+class _SourceShard:
+    """A shard of a Megatron tensor: its blocks, and every ``(rank, tensor name)`` that holds them."""
 
     blocks: list[Block]
-    owners: list[tuple[int, str]]
+    holders: list[tuple[int, str]]
 
 
-class _Holdings:
-    """What the source ranks hold, to be taken parameter by parameter."""
+class _SourceShards:
+    """The shards on the source ranks. Each canonical tensor is taken by exactly one parameter of the engine."""
 
     def __init__(self, model: ModelConfig, source: SourceLayout, quantization: Quantization):
         self._model, self._source = model, source
         self._megatron = megatron_table(model, quantization)
-        self._left = {part.name: name for name, layout in self._megatron.items() for part in layout.parts}
+        self._untaken = {part.name: name for name, entry in self._megatron.items() for part in entry.parts}
 
-    def take(self, parameter: Parameter) -> list[_Holding]:
-        """The holdings of all canonical tensors that make up ``parameter``."""
-        tensors: dict[str, Layout] = {}
-        for piece in parameter.pieces:
-            name = self._left.pop(piece.name, None)
+    def take(self, parameter: VllmTensor) -> list[_SourceShard]:
+        """Return the shards of all canonical tensors in ``parameter``."""
+        tensors: dict[str, MegatronTensor] = {}
+        for part in parameter.parts:
+            name = self._untaken.pop(part.name, None)
             if name is None:
-                raise WeightMapError(f"{piece.name!r} is not to be had from Megatron's tensors, or is wanted twice")
+                raise WeightMapError(f"{part.name!r} is in none of Megatron's tensors, or in two of vLLM's parameters")
             tensors[name] = self._megatron[name]
-        return [holding for name, layout in tensors.items() for holding in self._of_tensor(name, layout)]
+        return [shard for name, entry in tensors.items() for shard in self._shards_of(name, entry)]
 
     def check_all_taken(self) -> None:
-        if self._left:
-            some = ", ".join(f"{name!r} (of {ours!r})" for name, ours in list(self._left.items())[:5])
-            raise WeightMapError(f"no parameter of vLLM takes {some}: {len(self._left)} left over")
+        """Raise WeightMapError if a canonical tensor is in none of the engine's parameters."""
+        if self._untaken:
+            some = ", ".join(f"{name!r} (of {mcore!r})" for name, mcore in list(self._untaken.items())[:5])
+            raise WeightMapError(f"none of vLLM's parameters takes {some}: {len(self._untaken)} left over")
 
-    def _of_tensor(self, name: str, layout: Layout) -> Iterator[_Holding]:
+    def _shards_of(self, name: str, entry: MegatronTensor) -> Iterator[_SourceShard]:
         source = self._source
-        copy = source.tied_copy(self._model) if name == EMBEDDING else None
+        tied_copy = source.tied_copy(self._model) if name == EMBEDDING else None
         last = source.pipeline_model_parallel_size - 1
-        copies = [ranks for _, ranks in source.holders(layout, last)] if copy else []
-        for i, (shard, ranks) in enumerate(source.holders(layout, source.stage(name, self._model))):
-            owners = [(rank, name) for rank in ranks]
-            if copy:
-                owners += [(rank, copy) for rank in copies[i]]
-            yield _Holding(layout.blocks(shard, padded_rows=source.padded_vocab_size), owners)
+        copy_ranks = [ranks for _, ranks in source.holders(entry, last)] if tied_copy else []
+        for i, (shard, ranks) in enumerate(source.holders(entry, source.stage(name, self._model))):
+            holders = [(rank, name) for rank in ranks]
+            if tied_copy:
+                holders += [(rank, tied_copy) for rank in copy_ranks[i]]
+            yield _SourceShard(entry.blocks(shard, padded_rows=source.padded_vocab_size), holders)
 
 
-def _overlaps(held: list[Block], wanted: list[Block]) -> list[tuple[Box, Box]]:
-    pairs = (overlap(one, other) for one in held for other in wanted)
+class _Balancer:
+    """Spreads the transfer over ranks that hold the same shard."""
+
+    def __init__(self) -> None:
+        self._sent: defaultdict[int, int] = defaultdict(int)  # elements, by source rank
+
+    def choose(self, shard: _SourceShard, elements: int) -> tuple[int, str]:
+        """Return the holder of ``shard`` that has sent least so far, which is to send ``elements`` more."""
+        rank, tensor = min(shard.holders, key=lambda holder: self._sent[holder[0]])
+        self._sent[rank] += elements
+        return rank, tensor
+
+
+def _overlaps(source: list[Block], target: list[Block]) -> list[tuple[Box, Box]]:
+    """Return the boxes of the source rank's tensor and of the target rank's parameter that hold the same elements."""
+    pairs = (overlap(held, needed) for held in source for needed in target)
     return merge([pair for pair in pairs if pair])
-
-
-def _copies(
-    holding: _Holding, pairs: list[tuple[Box, Box]], sent: list[int], target_rank: int, parameter: str
-) -> list[Copy]:
-    """The copies of one holding to one target rank, all from the owner that has ``sent`` the least."""
-    if not pairs:
-        return []
-    rank, tensor = min(holding.owners, key=lambda owner: sent[owner[0]])
-    sent[rank] += sum(here.elements for here, _ in pairs)
-    return [
-        Copy(
-            source_rank=rank,
-            source_tensor=tensor,
-            source=here,
-            target_rank=target_rank,
-            target_parameter=parameter,
-            target=there,
-        )
-        for here, there in pairs
-    ]
 
 
 def _within(box: Box, inside: Box) -> Box:

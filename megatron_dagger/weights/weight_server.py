@@ -1,12 +1,12 @@
-"""Where the engines of a run ask its trainer for the weights that it holds in memory.
+"""Serves the weights in a running trainer's memory to the rollout engines of its run.
 
-Source rank 0 keeps a store and writes where it is to ``RUN/trainer.json``. An engine that wants a version of
-the weights draws a number there and waits for the WeightSource of that number; the trainer, while it has nothing else
-to do, answers one after the other. Each gets a transfer of its own: one that is killed in the middle costs its
-transfer and nobody else's. What cannot be had here can be had from the checkpoint.
+Source rank 0 keeps a store, whose address it writes to ``RUN/trainer.json``. An engine takes a ticket for a version of
+the weights and waits for the WeightSource with the ticket's number. The trainer serves tickets one at a time, between
+training rounds. Every ticket has a transfer of its own, so an engine that is killed in the middle affects no other. An
+engine that gets no weights here reads the checkpoint.
 
-There are two rows of numbers. An engine on the host that all source ranks are on draws for a transfer through the
-host's memory, any other for one over the network.
+Tickets are numbered per transport. An engine uses the first transport in ``TRANSPORTS`` that reaches the trainer:
+shared memory if it runs on the host of all source ranks, otherwise the network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch.distributed as dist
 
@@ -28,105 +27,108 @@ from megatron_dagger.config import build, to_dict
 from megatron_dagger.store.atomic import read_json, write_json
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.layouts import SourceLayout
-from megatron_dagger.weights.transports import WeightSource
-from megatron_dagger.weights.transports.p2p import free_address
+from megatron_dagger.weights.transports import TRANSPORTS, WeightSource
+from megatron_dagger.weights.transports.open import transport_module
 from megatron_dagger.weights.transports.shared_memory import SOCKETS, this_host
 
-HOST = "MEGATRON_DAGGER_TRAINER_HOST"  # by which other nodes know the trainer's first one
+HOST = "MEGATRON_DAGGER_TRAINER_HOST"  # environment variable: the name of the trainer's first node for other nodes
 
 _FILE = "trainer.json"
-_ANSWER_S = 600.0  # a trainer that serves answers after a transfer to each engine that came before
-_TRANSFER_S = 60.0  # for every single wait of a transfer; an engine that has asked is ready for it
-_CONNECT_S = 10.0  # the file may be of a trainer that is gone
-_READY_S = 5.0  # between a training's last file and its offer
+_ANSWER_S = 600.0  # transfers to the engines with earlier tickets come first
+_TRANSFER_S = 60.0  # for each wait of a transfer; an engine with a ticket is ready for it
+_CONNECT_S = 10.0  # the file may be of a trainer that has ended
+_READY_S = 5.0  # from a round's last file until the trainer serves its weights
 _POLL_S = 0.1
 _SERVING, _NOTHING = "serving", "none"
-
-Kind = Literal["host", "live"]
+_LIVE_TRANSPORTS = {kind: transport for kind, transport in TRANSPORTS.items() if transport.from_trainer}
 
 
 class WeightServer:
-    """The trainer's end, on source rank 0; Offers are for sources laid out like ``source``.
+    """The trainer's side, on source rank 0. ``layout`` is the trainer's.
 
-    ``hosts``: what ``this_host`` is for each source rank, or "" where its memory is not to be shared.
+    ``hosts``: the id (``this_host``) of each source rank's host, or "" if its memory must not be shared.
     """
 
-    def __init__(self, run_dir: Path, source: SourceLayout, hosts: Sequence[str]):
-        self._source = source
+    def __init__(self, run_dir: Path, layout: SourceLayout, hosts: Sequence[str]):
+        self._layout = layout
         self._host = _own_host()
         self._store = dist.TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
         self._store.set(_SERVING, _NOTHING)
         self._version = _NOTHING
-        self._answered: dict[Kind, int] = {}  # of those who want this version
+        self._served: dict[str, int] = {}  # tickets for this version, by transport
         address = f"{self._host}:{self._store.port}"
         write_json(run_dir / _FILE, {"address": address, "host": hosts[0] or None if len(set(hosts)) == 1 else None})
 
     @contextmanager
     def serving(self, version: int) -> Iterator[None]:
-        """In the block engines may ask for this version of the weights."""
+        """Accept tickets for this version of the weights inside the block."""
         with tempfile.TemporaryDirectory(
             prefix="megatron-dagger-weights-", dir=SOCKETS, ignore_cleanup_errors=True
-        ) as self._sockets:
-            self._version, self._answered = str(version), {"host": 0, "live": 0}
+        ) as directory:
+            self._directory = Path(directory)
+            self._version, self._served = str(version), dict.fromkeys(_LIVE_TRANSPORTS, 0)
             self._store.set(_SERVING, self._version)
             try:
                 yield
             finally:
-                self._version, self._answered = _NOTHING, {}
+                self._version, self._served = _NOTHING, {}
                 self._store.set(_SERVING, _NOTHING)
 
-    def next_offer(self) -> WeightSource | None:
-        """The WeightSource that the next engine in a row is told of, to be carried out now by all source ranks."""
-        for kind, answered in self._answered.items():
-            if self._store.add(_drawn(self._version, kind), 0) > answered:
-                self._answered[kind] += 1
-                offer = self._offer(kind)
-                self._store.set(_told(self._version, kind, answered + 1), json.dumps(to_dict(offer)))
-                return offer
+    def next_source(self) -> WeightSource | None:
+        """Return the source for the next ticket, which all source ranks must now send, or None without a ticket."""
+        for kind, served in self._served.items():
+            if self._store.add(_tickets_key(self._version, kind), 0) > served:
+                self._served[kind] += 1
+                address = transport_module(kind).new_address(self._host, self._directory)
+                source = WeightSource(kind=kind, address=address, layout=self._layout, deadline_s=_TRANSFER_S)
+                self._store.set(_source_key(self._version, kind, served + 1), json.dumps(to_dict(source)))
+                return source
         return None
-
-    def _offer(self, kind: Kind) -> WeightSource:
-        """With sockets, or a port, that no other transfer has."""
-        address = tempfile.mkdtemp(dir=self._sockets) if kind == "host" else free_address(self._host)
-        return WeightSource(kind=kind, address=address, source=self._source, deadline_s=_TRANSFER_S)
 
 
 def request_weights(run_dir: Path, version: int, *, deadline_s: float = _ANSWER_S) -> WeightSource:
-    """What the run's trainer offers of this version. Raises WeightSyncError if it has not got it, or is not there."""
-    wanted = str(version)
+    """Take a ticket for a version of the weights, and return its source once the trainer serves it.
+
+    Raises WeightSyncError if no trainer serves this run, if it serves another version, or after the deadline.
+    """
+    requested = str(version)
     path = run_dir / _FILE
     if not path.exists():
-        raise WeightSyncError("the run has no trainer that lives through its rounds")
+        raise WeightSyncError("the run has no resident trainer")
     trainer = read_json(path)
     host, _, port = str(trainer["address"]).rpartition(":")
-    kind: Kind = "host" if trainer.get("host") == this_host() else "live"
+    same_host = trainer.get("host") == this_host()
+    kind = next(kind for kind, transport in _LIVE_TRANSPORTS.items() if same_host or not transport.same_host)
     connecting = datetime.timedelta(seconds=min(_CONNECT_S, deadline_s))
     try:
         store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=connecting)
         store.set_timeout(datetime.timedelta(seconds=deadline_s))
         end = time.monotonic() + _READY_S
-        while (serves := store.get(_SERVING).decode()) != wanted:
+        while (served := store.get(_SERVING).decode()) != requested:
             if time.monotonic() > end:
-                raise WeightSyncError(f"the trainer at {host}:{port} offers version {serves} of the weights")
+                raise WeightSyncError(
+                    f"the trainer at {host}:{port} serves version {served} of the weights, not {requested}"
+                )
             time.sleep(_POLL_S)
-        offer = store.get(_told(wanted, kind, store.add(_drawn(wanted, kind), 1)))
-    except RuntimeError as error:  # torch's errors; ours is one too
+        ticket = store.add(_tickets_key(requested, kind), 1)
+        source = store.get(_source_key(requested, kind, ticket))
+    except RuntimeError as error:  # torch's errors; WeightSyncError is a RuntimeError too
         if isinstance(error, WeightSyncError):
             raise
         raise WeightSyncError(f"the trainer at {host}:{port} did not answer within {deadline_s:.0f} s") from error
-    return build(WeightSource, json.loads(offer))
+    return build(WeightSource, json.loads(source))
 
 
-def _drawn(version: str, kind: Kind) -> str:
-    return f"drawn-{kind}-{version}"
+def _tickets_key(version: str, kind: str) -> str:
+    return f"tickets-{kind}-{version}"
 
 
-def _told(version: str, kind: Kind, number: int) -> str:
-    return f"offer-{kind}-{version}-{number}"
+def _source_key(version: str, kind: str, ticket: int) -> str:
+    return f"source-{kind}-{version}-{ticket}"
 
 
 def _own_host() -> str:
-    """This node's name for other nodes: what HOST says, or its own name where that can be resolved."""
+    """Return this node's name for other nodes: HOST's value, or the host name if it can be resolved."""
     name = os.environ.get(HOST) or socket.gethostname()
     try:
         socket.getaddrinfo(name, None, socket.AF_INET)

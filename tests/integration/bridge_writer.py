@@ -1,7 +1,7 @@
-"""One rank of a small training that writes what the bridge's tests read (``python -m``, from ``launch``).
+"""A rank of a small training that writes the files of the weight-sync tests (``python -m``, from ``launch``).
 
-For each version: a checkpoint after two optimizer steps, the digests of the weights in memory, and
-Megatron's own log-probs of ``tokens.npy``. Then the last version is handed over to every offer of the job.
+For each version: a checkpoint after two optimizer steps, the digests of the weights in memory, and Megatron's own
+log-probs of ``tokens.npy``. Then the last version is sent to every source in the job.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dagger.config import ModelConfig, TrainingConfig, build
-from megatron_dagger.training import checkpoint, digests
-from megatron_dagger.training import weight_export as handover
+from megatron_dagger.training import checkpoint, digests, weight_export
 from megatron_dagger.training.data import packing
 from megatron_dagger.training.engine import MegatronEngine
 from megatron_dagger.training.ranks import process_groups as parallel
@@ -47,13 +46,13 @@ def main(directory: Path) -> None:
             scales = digests.block_scales(engine.chunks, model, device) if job["quantization"] == "fp8" else None
             in_memory = digests.parameter_digests(engine.chunks, model, scales)
             logprobs = engine.logprobs([row])
-            if logprobs is not None:  # every rank of the last stage: the same content
+            if logprobs is not None:  # every rank of the last stage has the same
                 np.save(directory / f"logprobs-{version}.npy", logprobs[0][: len(tokens) - 1])
             if parallel.is_rank_zero():
                 (directory / f"digests-{version}.json").write_text(json.dumps(in_memory))
-        for offer in job["offers"]:
+        for source in job["sources"]:
             target = build(TargetLayout, job["target"])
-            handover.send_to_engine(engine, build(WeightSource, offer), target, job["dtype"], job["quantization"])
+            weight_export.send_to_engine(engine, build(WeightSource, source), target, job["dtype"], job["quantization"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs, checkpoints and engines that several tests share. Tests that need vLLM or Megatron skip without them."""
+"""Runs, checkpoints, engines and a SLURM cluster for several tests. A fixture that lacks something skips the test."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from megatron_dagger.store.lock import exclusive
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
-    """By name: the tied model from one process (two versions) and from PP2, the untied one from TP2."""
+    """Training outputs by name: a tied model from one process (two versions) and from PP=2, an untied one from TP=2."""
     from tests.integration.served import ONE, PP2, TIED, TP2, UNTIED, write
 
     root = tmp_path_factory.mktemp("megatron")
@@ -25,7 +25,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
-    """SmolLM2-135M-Instruct's real weights: hf/, megatron/, tokens.npy."""
+    """A folder with SmolLM2-135M-Instruct's real weights as hf/ and megatron/, and tokens.npy."""
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     from tests.integration.converted import make_smollm2
@@ -34,27 +34,27 @@ def smollm2(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def all_tasks(tmp_path_factory):
-    """A folder of this session, the same one in all processes that share its tests."""
+def session_folder(tmp_path_factory):
+    """A folder of the test session, shared by all of pytest-xdist's processes."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "all_tasks"
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "session"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 @pytest.fixture(scope="session")
-def cache(all_tasks):
-    """Where the tiny runs keep their tasks."""
-    return all_tasks / "cache"
+def cache(session_folder):
+    """The cache directory of the tiny runs, which holds their tasks."""
+    return session_folder / "cache"
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cache, all_tasks):
-    """The tiny run, from beginning to end in one process; whoever wants it first makes it, and it is not changed."""
+def undisturbed(cache, session_folder):
+    """The directory of a finished tiny run. The first test that needs it makes it; tests must not change it."""
     from tests.integration.tiny_run import DEADLINE_S, command, environment
 
-    run = all_tasks / "undisturbed"
-    with exclusive(all_tasks / "undisturbed.lock", deadline_s=DEADLINE_S):
+    run = session_folder / "undisturbed"
+    with exclusive(session_folder / "undisturbed.lock", deadline_s=DEADLINE_S):
         if not (run / "report.html").exists():
             done = subprocess.run(
                 command(run), env=environment(cache), capture_output=True, text=True, timeout=DEADLINE_S, check=False
@@ -64,20 +64,38 @@ def undisturbed(cache, all_tasks):
 
 
 @pytest.fixture(scope="session")
-def cluster():
-    """A SLURM of two virtual nodes, with accounting where that is installed."""
-    from tools.virtual_slurm.cluster import SlurmCluster
-    from tools.virtual_slurm.packages import lacking
+def calc_task(docker_host):
+    """The SWE-bench task of tools/support/swe_image.py, its image built."""
+    from megatron_dagger.envs.swe.swebench import swebench_task
+    from tools.support import swe_image
 
-    if why := lacking():
-        pytest.skip(why)
-    with SlurmCluster(accounting=lacking(accounting=True) is None) as started:
-        yield started
+    return swebench_task(swe_image.row(swe_image.build(docker_host)))
+
+
+@pytest.fixture(scope="session")
+def open_sandbox(docker_host):
+    """Open a container of a task's image."""
+    from megatron_dagger.sandbox.docker import DockerLimits, DockerSandbox
+
+    limits = DockerLimits(timeout_s=30, memory_mib=500, disk_mib=200, processes=64, cpus=1.0, output_bytes=20_000)
+    return lambda task: DockerSandbox(docker_host, task.image, limits, root=task.workdir)
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A SLURM of two virtual nodes, with accounting if that is installed."""
+    from tools.virtual_slurm.cluster import SlurmCluster
+    from tools.virtual_slurm.packages import why_unavailable
+
+    if reason := why_unavailable():
+        pytest.skip(reason)
+    with SlurmCluster(accounting=why_unavailable(accounting=True) is None) as slurm:
+        yield slurm
 
 
 @pytest.fixture(scope="session")
 def batch_environment(cache, tmp_path_factory):
-    """For jobs: an environment's folder with the command line, and addresses for two nodes that are one host."""
+    """Environment variables for jobs: VENV with our command line, and addresses for two nodes that are one host."""
     from tests.integration.slurm_runs import ROOT
     from tests.integration.tiny_run import environment
 
@@ -91,8 +109,8 @@ def batch_environment(cache, tmp_path_factory):
 
 
 @pytest.fixture
-def in_order(cluster):
-    """What a test that failed has left must not hold up the next one."""
+def clean_cluster(cluster):
+    """Cancel jobs and restart nodes after the test, also after a failed one."""
     yield
     cluster.restore()
 
@@ -108,7 +126,7 @@ def tied_student(written):
 
 @pytest.fixture
 def student(tied_student, written):
-    """The tied model's engine, serving version 0 of its weights."""
+    """The tied model's engine, serving version 0 of its weights; settings that a test changes are reset."""
     from tests.integration.served import END
 
     tied_student.sync(written["one"].checkpoint(), 0, written["one"].digests())

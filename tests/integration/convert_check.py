@@ -1,7 +1,7 @@
-"""Megatron-Core's side of the conversion tests (``python -m``, DIRECTORY...): loads what was converted.
+"""Megatron-Core's side of the conversion tests (``python -m``, DIRECTORY...): loads converted checkpoints.
 
-Our trainer's engine loads each model, writes its log-probs of ``tokens.npy``, and hands the weights over to the
-offers of ``offers.json``, if there are any.
+The trainer's engine loads each model, writes its log-probs of ``tokens.npy``, and sends the weights to the sources in
+``sources.json`` if it exists.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dagger.config import TrainingConfig, build
-from megatron_dagger.training import weight_export as handover
+from megatron_dagger.training import weight_export
 from megatron_dagger.training.data import packing
 from megatron_dagger.training.engine import MegatronEngine
 from megatron_dagger.training.ranks import process_groups as parallel
@@ -36,9 +36,9 @@ def main(directories: list[Path]) -> None:
             (logprobs,) = engine.logprobs([row]) or [None]
             assert logprobs is not None
             np.save(directory / "logprobs.npy", logprobs[: len(tokens) - 1])
-            if (directory / "offers.json").exists():
-                for offer in json.loads((directory / "offers.json").read_text()):
-                    handover.send_to_engine(engine, build(WeightSource, offer), TargetLayout(), "float32")
+            if (directory / "sources.json").exists():
+                for source in json.loads((directory / "sources.json").read_text()):
+                    weight_export.send_to_engine(engine, build(WeightSource, source), TargetLayout(), "float32")
 
 
 if __name__ == "__main__":

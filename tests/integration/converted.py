@@ -1,4 +1,4 @@
-"""Conversions by megatron-dagger convert, and what Megatron and Transformers make of the results."""
+"""Runs megatron-dagger convert, and computes log-probs of the results with Megatron and Transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 
 def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "megatron_dagger" / "cli" / "convert.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "megatron_dagger.cli.main", "convert", *map(str, arguments)]
     return subprocess.run(command, env={**os.environ, **VARIABLES}, capture_output=True, text=True, timeout=300)
 
 
@@ -38,7 +38,7 @@ def run_megatron(*directories: Path) -> None:
 
 
 def transformers_logprobs(directory: Path) -> np.ndarray:
-    """Of the tokens, with the weights in ``directory``/hf."""
+    """Log-probs of the tokens in ``directory`` with the weights in ``directory``/hf."""
     import torch
     import transformers
 

@@ -1,6 +1,6 @@
-"""One rank of a trainer with experts that packs all it would send to an engine (``python -m``, from ``launch``).
+"""A rank of a trainer with experts that packs all blocks it would send to an engine (``python -m``, from ``launch``).
 
-Rank 0 puts the parts together, and compares the engine's tensors with the digests of the trainer's memory.
+Rank 0 assembles the engine's tensors from the blocks, and compares their digests with those of the trainer's memory.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_dagger.config import ModelConfig, ParallelConfig, TrainingConfig
-from megatron_dagger.training import digests
-from megatron_dagger.training import weight_export as handover
+from megatron_dagger.training import digests, weight_export
 from megatron_dagger.training.engine import MegatronEngine
-from megatron_dagger.training.ranks import process_groups as parallel
+from megatron_dagger.training.ranks.process_groups import process_groups
 from megatron_dagger.weights.blocks import Shard
 from megatron_dagger.weights.families import lookup
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
@@ -34,18 +33,18 @@ def main() -> None:
         check(model, ParallelConfig(world_size=2, **layout))
 
 
-def check(model: ModelConfig, layout: ParallelConfig) -> None:
-    training = TrainingConfig(parallel=layout, sequence_length=256, global_batch_tokens=512)
-    source, target = SourceLayout.of_trainer(model, layout), TargetLayout()
-    with parallel.process_groups(layout, seed=1, deadline_s=60, threads=1) as device:
+def check(model: ModelConfig, parallel: ParallelConfig) -> None:
+    training = TrainingConfig(parallel=parallel, sequence_length=256, global_batch_tokens=512)
+    layout, target = SourceLayout.of_trainer(model, parallel), TargetLayout()
+    with process_groups(parallel, seed=1, deadline_s=60, threads=1) as device:
         engine = MegatronEngine(model, training, seed=5, device=device)
         in_memory = digests.parameter_digests(engine.chunks, model)
-        offer = WeightSource(kind="host", address="nobody's", source=source, bucket_mib=1, deadline_s=1)
+        source = WeightSource(kind="shared_memory", address="unused", layout=layout, bucket_mib=1, deadline_s=1)
         pack = Packer(
-            TransferSpec(model=model, target=target, dtype="float32", offer=offer), handover.own_tensors(engine)
+            TransferSpec(model=model, target=target, dtype="float32", source=source), weight_export.own_tensors(engine)
         )
         sent = []
-        for copy in plan(model, source, target).by_source[dist.get_rank()]:
+        for copy in plan(model, layout, target).by_source[dist.get_rank()]:
             values = torch.empty(copy.target.shape)
             pack(copy, values)
             sent.append((copy.target_parameter, copy.target, values))
@@ -56,7 +55,7 @@ def check(model: ModelConfig, layout: ParallelConfig) -> None:
     for name, box, values in all_tasks[0] + all_tasks[1]:
         received[name][box.slices] = values
     shares = [digest_shares(entry.blocks(Shard()), received[name], model) for name, entry in parameters.items()]
-    assert merge(shares, model) == in_memory, layout
+    assert merge(shares, model) == in_memory, parallel
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A plain block-wise FP8 linear layer for vLLM on CPUs without AMX, where vLLM has none of its own.
+"""A plain block-wise FP8 linear layer for vLLM on CPUs without AMX, for which vLLM has no kernel.
 
-Weights are taken back to the activations' dtype and multiplied; activations are not quantised. All else
-about FP8 models is vLLM's: parameters, loaders, sharding, reload.
+Weights are dequantised to the activations' dtype; activations are not quantised. Everything else about FP8 models is
+vLLM's: parameters, loaders, sharding, reload.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class PlainFp8Kernel(Fp8BlockScaledMMLinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer):
-        """They are used as they are."""
+        """Do nothing: the weights are used unpacked."""
 
     def apply_weights(self, layer, x, bias=None, **kwargs):
         size = self.weight_group_shape.row
@@ -30,7 +30,7 @@ class PlainFp8Kernel(Fp8BlockScaledMMLinearKernel):
         return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
     def apply_block_scaled_mm(self, A, B, As, Bs):
-        raise AssertionError("apply_weights does it")
+        raise AssertionError("apply_weights replaces this method")
 
 
 def register():

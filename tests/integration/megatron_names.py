@@ -1,7 +1,7 @@
-"""Megatron-Core's own GPTModel, of every family, against the weight map (``python -m``).
+"""Checks the weight map of every family against Megatron-Core's own GPTModel (``python -m``).
 
-With the local layer spec, the one that can be built without a GPU; Transformer Engine's names differ
-from its as ``alternatives`` say.
+The model uses the local layer spec, which needs no GPU. ``WeightMap.alternatives`` maps its names to those of
+Transformer Engine's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_dagger.config import ModelConfig, ParallelConfig, TrainingConfig
-from megatron_dagger.training.model import transformer_config
+from megatron_dagger.training.megatron_config import transformer_config
 from megatron_dagger.training.ranks import process_groups as parallel
 from megatron_dagger.weights import families
 from megatron_dagger.weights.layouts import padded_vocab_size
@@ -33,15 +33,15 @@ def build(model: ModelConfig) -> GPTModel:
 
 
 def check(model: ModelConfig) -> None:
-    family, rows = families.lookup(model), padded_vocab_size(model, 1)
-    left = dict(family.layouts(model))
+    weight_map, rows = families.lookup(model), padded_vocab_size(model, 1)
+    remaining = dict(weight_map.megatron_tensors(model))
     for name, parameter in build(model).named_parameters():
-        layout = family.layout(name, model)
-        known = next(other for other, entry in left.items() if entry is layout)
-        del left[known]  # StopIteration: two parameters for one tensor
-        expected = (rows, *layout.tail) if layout.padded else layout.shape
+        entry = weight_map.megatron_tensor(name, model)
+        key = next(key for key, value in remaining.items() if value is entry)
+        del remaining[key]  # StopIteration above: two parameters for the same tensor
+        expected = (rows, *entry.tail) if entry.padded else entry.shape
         assert tuple(parameter.shape) == expected, f"{model.family}: {name} is {tuple(parameter.shape)}, not {expected}"
-    assert not left, f"{model.family} has no {list(left)}"
+    assert not remaining, f"{model.family} has no {list(remaining)}"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""One rank that counts what it holds: parameters, bytes of state, and what autograd keeps of a real step.
+"""One rank that measures its parameters, its bytes of state, and what autograd keeps during a real step.
 
     python -m tests.integration.plan_measure OUT CASE.json ...
 
@@ -21,12 +21,12 @@ from megatron_dagger.training.data import packing
 from megatron_dagger.training.engine import MegatronEngine
 from megatron_dagger.training.model import bare
 from megatron_dagger.training.optimizer import each_optimizer
-from megatron_dagger.training.ranks import process_groups as parallel
+from megatron_dagger.training.ranks.process_groups import process_groups
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 
 class KeptForBackward:
-    """Hooks that add up the storages which autograd holds, each once, and remember the most there was."""
+    """Hooks that sum the bytes of the storages that autograd holds, each once, and record the peak."""
 
     def __init__(self, parameters: set[int]) -> None:
         self._parameters = parameters
@@ -59,7 +59,7 @@ class KeptForBackward:
 
 
 def row_of(training: TrainingConfig, vocab_size: int, label_share: float) -> packing.PackedRow:
-    """A full row: one episode whose last tokens are labels."""
+    """Return a full row: one episode whose last tokens are labels."""
     length = training.sequence_length
     tokens = np.random.default_rng(0).integers(0, vocab_size, length + 1).astype(np.int32)
     start = length + 1 - round(length * label_share)
@@ -68,32 +68,32 @@ def row_of(training: TrainingConfig, vocab_size: int, label_share: float) -> pac
 
 
 def measure(model: ModelConfig, training: TrainingConfig, label_share: float) -> dict[str, float]:
-    """Of this rank. Must run inside ``parallel.process_groups``."""
+    """Return the measurements of this rank. Must run inside ``process_groups``."""
     engine = MegatronEngine(model, training, seed=1, device=torch.device("cpu"))
     parameters = [p for chunk in engine.chunks for p in bare(chunk).parameters()]
     rows = [row_of(training, model.vocab_size, label_share)] * training.micro_batches
     kept = KeptForBackward({p.untyped_storage().data_ptr() for p in parameters})
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
         engine.forward_backward(rows, normaliser=1.0)
-    assert kept.bytes == 0, "the backward pass did not take everything"
+    assert kept.bytes == 0, "the backward pass did not release everything"
     engine.step(rows, normaliser=1.0, learning_rate=1e-4)
     return {
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
         "parameters": sum(p.numel() for p in parameters),
         "weights": sum(p.numel() * p.element_size() for p in parameters),
         "gradients": sum(p.main_grad.numel() * p.main_grad.element_size() for p in parameters),
-        "optimizer": sum(_state_bytes(part, parameters) for part in each_optimizer(engine.optimizer)),
+        "optimizer": sum(_state_bytes(inner, parameters) for inner in each_optimizer(engine.optimizer)),
         "activations": kept.peak,
     }
 
 
-def _state_bytes(part: object, parameters: list[torch.nn.Parameter]) -> int:
-    """The moments, and main weights where they are not the weights themselves."""
+def _state_bytes(optimizer: object, parameters: list[torch.nn.Parameter]) -> int:
+    """Return the bytes of the moments, and of main weights that are not the weights themselves."""
     weights = {p.untyped_storage().data_ptr() for p in parameters}
     total = 0
-    for group in part.optimizer.param_groups:  # type: ignore[attr-defined]
+    for group in optimizer.optimizer.param_groups:  # type: ignore[attr-defined]
         for main in group["params"]:
-            state = part.optimizer.state[main]  # type: ignore[attr-defined]
+            state = optimizer.optimizer.state[main]  # type: ignore[attr-defined]
             tensors = [state["exp_avg"], state["exp_avg_sq"]]
             if main.untyped_storage().data_ptr() not in weights:
                 tensors.append(main)
@@ -106,7 +106,7 @@ def main() -> None:
     for case in map(Path, cases):
         settings = json.loads(case.read_text())
         model, training = build(ModelConfig, settings["model"]), build(TrainingConfig, settings["training"])
-        with parallel.process_groups(training.parallel, seed=1, deadline_s=120.0, threads=1):
+        with process_groups(training.parallel, seed=1, deadline_s=120.0, threads=1):
             result = measure(model, training, settings["label_share"])
             path = Path(out) / f"{case.stem}-{torch.distributed.get_rank()}.json"
         path.write_text(json.dumps(result))

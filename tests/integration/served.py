@@ -1,7 +1,8 @@
-"""Models that Megatron has written and vLLM serves: what the tests of the bridge and of sampling start from."""
+"""Models written by Megatron and served by vLLM, for the tests of weight sync and sampling."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,28 +10,36 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_dagger.config import ModelConfig, ParallelConfig, TrainingConfig, VllmEngineConfig, YarnConfig, to_dict
+from megatron_dagger.config import (
+    ModelConfig,
+    ParallelConfig,
+    SamplingConfig,
+    TrainingConfig,
+    VllmEngineConfig,
+    YarnConfig,
+    to_dict,
+)
 from megatron_dagger.policies.vllm.student import VllmStudent
 from megatron_dagger.training.ranks.launch import launch
-from megatron_dagger.types import State
+from megatron_dagger.types import Action, State
 from megatron_dagger.weights.layouts import TargetLayout
 from megatron_dagger.weights.transports import WeightSource
 
 ROOT = Path(__file__).resolve().parents[2]
-TIED = ModelConfig(num_layers=2, vocab_size=1000, init_std=0.2)  # large weights: log-probs far from uniform
-YARN = YarnConfig(factor=8.0, original_max_position_embeddings=64)  # a fifth of the tokens
+TIED = ModelConfig(num_layers=2, vocab_size=1000, init_std=0.2)  # large weights: log-probs are far from uniform
+YARN = YarnConfig(factor=8.0, original_max_position_embeddings=64)  # the tests' sequence is five times as long
 UNTIED = replace(TIED, tie_embeddings=False, max_position_embeddings=512, yarn=YARN)
 TP2 = ParallelConfig(world_size=2, tensor_model_parallel_size=2)
 PP2 = ParallelConfig(world_size=2, pipeline_model_parallel_size=2)
 ONE = ParallelConfig()
 ONE_WORKER = TargetLayout()
 END = 7
-TOLERANCE = 1e-3  # of log-probs in fp32: what the project promises
+TOLERANCE = 1e-3  # of log-probs in fp32
 
 
 @dataclass(frozen=True)
 class Written:
-    """What ``bridge_writer`` left for a model and layout."""
+    """The files that ``bridge_writer`` wrote for a model and layout."""
 
     directory: Path
     model: ModelConfig
@@ -54,7 +63,7 @@ def write(
     model: ModelConfig,
     parallel: ParallelConfig,
     versions: int,
-    offers: Sequence[WeightSource] = (),
+    sources: Sequence[WeightSource] = (),
     target: TargetLayout = ONE_WORKER,
     engine: VllmEngineConfig = VllmEngineConfig(),  # noqa: B008 - frozen
 ) -> Written:
@@ -63,7 +72,7 @@ def write(
     training = TrainingConfig(parallel=parallel, sequence_length=320, global_batch_tokens=320, precision=precision)
     job = {"model": to_dict(model), "training": to_dict(training), "versions": versions}
     job |= {
-        "offers": [to_dict(offer) for offer in offers],
+        "sources": [to_dict(source) for source in sources],
         "target": to_dict(target),
         "dtype": engine.dtype,
         "quantization": engine.quantization,
@@ -78,6 +87,7 @@ def write(
 
 
 def start(where: Written, workers: int = 1) -> VllmStudent:
+    """Start an engine in the background, with dummy weights."""
     engine = VllmEngineConfig(
         max_model_len=512, kv_cache_memory_mib=32, start_deadline_s=300, tensor_parallel_size=workers
     )
@@ -89,3 +99,8 @@ def start(where: Written, workers: int = 1) -> VllmStudent:
 def state(seed: int, length: int = 40) -> State:
     tokens = np.random.default_rng(seed).integers(0, 1000, length).astype(np.int32)
     return State(messages=(), tokens=tokens, seed=seed)
+
+
+def sample(student: VllmStudent, prompt: State, **sampling) -> Action:
+    """Sample one turn with these sampling parameters."""
+    return asyncio.run(student.with_sampling(SamplingConfig(**sampling)).act(prompt))

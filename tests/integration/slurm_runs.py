@@ -1,4 +1,4 @@
-"""Runs that jobs of the virtual SLURM work on, and what tests do to them."""
+"""Runs as jobs of the virtual SLURM: submit them, wait for an event, and disturb them."""
 
 import contextlib
 import os
@@ -11,7 +11,8 @@ from tests.integration.tiny_run import ARGUMENTS, DEADLINE_S, writers
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def words(pid):
+def command_line(pid):
+    """Return a process's arguments; [""] if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:
@@ -25,7 +26,7 @@ def parent(pid):
 
 
 class Run:
-    """A run that one job after the other works on, by the same sbatch file with the same arguments."""
+    """A run, and the jobs that continue it one after another: the same sbatch file with the same arguments."""
 
     def __init__(self, cluster, folder, environment, file, *settings):
         self.cluster, self.folder, self.environment = cluster, folder, environment
@@ -49,8 +50,8 @@ class Run:
     def wait_for_file(self, name):
         self.wait((self.path / name).exists, name)
 
-    def wait_for_words(self, words):
-        self.wait(lambda: self.log.exists() and words in self.log.read_text(), words)
+    def wait_for_log(self, text):
+        self.wait(lambda: self.log.exists() and text in self.log.read_text(), text)
 
     def wait_for_steps(self, count):
         self.wait(lambda: self.steps() >= count, f"step {count}")
@@ -63,37 +64,40 @@ class Run:
         self.wait(restarted, f"restart {count}")
 
     def wait_for_end(self, state):
-        """The job ends so, and leaves no process."""
+        """Wait until the job ends in ``state``, and check that none of its processes remains."""
         self.cluster.wait_for(self.job, state, deadline_s=DEADLINE_S)
-        assert_nothing_is_left(self.cluster)
+        assert_no_processes(self.cluster)
 
     def cancel(self):
         self.cluster.call("scancel", self.job)
         self.wait_for_end("CANCELLED")
 
     def steps(self, round_index=0):
-        """How many of a round's training are done."""
+        """Return how many optimizer steps of a round are done."""
         return len(read_lines(self.path / f"rounds/{round_index:04d}/train/metrics.jsonl"))
 
     def rank(self, number, logs="train-0000"):
-        """The process of a rank of round 0's training, or of one with other ``logs``; not what it forks."""
-        found = writers(self.path / f"logs/{logs}/rank-{number}.log")
-        return next(pid for pid in found if parent(pid) not in found)
+        """Return a training rank's process id (``logs``: the folder of its log), not those that it forked."""
+        pids = writers(self.path / f"logs/{logs}/rank-{number}.log")
+        return next(pid for pid in pids if parent(pid) not in pids)
 
     def drivers(self):
-        """The job's processes of our command line; not what they fork and start."""
-        return [pid for pid in self.cluster.job_processes(self.job) if "megatron_dagger.cli.main" in words(pid)]
+        """Return the job's processes of our command line, without those that they started."""
+        return [pid for pid in self.cluster.job_processes(self.job) if "megatron_dagger.cli.main" in command_line(pid)]
 
     def preempt(self, held=None):
-        """A job of a higher partition wants all of both nodes, for a moment, while ``held`` (a rank) is in a step."""
+        """Let a short job of the higher partition preempt this one, in the middle of a step of the process ``held``.
+
+        ``held`` (None: rank 0) is stopped until the preemption has begun; otherwise a fast machine might finish first.
+        """
         held = held or self.rank(0)
-        os.kill(held, signal.SIGSTOP)  # or a quick machine may have done it all before it is asked
+        os.kill(held, signal.SIGSTOP)
         urgent = "--partition=high", "--nodes=2", "--exclusive", "--mem=0", "--output=/dev/null", "--wrap=true"
         job = self.cluster.submit(*urgent)
-        self.wait_for_words("SIGUSR1: stopping; the same command goes on from here")
+        self.wait_for_log("SIGUSR1: stopping; repeat the command to resume")
         os.kill(held, signal.SIGCONT)
         self.cluster.wait_for(job, "COMPLETED", deadline_s=60)
 
 
-def assert_nothing_is_left(cluster):
-    cluster.wait(lambda: not cluster.job_processes(), 20, "the jobs' processes to be gone")
+def assert_no_processes(cluster):
+    cluster.wait(lambda: not cluster.job_processes(), 20, "the jobs' processes to end")

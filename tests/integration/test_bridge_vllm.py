@@ -1,12 +1,11 @@
-"""Megatron trains and saves, vLLM takes over and serves: the same weights, the same log-probs.
+"""Weights trained and saved by Megatron are served by vLLM: the same weights, the same log-probs.
 
-Real checkpoints, written by Megatron-Core under several parallel layouts; the real engine, started
-once for tied and once for untied embeddings with YaRN. The vocabulary (1000) is padded in Megatron.
+Megatron-Core writes the checkpoints under several parallel layouts. The engine is started twice: with tied embeddings,
+and with untied embeddings and YaRN. The vocabulary (1000) is padded in Megatron.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import inspect
 import os
@@ -27,7 +26,7 @@ from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.torch_dist.reader import MegatronCheckpoint
 from megatron_dagger.weights.verify.canary import Canary
 from megatron_dagger.weights.verify.digest import canonical_digests
-from tests.integration.served import TOLERANCE, YARN, Written, start, state
+from tests.integration.served import TOLERANCE, YARN, Written, sample, start, state
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,24 +53,24 @@ def transformers_logprobs(where: Written) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layout", ["one", "pp2", "tp2"])
-def test_the_digests_of_the_file_are_those_of_the_trainers_memory(written, layout):
+def test_the_digests_of_the_checkpoint_equal_those_of_the_trainers_memory(written, layout):
     where = written[layout]
     stored = MegatronCheckpoint(where.checkpoint()).canonical_tensors(where.model)
     assert canonical_digests(stored, where.model) == where.digests()
 
 
 @pytest.mark.parametrize("layout", ["one", "pp2"])
-def test_served_logprobs_are_megatrons_and_transformers_tied(student, written, layout):
+def test_served_logprobs_equal_those_of_megatron_and_transformers(student, written, layout):
     where = written[layout]
     report = student.sync(where.checkpoint(), 3, where.digests())
     assert (report.weight_version, report.tensors) == (3, len(where.digests()))
-    got = served(student, where)
+    logprobs = served(student, where)
     assert np.ptp(where.logprobs()) > 1, "the reference must be far from uniform to mean something"
-    assert np.abs(got - where.logprobs()).max() < TOLERANCE
-    assert np.abs(got - transformers_logprobs(where)).max() < TOLERANCE
+    assert np.abs(logprobs - where.logprobs()).max() < TOLERANCE
+    assert np.abs(logprobs - transformers_logprobs(where)).max() < TOLERANCE
 
 
-def test_new_weights_change_what_is_served_and_the_prefix_cache_is_emptied(student, written):
+def test_new_weights_change_the_output_and_empty_the_prefix_cache(student, written):
     where, prompt = written["one"], written["one"].tokens.tolist()
     greedy = Sampling(temperature=0.0, max_tokens=8)
 
@@ -87,7 +86,7 @@ def test_new_weights_change_what_is_served_and_the_prefix_cache_is_emptied(stude
     assert (warm.weight_version, fresh.weight_version) == ("0", "1")
     assert np.abs(served(student, where) - where.logprobs(1)).max() < TOLERANCE
     assert np.abs(where.logprobs(1) - where.logprobs(0)).max() > 0.1
-    # What was sampled after the update agrees with the new weights, token by token.
+    # The tokens sampled after the update have the new weights' log-probs.
     whole = np.array([*prompt, *fresh.tokens])
     assert np.abs(student.logprobs(whole)[-len(fresh.tokens) :] - fresh.logprobs).max() < TOLERANCE
     assert not np.array_equal(warm.tokens, fresh.tokens)
@@ -104,13 +103,13 @@ def flip_a_weight(directory: Path) -> None:
     [chunk] = stored.chunks
     with open(directory / chunk.file, "r+b") as file:
         data = os.pread(file.fileno(), chunk.length, chunk.start)
-        at = _payload(data)
-        file.seek(chunk.start + at)
-        file.write(bytes([data[at] ^ 1]))
+        offset = _payload_offset(data)
+        file.seek(chunk.start + offset)
+        file.write(bytes([data[offset] ^ 1]))
 
 
-def _payload(archive: bytes) -> int:
-    """Where the tensor's bytes begin in a torch.save archive (an uncompressed zip)."""
+def _payload_offset(archive: bytes) -> int:
+    """The offset of the tensor's bytes in a torch.save archive (an uncompressed zip)."""
     import io
     import zipfile
 
@@ -129,26 +128,30 @@ def truncate(directory: Path) -> None:
 def test_a_truncated_checkpoint_leaves_the_old_weights_serving(student, written, tmp_path):
     where = written["one"]
     for name, damage, message in [
-        ("truncated", truncate, r"distcp is truncated.*serves version 0 on"),
-        ("no-index", lambda d: (d / ".metadata").unlink(), r"no complete Megatron checkpoint.*version 0 on"),
+        ("truncated", truncate, r"distcp is truncated.*still serves version 0"),
+        (
+            "no-index",
+            lambda d: (d / ".metadata").unlink(),
+            r"not a complete Megatron checkpoint.*still serves version 0",
+        ),
     ]:
         directory = damaged(where, tmp_path / name, damage)
         with pytest.raises(WeightSyncError, match=message):
             student.sync(directory, 9, where.digests())
         assert np.abs(served(student, where) - where.logprobs()).max() < TOLERANCE
-        assert asyncio.run(student.act(state(0))).weight_version == 0
+        assert sample(student, state(0)).weight_version == 0
 
 
-def test_a_flipped_bit_is_found_and_the_version_before_is_served_again(student, written, tmp_path):
+def test_a_flipped_bit_is_detected_and_the_previous_version_is_served_again(student, written, tmp_path):
     where = written["one"]
     directory = damaged(where, tmp_path / "flipped", flip_a_weight)
-    with pytest.raises(WeightSyncError, match=r"model\.norm\.weight.*differs.*it serves version 0 on"):
+    with pytest.raises(WeightSyncError, match=r"model\.norm\.weight.*differs.*it still serves version 0"):
         student.sync(directory, 9, where.digests())
     assert np.abs(served(student, where) - where.logprobs(0)).max() < TOLERANCE
-    assert asyncio.run(student.act(state(0))).weight_version == 0
+    assert sample(student, state(0)).weight_version == 0
 
 
-def test_nothing_is_served_where_the_version_before_is_gone(student, written, tmp_path):
+def test_nothing_is_served_if_the_previous_version_is_gone(student, written, tmp_path):
     where = written["one"]
     gone = damaged(where, tmp_path / "gone", lambda directory: None)
     student.sync(gone, 5, where.digests())
@@ -157,23 +160,24 @@ def test_nothing_is_served_where_the_version_before_is_gone(student, written, tm
     with pytest.raises(WeightSyncError, match=r"model\.norm\.weight.*it does not serve"):
         student.sync(directory, 9, where.digests())
     with pytest.raises(PolicyError, match="weights are mixed since a sync failed"):
-        asyncio.run(student.act(state(0)))
+        sample(student, state(0))
     student.sync(where.checkpoint(1), 1, where.digests(1))
     assert np.abs(served(student, where) - where.logprobs(1)).max() < TOLERANCE
 
 
-def test_an_engine_that_computes_something_else_does_not_serve(student, written):
-    """As where a packed copy was not renewed: every byte is right, and the log-probs are not."""
+def test_weights_with_other_logprobs_than_the_canarys_are_not_served(student, written):
+    """As with a stale packed copy: every byte is right, but the log-probs are wrong."""
     where = written["one"]
     tokens, logprobs = where.tokens[:64], where.logprobs(1)[:63]
     canary = Canary(tokens=tuple(tokens.tolist()), logprobs=tuple(logprobs.tolist()))
     student.sync(where.checkpoint(1), 1, where.digests(1), canary)
-    with pytest.raises(WeightSyncError, match=r"log-probs of the canary.*allowed is 0\.001; it serves version 1 on"):
+    message = r"log-probs of the canary differ.*more than the 0\.001 allowed in float32; it still serves version 1"
+    with pytest.raises(WeightSyncError, match=message):
         student.sync(where.checkpoint(0), 2, where.digests(0), canary)
     assert np.abs(served(student, where) - where.logprobs(1)).max() < TOLERANCE
 
 
-def test_weights_that_the_trainer_did_not_have_are_refused(student, written):
+def test_weights_with_other_digests_than_the_trainers_are_refused(student, written):
     where = written["one"]
     with pytest.raises(WeightSyncError, match=r"not the trainer's: tensor 'model\.embed_tokens\.weight' differs"):
         student.sync(where.checkpoint(1), 1, where.digests(0))
@@ -183,8 +187,8 @@ def test_weights_that_the_trainer_did_not_have_are_refused(student, written):
     assert np.abs(served(student, where) - where.logprobs(0)).max() < TOLERANCE
 
 
-def test_what_the_bridge_uses_of_vllms_insides_is_still_there(student):
-    """Fails, naming it, when a new vLLM changes what the bridge stands on."""
+def test_the_parts_of_vllm_that_weight_sync_uses_still_exist(student):
+    """Fails, naming the part, when a new vLLM changes an interface that weight sync uses."""
     from vllm import EngineArgs, SamplingParams
     from vllm.distributed.weight_transfer import base, factory
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -230,8 +234,8 @@ def test_what_the_bridge_uses_of_vllms_insides_is_still_there(student):
     assert student._thread.run(output_layer, timeout_s=60), "the tied output layer is no longer the embedding"
 
 
-def test_layers_that_vllm_has_packed_are_refused(student, written):
-    """The engine's own loader keeps vLLM from it; another one would not."""
+def test_packed_layers_are_refused(student, written):
+    """load_format=megatron keeps linear layers unpacked; other loaders do not."""
     from vllm.model_executor.layers import utils
 
     where = written["one"]
@@ -244,7 +248,7 @@ def test_layers_that_vllm_has_packed_are_refused(student, written):
     student._thread.run(lambda _: utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True), timeout_s=60)
     try:
         with pytest.raises(
-            WeightSyncError, match=r"has packed its linear layers.*load_format=megatron.*it serves version 0 on"
+            WeightSyncError, match=r"has packed its linear layers.*load_format=megatron.*it still serves version 0"
         ):
             student.sync(where.checkpoint(), 1, where.digests())
     finally:
@@ -254,22 +258,22 @@ def test_layers_that_vllm_has_packed_are_refused(student, written):
 
 
 def test_untied_embeddings_and_yarn_saved_under_tensor_parallelism_are_served(tied_student, written):
-    """It ends the tied engine and starts another in the same process. The tokens are more than RoPE was made for."""
+    """Ends the tied engine and starts another in the same process. The tokens exceed RoPE's original range."""
     tied_student.close()
     with pytest.raises(PolicyError, match="the engine is gone: it was closed"):
-        asyncio.run(tied_student.act(state(0)))
+        sample(tied_student, state(0))
     where = written["tp2"]
     untied = start(where)
     try:
         with pytest.raises(PolicyError, match="call sync"):
             untied.logprobs(where.tokens)
         untied.sync(where.checkpoint(), 0, where.digests())
-        got = served(untied, where)
-        assert np.abs(got - where.logprobs()).max() < TOLERANCE
-        assert np.abs(got - transformers_logprobs(where)).max() < TOLERANCE
+        logprobs = served(untied, where)
+        assert np.abs(logprobs - where.logprobs()).max() < TOLERANCE
+        assert np.abs(logprobs - transformers_logprobs(where)).max() < TOLERANCE
         unscaled = transformers_logprobs(dataclasses.replace(where, model=dataclasses.replace(where.model, yarn=None)))
         beyond = len(unscaled) - YARN.original_max_position_embeddings
-        assert np.abs(got - unscaled)[-beyond:].mean() > 100 * TOLERANCE, "the scaling must matter here"
+        assert np.abs(logprobs - unscaled)[-beyond:].mean() > 100 * TOLERANCE, "the scaling must matter here"
         with pytest.raises(WeightSyncError, match=r"another model.*|lacks 'output_layer.weight'"):
             untied.sync(written["one"].checkpoint(), 1, written["one"].digests())
         assert np.abs(served(untied, where) - where.logprobs()).max() < TOLERANCE
@@ -278,31 +282,42 @@ def test_untied_embeddings_and_yarn_saved_under_tensor_parallelism_are_served(ti
 
 
 @pytest.mark.parametrize("extra", [{}, {"checkpoint": 1}, {"model": {}}, "'{"])
-def test_a_loader_that_is_told_of_no_checkpoint_says_what_it_needs(extra):
-    from megatron_dagger.weights.vllm.plugin import _source
+def test_a_loader_without_a_checkpoint_names_the_missing_setting(extra):
+    from megatron_dagger.weights.vllm.plugin import _source_and_model
 
     with pytest.raises(ConfigError, match=r"needs model_loader_extra_config=.*DIRECTORY.*, got "):
-        _source(extra)
+        _source_and_model(extra)
+
+
+def test_each_model_has_a_transfer_state_of_its_own():
+    import torch
+
+    from megatron_dagger.weights.vllm.plugin import TransferState
+
+    first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    TransferState(shares={}, error=None, touched=True).attach(first)
+    assert TransferState.of(first).error is None
+    assert TransferState.of(second).error == "no weights have been loaded yet"
 
 
 @pytest.mark.slow
-def test_several_workers_take_over_the_same_weights_and_recover_from_a_failed_sync(written, tmp_path):
-    """Each vLLM worker is a process of its own; a failed update must not poison the answers after it."""
+def test_several_workers_serve_the_same_weights_and_recover_from_a_failed_sync(written, tmp_path):
+    """Each vLLM worker is a process of its own. A failed update must not affect the replies after it."""
     where = written["pp2"]
     student = start(where, workers=2)
     try:
         student.sync(where.checkpoint(), 0, where.digests())
         assert np.abs(served(student, where) - where.logprobs()).max() < TOLERANCE
         wrong = {**where.digests(), "model.norm.weight": "float32 (64,) 0"}
-        with pytest.raises(WeightSyncError, match=r"model\.norm\.weight.*it serves version 0 on"):
+        with pytest.raises(WeightSyncError, match=r"model\.norm\.weight.*it still serves version 0"):
             student.sync(where.checkpoint(), 1, wrong)
         truncated = damaged(where, tmp_path / "truncated", truncate)
-        with pytest.raises(WeightSyncError, match=r"distcp is truncated.*it serves version 0 on"):
+        with pytest.raises(WeightSyncError, match=r"distcp is truncated.*it still serves version 0"):
             student.sync(truncated, 1, where.digests())
         assert np.abs(served(student, where) - where.logprobs()).max() < TOLERANCE
         student.sync(where.checkpoint(), 2, where.digests())
         assert np.abs(served(student, where) - where.logprobs()).max() < TOLERANCE
-        with pytest.raises(WeightSyncError, match=r"no complete Megatron checkpoint.*it serves version 2 on"):
+        with pytest.raises(WeightSyncError, match=r"not a complete Megatron checkpoint.*it still serves version 2"):
             student.sync(where.directory / "nowhere", 3, where.digests())
         assert np.abs(served(student, where) - where.logprobs()).max() < TOLERANCE
     finally:

@@ -1,6 +1,6 @@
-"""megatron-dagger convert on models of every family: Megatron loads what it wrote, Transformers agrees, and back bit for bit.
+"""megatron-dagger convert on models of every family: Megatron computes Transformers' log-probs, and back is bit-exact.
 
-Real weights too: SmolLM2-135M-Instruct, which the Python registry has as a package with a GGUF file.
+One test uses real weights: SmolLM2-135M-Instruct, which a Python package contains as a GGUF file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODELS = {
     "qwen3-kv1-untied-yarn": (
         "qwen3",
         {"num_attention_heads": 3, "num_query_groups": 1, "tie_embeddings": False, "max_position_embeddings": 512}
-        | {"yarn": YarnConfig(factor=4.0, original_max_position_embeddings=128)},  # less than the tokens
+        | {"yarn": YarnConfig(factor=4.0, original_max_position_embeddings=128)},  # fewer than the tokens
     ),
     "qwen3-kv2-tied": ("qwen3", {"num_attention_heads": 4, "num_query_groups": 2}),
     "qwen3-moe": ("qwen3_moe", {"num_attention_heads": 4, "num_query_groups": 2, "tie_embeddings": False}),
@@ -46,16 +46,16 @@ def model_of(name: str) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """By name: a directory with hf/ (written by Transformers), megatron/ and logprobs.npy (Megatron's)."""
+    """For each name a directory with hf/ (written by Transformers), megatron/ and logprobs.npy (Megatron's)."""
     root = tmp_path_factory.mktemp("converted")
     for name in MODELS:
         model = model_of(name)
         torch.manual_seed(1)
         config = transformers.AutoConfig.for_model(**model.hf_config())
-        theirs = transformers.AutoModelForCausalLM.from_config(config)
-        for parameter in theirs.parameters():
+        reference = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in reference.parameters():
             torch.nn.init.normal_(parameter, std=0.3)  # biases and norms too
-        theirs.save_pretrained(root / name / "hf", max_shard_size="40KB")
+        reference.save_pretrained(root / name / "hf", max_shard_size="40KB")
         (root / name / "hf" / "tokenizer.json").write_text("{}")
         np.save(root / name / "tokens.npy", np.random.default_rng(0).integers(0, 131, 300).astype(np.int32))
         layout = ["--tensor-parallel", model.num_query_groups, "--pipeline-parallel", 2]
@@ -65,30 +65,30 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_megatron_computes_what_transformers_does(models, name):
-    ours, theirs = np.load(models / name / "logprobs.npy"), transformers_logprobs(models / name)
-    assert np.ptp(theirs) > 1, "the reference must be far from uniform to mean something"
-    assert np.abs(ours - theirs).max() < TOLERANCE
+def test_megatron_computes_the_logprobs_of_transformers(models, name):
+    megatron, reference = np.load(models / name / "logprobs.npy"), transformers_logprobs(models / name)
+    assert np.ptp(reference) > 1, "the reference must be far from uniform to mean something"
+    assert np.abs(megatron - reference).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_way_back_is_bit_exact(models, name, tmp_path):
+def test_converting_back_is_bit_exact(models, name, tmp_path):
     converted("reshard", models / name / "megatron", tmp_path / "one")
     converted("megatron-to-hf", tmp_path / "one", tmp_path / "back")
     assert "are equal, bit for bit" in converted("verify", models / name / "hf", tmp_path / "back")
-    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}", "it was carried along"
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}", "the tokenizer is copied along"
     before = transformers.AutoModelForCausalLM.from_pretrained(models / name / "hf").state_dict()
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_what_is_in_it_and_what_differs(models, tmp_path):
+def test_inspect_lists_tensors_and_verify_names_differences(models, tmp_path):
     shown = converted("inspect", models / "qwen3-kv2-tied" / "megatron", "--digests")
     assert "MegatronFiles, qwen3" in shown and "model.layers.1.mlp.down_proj.weight" in shown
     converted("megatron-to-hf", models / "qwen3-kv2-tied" / "megatron", tmp_path / "half", "--dtype", "bfloat16")
     done = convert("verify", models / "qwen3-kv2-tied" / "hf", tmp_path / "half")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "model.norm.weight: torch.float32 and torch.bfloat16, largest difference 0.00" in done.stdout
     done = convert("verify", models / "qwen3-kv2-tied" / "hf", models / "qwen2-kv2-untied" / "hf")
     assert done.returncode == 1 and "different models" in done.stdout
@@ -98,15 +98,15 @@ def test_what_is_in_it_and_what_differs(models, tmp_path):
     ("arguments", "message"),
     [
         (["inspect", "{nowhere}"], "holds neither .metadata (Megatron) nor config.json"),
-        (["hf-to-megatron", "{hf}", "{hf}"], "is there already; remove it, or name another"),
+        (["hf-to-megatron", "{hf}", "{hf}"], "exists already; remove it, or name another"),
         (["hf-to-megatron", "{hf}", "{new}", "--tensor-parallel", "3"], "cannot be cut into 3 equal shares"),
         (["hf-to-megatron", "{hf}", "{new}", "--pipeline-parallel", "3"], "cannot be split evenly over 3 pipeline"),
     ],
 )
-def test_what_cannot_be_done_is_said(models, tmp_path, arguments, message):
+def test_an_impossible_conversion_is_refused_with_the_reason(models, tmp_path, arguments, message):
     places = {"nowhere": tmp_path, "hf": models / "qwen3-kv2-tied" / "hf", "new": tmp_path / "new"}
     done = convert(*(argument.format(**places) for argument in arguments))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -119,13 +119,13 @@ def test_what_cannot_be_done_is_said(models, tmp_path, arguments, message):
         ({"attention_bias": True}, "attention_bias=True is not supported"),
     ],
 )
-def test_a_model_that_is_not_covered_is_refused(entry, message):
+def test_an_unsupported_model_is_refused(entry, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_hf(model_of("qwen3-kv2-tied").hf_config() | entry)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_config_survives_the_way_to_hugging_face_and_back(name):
+def test_a_config_survives_the_round_trip_through_hugging_face(name):
     model = model_of(name)
     back = ModelConfig.from_hf(json.loads(json.dumps(model.hf_config())))
     assert back.hf_config() == model.hf_config()
@@ -134,8 +134,8 @@ def test_a_config_survives_the_way_to_hugging_face_and_back(name):
 @pytest.mark.slow
 def test_real_weights_of_smollm2(smollm2, tmp_path):
     run_megatron(smollm2)
-    ours = np.load(smollm2 / "logprobs.npy")
-    assert np.abs(ours - transformers_logprobs(smollm2)).max() < TOLERANCE
-    assert ours.mean() > -6, "these are the weights of a language model"
+    logprobs = np.load(smollm2 / "logprobs.npy")
+    assert np.abs(logprobs - transformers_logprobs(smollm2)).max() < TOLERANCE
+    assert logprobs.mean() > -6, "these are the weights of a language model"
     converted("megatron-to-hf", smollm2 / "megatron", tmp_path / "back")
     assert "272 of 272 tensors are equal" in converted("verify", smollm2 / "hf", tmp_path / "back")

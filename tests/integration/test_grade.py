@@ -1,4 +1,4 @@
-"""Patches graded by SWE-bench's own harness in real containers: by the command line, resumed, and itself checked."""
+"""Patches graded by SWE-bench's own harness in real containers: by the command line, resumed, and with --check."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_predictions_are_graded_and_a_killed_grading_goes_on(files, tmp_path, docker_host, capsys):
+def test_predictions_are_graded_and_a_killed_grading_resumes(files, tmp_path, docker_host, capsys):
     before = docker_host.client.containers.list(all=True)
     run_id = Harness(directory=tmp_path / "graded", rows=[], predictions=[]).run_id
     done = tmp_path / "graded" / "logs" / "run_evaluation" / run_id / "org__model" / "example__calc-1" / "report.json"
@@ -78,10 +78,10 @@ def test_predictions_are_graded_and_a_killed_grading_goes_on(files, tmp_path, do
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     (tmp_path / "predictions.jsonl").write_text(lines[0] + "\n")
     assert main(["grade", *files]) == 2, "another grading has another directory"
-    assert "is of another grading" in capsys.readouterr().err
+    assert "belongs to another grading" in capsys.readouterr().err
 
 
-def test_the_grader_is_checked_by_gold_patches_and_by_none(row, daemon, tmp_path, capsys):
+def test_the_grader_is_checked_with_gold_patches_and_without(row, daemon, tmp_path, capsys):
     passing = {**row, "instance_id": "a__already-1", "FAIL_TO_PASS": row["PASS_TO_PASS"]}
     write_lines(tmp_path / "rows.jsonl", [row, passing, {**row, "instance_id": "a__wrong-2", "patch": WRONG}])
     options = ["--tasks", str(tmp_path / "rows.jsonl"), "--docker-url", daemon.url, "--out", str(tmp_path / "check")]
@@ -94,17 +94,17 @@ def test_the_grader_is_checked_by_gold_patches_and_by_none(row, daemon, tmp_path
     assert "gold_does_not_resolve: a__wrong-2" in capsys.readouterr().out
 
 
-def test_what_cannot_be_graded_is_said(row, daemon, files, tmp_path, capsys):
-    def told(*options):
+def test_what_cannot_be_graded_is_an_error_with_the_reason(row, daemon, files, tmp_path, capsys):
+    def grade(*options):
         code = main(["grade", *options])
         return code, capsys.readouterr().err
 
     write_lines(tmp_path / "rows.jsonl", [{**row, "image": "nowhere/image:1"}])
-    assert told("--check", *files) == (
+    assert grade("--check", *files) == (
         2,
-        "error: 1 images are not here, such as ['nowhere/image:1']: pull them, or give --pull\n",
+        "error: 1 images are missing, such as ['nowhere/image:1']: pull them, or give --pull\n",
     )
-    assert "calc-2 is no task of" in told(*files)[1]
+    assert "calc-2 is not a task of" in grade(*files)[1]
     write_lines(tmp_path / "predictions.jsonl", [{"instance_id": "example__calc-1", "model_patch": ""}])
-    assert "a prediction has no model_name_or_path" in told(*files)[1]
-    assert "give RUN, or --predictions with --tasks and --out" in told("--tasks", str(tmp_path / "rows.jsonl"))[1]
+    assert "a prediction has no model_name_or_path" in grade(*files)[1]
+    assert "give RUN, or --predictions with --tasks and --out" in grade("--tasks", str(tmp_path / "rows.jsonl"))[1]

@@ -1,4 +1,4 @@
-"""A run that begins with given weights: a converted checkpoint, taken by round 0, with its tokenizer."""
+"""A run that starts from a converted checkpoint: round 0 trains its weights, and the student gets its tokenizer."""
 
 import json
 import os
@@ -14,7 +14,7 @@ pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 pytest.importorskip("transformers", reason="Transformers is not installed")
 
 from megatron_dagger.config import ConfigError, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
-from megatron_dagger.driver.context import create_run
+from megatron_dagger.driver.run_dir import create_run
 from megatron_dagger.driver.training import train_job
 from megatron_dagger.rollout.tokenizer import take_tokenizer, train_tokenizer
 from megatron_dagger.training.data.episode_file import save_episodes
@@ -22,6 +22,9 @@ from megatron_dagger.types import LabelledEpisode, StateLabel
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=96, vocab_size=300)
+
+
+CONVERT = ("-m", "megatron_dagger.cli.main", "convert")
 
 
 def run_python(*command):
@@ -35,7 +38,7 @@ def run_python(*command):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A small model of Transformers with a tokenizer, converted by megatron-dagger convert."""
+    """A small Transformers model with a tokenizer, converted by ``megatron-dagger convert``."""
     import torch
     import transformers
 
@@ -45,13 +48,13 @@ def checkpoint(tmp_path_factory):
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings))
     model.save_pretrained(folder / "hf")
     train_tokenizer(["some text to learn from, and more of it"] * 3, MODEL.vocab_size, folder / "hf")
-    run_python(ROOT / "megatron_dagger" / "cli" / "convert.py", "hf-to-megatron", folder / "hf", folder / "megatron")
+    run_python(*CONVERT, "hf-to-megatron", folder / "hf", folder / "megatron")
     return folder / "megatron"
 
 
 @pytest.mark.slow
-def test_round_zero_trains_on_from_the_given_weights(checkpoint, tmp_path):
-    """With a learning rate too small to change a weight, what it ends with is what it was given, bit for bit."""
+def test_round_zero_starts_from_the_checkpoints_weights(checkpoint, tmp_path):
+    """With a learning rate too small to change any weight, the trained weights equal the checkpoint's bit for bit."""
     optimizer = OptimizerConfig(lr=1e-14, warmup_steps=0, decay="constant", weight_decay=0.0)
     config = RunConfig(
         model=MODEL,
@@ -67,12 +70,12 @@ def test_round_zero_trains_on_from_the_given_weights(checkpoint, tmp_path):
     run_python("-m", "megatron_dagger.training", tmp_path / "episodes.npz", tmp_path / "job.json")
     trained = Path(job.output_dir)
     assert json.loads((trained / "manifest.json").read_text())["steps"] == 1
-    said = run_python(ROOT / "megatron_dagger" / "cli" / "convert.py", "verify", trained / "checkpoint", checkpoint)
-    assert said.split()[0] == said.split()[2] != "0"  # so many of so many tensors are equal
+    output = run_python(*CONVERT, "verify", trained / "checkpoint", checkpoint)
+    assert output.split()[0] == output.split()[2] != "0"  # N of N tensors are equal
     assert train_job(config, tmp_path / "run", 1).init_checkpoint == str(trained / "checkpoint")
 
 
-def test_the_models_own_tokenizer_is_taken(checkpoint, tmp_path):
+def test_the_checkpoints_tokenizer_is_copied(checkpoint, tmp_path):
     take_tokenizer(checkpoint / "hf", tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (checkpoint / "hf" / name).read_bytes()
@@ -80,7 +83,8 @@ def test_the_models_own_tokenizer_is_taken(checkpoint, tmp_path):
         take_tokenizer(tmp_path / "nowhere", tmp_path)
 
 
-def test_a_relative_checkpoint_is_found_from_anywhere(tmp_path, monkeypatch):
+def test_a_relative_path_of_a_checkpoint_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "given" / "hf").mkdir(parents=True)
     config = create_run(replace(RunConfig(), init_checkpoint="given"), tmp_path / "run")
     assert config.init_checkpoint == str(tmp_path / "given")

@@ -7,8 +7,8 @@ import pytest
 from megatron_dagger.config import RunConfig, load_yaml
 from megatron_dagger.observability.status import status
 from megatron_dagger.store.atomic import read_json
-from tests.support.launch_environment import LACKING, PYTHON, nemo
-from tools.virtual_slurm.packages import lacking
+from tests.support.launch_environment import PYTHON, SKIP_REASON, run_python
+from tools.virtual_slurm.packages import why_unavailable
 
 SETTINGS = [
     "repo_repair.source=stdlib",
@@ -31,22 +31,22 @@ SLURM = ["run.executor=slurm", "run.executor.mem=8000", "run.executor.time=00:20
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason=LACKING),
+    pytest.mark.skipif(not PYTHON.exists(), reason=SKIP_REASON),
 ]
 
 
-def launch(folder, environment, *words, expected=0):
-    """What the launcher printed."""
-    command = ["-m", "megatron_dagger.launch", "--yes", "config=quickstart", "directory=run", *words]
+def launch(folder, environment, *arguments, expected=0):
+    """Return what the launcher printed."""
+    command = ["-m", "megatron_dagger.launch", "--yes", "config=quickstart", "directory=run", *arguments]
     settings = (f"config.{setting}" for setting in SETTINGS)
-    return nemo(folder, *command, *settings, environment=environment, expected=expected, timeout=500)
+    return run_python(folder, *command, *settings, environment=environment, expected=expected, timeout=500)
 
 
-def program(*words):
-    return f"program='{' '.join(words)}'"
+def program(*arguments):
+    return f"program='{' '.join(arguments)}'"
 
 
-@pytest.mark.skipif(lacking(accounting=True) is not None, reason=str(lacking(accounting=True)))
+@pytest.mark.skipif(why_unavailable(accounting=True) is not None, reason=str(why_unavailable(accounting=True)))
 def test_a_round_of_jobs_on_slurm_and_one_that_fails(cluster, cache, tmp_path):
     """The whole chain is queued at once; two workers collect, each on its node."""
     ours = program(sys.executable, "-m", "megatron_dagger.cli.main")
@@ -60,9 +60,9 @@ def test_a_round_of_jobs_on_slurm_and_one_that_fails(cluster, cache, tmp_path):
         assert "1/1 episodes" in (run / f"logs/worker-{number}.log").read_text()
     assert " on n1" in status(run)
     experiment = (PYTHON.with_name("nemo"), "experiment")
-    output = nemo(tmp_path, *experiment, "status", "quickstart", environment=environment)
+    output = run_python(tmp_path, *experiment, "status", "quickstart", environment=environment)
     assert output.count("Status: SUCCEEDED") == 4, output
-    assert "round 0 collect: 1/1 episodes" in nemo(
+    assert "round 0 collect: 1/1 episodes" in run_python(
         tmp_path, *experiment, "logs", "quickstart", "0", environment=environment
     )
 

@@ -1,4 +1,4 @@
-"""The map's Megatron side is what Megatron-Core's models have: every name, every shape."""
+"""The weight maps have every parameter of Megatron-Core's models, with its name and shape."""
 
 import importlib.util
 import subprocess
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, re
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def test_every_parameter_of_every_family_is_known_with_its_shape():
+def test_the_weight_maps_have_every_parameter_with_its_shape():
     command = [sys.executable, "-m", "tests.integration.megatron_names"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The planner's memory against Megatron-Core's real model, gradients, optimizer and autograd, on the CPU."""
+"""The planner's memory against Megatron-Core's model, gradients, optimizer and autograd, measured on the CPU."""
 
 import json
 from pathlib import Path
@@ -76,7 +76,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """By case, what each of four ranks measured."""
+    """The measurements of each of four ranks, by case."""
     folder = tmp_path_factory.mktemp("measured")
     files = []
     for name, (model, training) in CASES.items():
@@ -95,7 +95,7 @@ def measured(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_parameters_and_state_are_those_of_the_real_trainer(measured, name):
+def test_parameters_and_state_match_the_trainer(measured, name):
     model, training = CASES[name]
     for stage in range(training.parallel.pipeline_model_parallel_size):
         ranks = [rank for rank in measured[name] if rank["stage"] == stage]
@@ -103,13 +103,13 @@ def test_parameters_and_state_are_those_of_the_real_trainer(measured, name):
         assert [rank["parameters"] for rank in ranks] == [parameters.total] * len(ranks)
         weights, gradients, optimizer = state_bytes(training, parameters.total, parameters.experts)
         assert {(rank["weights"], rank["gradients"]) for rank in ranks} == {(weights, gradients)}
-        # the distributed optimizer's shards are not all of the same size: their mean is exact
+        # the distributed optimizer's shards differ in size; their mean is exact
         assert sum(rank["optimizer"] for rank in ranks) / len(ranks) == pytest.approx(optimizer, rel=0.01)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_activations_are_what_autograd_keeps(measured, name):
+def test_activations_match_what_autograd_keeps(measured, name):
     model, training = CASES[name]
     for stage in range(training.parallel.pipeline_model_parallel_size):
         planned = kept_by_autograd(model, training, stage)
@@ -120,11 +120,11 @@ def test_activations_are_what_autograd_keeps(measured, name):
 
 
 def kept_by_autograd(model, training, stage):
-    """What the planner's tables say that autograd holds at most: no gradients, no rest of an allocator."""
-    kept = table.in_flight_layers(model, training, stage) * table.layer_bytes(model, training, engine=False)
-    again = table.recomputed_bytes(model, training, engine=False)
+    """Return the planner's peak of what autograd holds, without gradients and the allocator's fragmentation."""
+    kept = table.in_flight_layers(model, training, stage) * table.layer_bytes(model, training, te=False)
+    recomputed = table.recomputed_bytes(model, training, te=False)
     if stage < training.parallel.pipeline_model_parallel_size - 1:
-        return kept + again
+        return kept + recomputed
     labels = label_positions(training, ASSUMED)
-    head = table.head_bytes(model, training, labels, engine=False)
-    return kept + max(again, head + table.logits_bytes(model, training, labels, kept=True))
+    head = table.head_bytes(model, training, labels, te=False)
+    return kept + max(recomputed, head + table.logits_bytes(model, training, labels, kept=True))

@@ -1,4 +1,4 @@
-"""The report in a real browser: charts, filters, reading an episode, hostile text, phone width."""
+"""The report page in a real browser: charts, filters, the episode reader, hostile text, narrow windows."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def episodes(run: Path) -> list[dict[str, Any]]:
     stores = [DataStore.open(run / name) for name in ("data.zarr", "evaluations.zarr")]
-    found: list[dict[str, Any]] = gather(read_run(run), *stores, max_episodes=200)["episodes"]
-    return found
+    listed: list[dict[str, Any]] = gather(read_run(run), *stores, max_episodes=200)["episodes"]
+    return listed
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any, run: Path) -> Iterator[Callable[..., Any]]:
-    """Opens a page at a size and colour scheme; afterwards the console must be clean and nothing fetched."""
+    """Yield a function that opens a page. Afterwards the console must be empty and nothing fetched."""
 
     def opened(path: Path = run / "report.html", *, width: int = 1200, height: int = 900, dark: bool = False) -> Any:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
@@ -76,8 +76,8 @@ def visit(browser: Any, run: Path) -> Iterator[Callable[..., Any]]:
 
 
 def css(browser: Any, selector: str) -> list[Any]:
-    found: list[Any] = browser.find_elements("css selector", selector)
-    return found
+    elements: list[Any] = browser.find_elements("css selector", selector)
+    return elements
 
 
 def choose(browser: Any, name: str, value: str) -> None:
@@ -119,8 +119,8 @@ def test_filters_narrow_the_list(visit: Callable[..., Any], episodes: list[dict[
     def names() -> list[str]:
         return [item.text for item in css(browser, "#list .item b")]
 
-    def expected(**wanted: Any) -> list[str]:
-        return [e["task"] for e in episodes if all(e[k] == v for k, v in wanted.items())]
+    def expected(**values: Any) -> list[str]:
+        return [e["task"] for e in episodes if all(e[k] == v for k, v in values.items())]
 
     assert names() == expected()
     choose(browser, "round", "1")
@@ -187,7 +187,7 @@ def test_hostile_text_stays_text(visit: Callable[..., Any], episodes: list[dict[
     ]
 
 
-def test_light_dark_and_the_switch(visit: Callable[..., Any]) -> None:
+def test_light_and_dark_schemes_and_the_switch(visit: Callable[..., Any]) -> None:
     colours = {}
     for dark in (False, True):
         browser = visit(dark=dark)
@@ -198,7 +198,7 @@ def test_light_dark_and_the_switch(visit: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("width", [360, 390, 820, 1200])
-def test_nothing_is_wider_than_the_window(visit: Callable[..., Any], width: int) -> None:
+def test_the_page_fits_the_window(visit: Callable[..., Any], width: int) -> None:
     browser = visit(width=width)
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     small = browser.execute_script(
@@ -208,7 +208,7 @@ def test_nothing_is_wider_than_the_window(visit: Callable[..., Any], width: int)
     assert small == 0
 
 
-def test_on_a_phone_the_list_gives_way_to_the_episode(visit: Callable[..., Any]) -> None:
+def test_on_a_phone_the_episode_replaces_the_list(visit: Callable[..., Any]) -> None:
     browser = visit(width=390, height=844)
     [listing], [reader] = css(browser, "#list"), css(browser, "#reader")
     assert listing.is_displayed()
@@ -221,7 +221,7 @@ def test_on_a_phone_the_list_gives_way_to_the_episode(visit: Callable[..., Any])
     assert not reader.is_displayed()
 
 
-def test_a_run_that_has_just_begun(visit: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_page_of_a_run_without_finished_stages(visit: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: <img src=x onerror=alert(1)>\ndagger: {rounds: 3}\n")
     browser = visit(write_report(tmp_path))
     assert css(browser, "h1")[0].text == "<img src=x onerror=alert(1)>"

@@ -1,4 +1,4 @@
-"""The resident mode, whole and real: a trainer and two workers live through all rounds, and one worker is killed."""
+"""The resident mode with real processes: a trainer and two workers run all rounds, and one worker is killed."""
 
 import contextlib
 import json
@@ -10,19 +10,19 @@ import time
 import pytest
 
 from megatron_dagger.config import override
-from megatron_dagger.driver.context import create_run
+from megatron_dagger.driver.run_dir import create_run
+from megatron_dagger.recipes.quickstart import quickstart
 from megatron_dagger.store.aggregated import DataStore
-from recipes.quickstart import quickstart
 from tests.integration.tiny_run import DEADLINE_S, SETTINGS, assert_same, environment, losses, writers
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 
 @contextlib.contextmanager
-def started(run, log, environment, *words):
-    command = [sys.executable, "-m", "megatron_dagger.cli.main", words[0], str(run), "--resident", *words[1:]]
+def started(run, log, environment, command, *options):
+    argv = [sys.executable, "-m", "megatron_dagger.cli.main", command, str(run), "--resident", *options]
     with log.open("ab") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(argv, env=environment, stdout=output, stderr=output)
     try:
         yield process
     finally:
@@ -30,7 +30,7 @@ def started(run, log, environment, *words):
         process.wait()
 
 
-def test_weights_go_live_through_all_rounds_and_a_killed_worker_comes_back(undisturbed, cache, tmp_path):
+def test_weights_come_from_the_trainers_memory_in_all_rounds_and_a_killed_worker_resumes(undisturbed, cache, tmp_path):
     run, env = tmp_path / "run", {**environment(cache), "GLOO_SOCKET_IFNAME": "lo"}
     logs = {name: tmp_path / f"{name}.log" for name in ("trainer", "first", "second")}
     create_run(override(quickstart(), SETTINGS), run)
@@ -57,11 +57,11 @@ def test_weights_go_live_through_all_rounds_and_a_killed_worker_comes_back(undis
     assert_same(run, undisturbed)
     stores = [DataStore.open(folder / "evaluations.zarr") for folder in (undisturbed, run)]
     assert stores[0].digest() == stores[1].digest()
-    told = json.loads((run / "status/0001-train-trainer.json").read_text())
-    assert (told["state"], told["done"]) == ("done", len(losses(run, 1)))
+    status = json.loads((run / "status/0001-train-trainer.json").read_text())
+    assert (status["state"], status["done"]) == ("done", len(losses(run, 1)))
     assert (run / "metrics.jsonl").read_text().count("\n") == 6
     rank = (run / "logs/train/rank-0.log").read_text()
-    assert rank.count("an engine took weights 0 (host)") >= 2
-    assert rank.count("an engine took weights 1 (host)") == 2
+    assert rank.count("a rollout engine took weights 0 (shared_memory)") >= 2
+    assert rank.count("a rollout engine took weights 1 (shared_memory)") == 2
     assert "come from the checkpoint" not in logs["first"].read_text()
     assert not [pid for log in run.glob("logs/**/*.log") for pid in writers(log)]

@@ -1,4 +1,4 @@
-"""The main job, whole and real: rounds with Megatron-Core, vLLM and sandboxes, killed and gone on with."""
+"""Whole DAgger rounds with Megatron-Core, vLLM and sandboxes: their outputs, and their recovery from kills."""
 
 import json
 import os
@@ -13,9 +13,10 @@ import pytest
 from megatron_dagger.cli.main import main
 from megatron_dagger.cli.replay import replay
 from megatron_dagger.config import override
-from megatron_dagger.driver.context import TEACHER_URLS, create_run
+from megatron_dagger.driver.context import TEACHER_URLS
+from megatron_dagger.driver.run_dir import create_run
+from megatron_dagger.recipes.quickstart import quickstart
 from megatron_dagger.store.aggregated import DataStore
-from recipes.quickstart import quickstart
 from tests.integration.tiny_run import (
     DEADLINE_S,
     SETTINGS,
@@ -30,7 +31,7 @@ from tools.support.chat_server import chat_server, expert
 pytestmark = pytest.mark.timeout(900)
 
 
-def test_every_stage_left_what_it_should(undisturbed):
+def test_every_stage_writes_its_reports(undisturbed):
     for round_index in (0, 1):
         folder = undisturbed / "rounds" / f"{round_index:04d}"
         collect = json.loads((folder / "collect.json").read_text())
@@ -45,7 +46,7 @@ def test_every_stage_left_what_it_should(undisturbed):
     assert list((undisturbed / "tensorboard").iterdir())
 
 
-def test_students_turns_carry_version_and_logprobs(undisturbed):
+def test_student_turns_have_weight_version_and_logprobs(undisturbed):
     store = DataStore.open(undisturbed / "data.zarr")
     turns = [turn for episode in store.episodes(1) for turn in episode.turns]
     students = [turn for turn in turns if turn.acted_by == "student"]
@@ -58,9 +59,9 @@ def test_students_turns_carry_version_and_logprobs(undisturbed):
 
 
 def test_commands_read_the_run(undisturbed):
-    def out(*words):
+    def out(*argv):
         done = subprocess.run(
-            [sys.executable, "-m", "megatron_dagger.cli.main", *words],
+            [sys.executable, "-m", "megatron_dagger.cli.main", *argv],
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -72,24 +73,24 @@ def test_commands_read_the_run(undisturbed):
     assert "report.html" in out("report", str(undisturbed))
 
 
-def test_episodes_are_acted_again(undisturbed, cache, monkeypatch, capsys):
+def test_replay_repeats_recorded_episodes(undisturbed, cache, monkeypatch, capsys):
     monkeypatch.setenv("MEGATRON_DAGGER_CACHE", str(cache))
     assert main(["replay", str(undisturbed), "--round", "1", "--all"]) == 0
-    assert capsys.readouterr().out.count("all answers as then, ended as then") == 4
-    then = next(iter(DataStore.open(undisturbed / "data.zarr").episodes(1)))
-    first, second, *others = then.turns
-    changed = replace(then, solved=not then.solved, turns=(first, replace(second, observation="else"), *others))
+    assert capsys.readouterr().out.count("same observations, same ending") == 4
+    recorded = next(iter(DataStore.open(undisturbed / "data.zarr").episodes(1)))
+    first, second, *others = recorded.turns
+    changed = replace(recorded, solved=not recorded.solved, turns=(first, replace(second, observation="else"), *others))
     assert replay(undisturbed, [changed]) == 1
     printed = capsys.readouterr().out
-    assert f"1 of {len(then.turns)} answers differ" in printed
+    assert f"1 of {len(recorded.turns)} observations differ" in printed
     assert "\n-else\n+" in printed
-    shorter = replace(then, turns=then.turns[:-1])
+    shorter = replace(recorded, turns=recorded.turns[:-1])
     assert replay(undisturbed, [shorter]) == 1
     assert "the record ends after" in capsys.readouterr().out
 
 
-def test_killed_at_any_stage_it_goes_on_to_the_same_end(undisturbed, cache, tmp_path):
-    """kill -9 of the driver in the collection, of a trainer's rank, and of the driver in round 1."""
+def test_a_run_killed_in_several_stages_ends_like_an_undisturbed_run(undisturbed, cache, tmp_path):
+    """SIGKILL hits the driver during the collection, then a training rank, then the driver in round 1."""
     run = tmp_path / "killed"
 
     def start():
@@ -111,7 +112,7 @@ def test_killed_at_any_stage_it_goes_on_to_the_same_end(undisturbed, cache, tmp_
 
     driver = start()
     wait_for(lambda: list(run.glob("data.zarr/rounds/0000/**/zarr.json")), driver)
-    os.kill(driver.pid, signal.SIGSTOP)  # it is still in the collection when the second has given up
+    os.kill(driver.pid, signal.SIGSTOP)  # keeps it in the collection while the second driver tries to start
     second = subprocess.run(command(run), env=environment(cache), capture_output=True, timeout=60, check=False)
     assert second.returncode == 2
     assert f"the holder is process {driver.pid}".encode() in second.stderr
@@ -139,7 +140,7 @@ def test_killed_at_any_stage_it_goes_on_to_the_same_end(undisturbed, cache, tmp_
     assert_same(run, undisturbed)
 
 
-def test_a_teacher_behind_an_endpoint_gives_the_round_that_the_expert_gives(undisturbed, cache, tmp_path):
+def test_a_teacher_endpoint_gives_the_same_round_as_the_expert(undisturbed, cache, tmp_path):
     run = tmp_path / "endpoint"
     stage = [sys.executable, "-m", "megatron_dagger.cli.main", "rollout", str(run), "--round", "0"]
     with chat_server(expert) as server:
@@ -155,6 +156,6 @@ def test_a_teacher_behind_an_endpoint_gives_the_round_that_the_expert_gives(undi
         )
         assert done.returncode == 0, done.stderr[-3000:]
         turns = sum(len(episode.turns) for episode in DataStore.open(run / "data.zarr").episodes(0))
-        assert len(server.requests) == turns > 20, "each state is asked about once"
+        assert len(server.requests) == turns > 20, "one request for each state"
     stores = [DataStore.open(folder / "data.zarr") for folder in (undisturbed, run)]
     assert stores[0].manifest(0).digest == stores[1].manifest(0).digest

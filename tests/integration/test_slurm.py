@@ -1,7 +1,7 @@
-"""Whole runs by the sbatch files on a real SLURM of two nodes, with all that clusters do to jobs.
+"""Whole runs by the sbatch files on a real SLURM of two nodes, disturbed as clusters disturb jobs.
 
-Each run goes through many faults, one after the other, and must come to the end of the undisturbed one: starting an
-engine is what takes the time, and faults before the first engine's start are had for less.
+Each run suffers many faults, one after another, and must end with the data, losses and weights of the undisturbed run.
+One run suffers many faults because starting an engine takes most of the time.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from megatron_dagger.observability.status import status
 from megatron_dagger.store.lock import LockedError, flocked
 from tests.integration.slurm_runs import ROOT, Run
 from tests.integration.tiny_run import assert_same
-from tools.virtual_slurm.packages import lacking
+from tools.virtual_slurm.packages import why_unavailable
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow, pytest.mark.usefixtures("in_order")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow, pytest.mark.usefixtures("clean_cluster")]
 BATCH = ("--gpus-per-node=4", "--mem=8000")
 
-if why := lacking():
-    pytest.skip(why, allow_module_level=True)
+if reason := why_unavailable():
+    pytest.skip(reason, allow_module_level=True)
 
 
 def stop_between_writes(pid, run):
-    """SIGSTOP, but not while it puts something in place: then nobody may take the run over."""
+    """Stop a driver by SIGSTOP while it does not hold the run's fence, since another driver needs the fence."""
     while True:
         os.kill(pid, signal.SIGSTOP)
         with contextlib.suppress(LockedError), flocked(run / ".fence", deadline_s=0.2):
@@ -38,7 +38,7 @@ def stop_between_writes(pid, run):
         os.kill(pid, signal.SIGCONT)
 
 
-def test_a_killed_maker_leaves_no_cluster_behind():
+def test_a_cluster_ends_when_its_owner_is_killed():
     code = (
         "import os, signal; from tools.virtual_slurm.cluster import SlurmCluster\n"
         "cluster = SlurmCluster().__enter__()\n"
@@ -60,10 +60,10 @@ def test_a_killed_maker_leaves_no_cluster_behind():
     assert not subprocess.run(["pgrep", "-f", folder], capture_output=True, check=False).stdout
 
 
-def test_a_terminated_benchmark_leaves_nothing_behind(batch_environment, undisturbed):
-    with tempfile.TemporaryDirectory() as folder:  # a short path: munge's socket will lie in it
+def test_a_terminated_benchmark_cleans_up(batch_environment, undisturbed):
+    with tempfile.TemporaryDirectory() as folder:  # a short path, since it will hold munge's socket
         bench = subprocess.Popen(
-            [sys.executable, "tools/bench/slurm.py"], cwd=ROOT, env={**batch_environment, "TMPDIR": folder}
+            [sys.executable, "-m", "tools.bench.slurm"], cwd=ROOT, env={**batch_environment, "TMPDIR": folder}
         )
         try:
             deadline = time.monotonic() + 60
@@ -78,7 +78,7 @@ def test_a_terminated_benchmark_leaves_nothing_behind(batch_environment, undistu
             bench.kill()
 
 
-def test_cancelled_killed_preempted_and_with_a_surviving_twin_it_comes_to_the_same_end(
+def test_a_single_node_run_survives_cancel_kill_preemption_and_a_lost_node(
     cluster, batch_environment, undisturbed, tmp_path
 ):
     run = Run(cluster, tmp_path, batch_environment, "slurm/single_node.sbatch", "dagger.evaluate_rounds=last")
@@ -87,28 +87,28 @@ def test_cancelled_killed_preempted_and_with_a_surviving_twin_it_comes_to_the_sa
     submit()
     run.wait_for_file("status/0000-collect.json")
     run.cancel()
-    assert not (run.path / "rounds/0000/collect.json").exists(), "it was in the middle of the collection"
+    assert not (run.path / "rounds/0000/collect.json").exists(), "cancelled during the collection"
 
-    # Its node is lost, while the driver is stopped; it is begun anew on the other, and the driver goes on.
+    # The node is lost while the driver is stopped. SLURM restarts the job on the other node, then the old driver wakes.
     submit()
     run.wait_for_file("status/0000-collect.json")
     run.wait(lambda: len(run.drivers()) == 1, "the driver")
-    (twin,) = run.drivers()
-    run.wait(lambda: f'"pid": {twin}' in (run.path / "status/0000-collect.json").read_text(), "its collection")
-    stop_between_writes(twin, run.path)
+    (old_driver,) = run.drivers()
+    run.wait(lambda: f'"pid": {old_driver}' in (run.path / "status/0000-collect.json").read_text(), "its collection")
+    stop_between_writes(old_driver, run.path)
     lost = cluster.job(run.job)["NodeList"]
     cluster.kill_node(lost)
     run.wait_for_restart(1)
     assert cluster.job(run.job)["NodeList"] != lost
     run.wait(lambda: '"restart": 1' in (run.path / ".fence").read_text(), "the new driver")
-    assert twin in cluster.job_processes(run.job)
-    os.kill(twin, signal.SIGCONT)
-    run.wait(lambda: twin not in cluster.job_processes(run.job), "the twin's end")
+    assert old_driver in cluster.job_processes(run.job)
+    os.kill(old_driver, signal.SIGCONT)
+    run.wait(lambda: old_driver not in cluster.job_processes(run.job), "the old driver to end")
     assert "has taken this run over" in (run.path / "logs/driver.log").read_text() + run.log.read_text()
     cluster.start_node(lost)
     run.wait_for_steps(1)
     run.cancel()
-    assert not (run.path / "rounds/0000/train/manifest.json").exists(), "it was in the middle of the training"
+    assert not (run.path / "rounds/0000/train/manifest.json").exists(), "cancelled during the training"
 
     submit()
     run.wait_for_steps(run.steps() + 1)
@@ -137,7 +137,7 @@ def test_cancelled_killed_preempted_and_with_a_surviving_twin_it_comes_to_the_sa
     submit()
     run.wait_for_file("status/0001-evaluate.json")
     run.cancel()
-    assert not (run.path / "rounds/0001/evaluate.json").exists(), "it was in the middle of the evaluation"
+    assert not (run.path / "rounds/0001/evaluate.json").exists(), "cancelled during the evaluation"
     assert "evaluate  stopped" in status(run.path)
 
     submit()
@@ -145,24 +145,24 @@ def test_cancelled_killed_preempted_and_with_a_surviving_twin_it_comes_to_the_sa
     assert_same(run.path, undisturbed)
 
 
-def test_two_nodes_collect_and_train_and_are_preempted_to_the_same_end(
-    cluster, batch_environment, undisturbed, tmp_path
-):
+def test_a_two_node_run_survives_a_dead_node_and_preemption(cluster, batch_environment, undisturbed, tmp_path):
     run = Run(cluster, tmp_path, batch_environment, "slurm/multi_node.sbatch", "dagger.evaluate_rounds=last")
 
-    # One of its nodes does not come up: the job fails and names it, and the next one waits for the node.
+    # A node does not start: the job fails and names it, and the next job waits for the node.
     cluster.kill_daemon("n2")
     run.submit(*BATCH)
-    run.wait_for_words("failed on node n2")
+    run.wait_for_log("failed on node n2")
     failed = run.job
     run.submit(*BATCH)
-    cluster.wait(lambda: cluster.job(run.job)["Reason"] not in ("None", "Priority"), 20, "the reason to wait")
+    cluster.wait(
+        lambda: cluster.job(run.job)["Reason"] not in ("None", "Priority"), 20, "SLURM to say why the job waits"
+    )
     assert cluster.state(run.job) == "PENDING"
     cluster.start_node("n2")
     cluster.wait_for(failed, "FAILED", deadline_s=60)
 
     run.wait_for_steps(1)
-    run.preempt()  # the nodes stop after the same step
+    run.preempt()  # both nodes stop after the same step
     run.wait_for_end("COMPLETED")
     assert_same(run.path, undisturbed)
     assert cluster.job(run.job)["Restarts"] == "1"
@@ -172,4 +172,4 @@ def test_two_nodes_collect_and_train_and_are_preempted_to_the_same_end(
         assert "2/2 episodes" in (run.path / f"logs/worker-{number}.log").read_text()
         assert f"job {run.job} on n{number + 1}" in text
     assert (run.path / "report.html").exists()
-    assert not (run.path / "rounds/0002").exists(), "the rounds are those of the settings"
+    assert not (run.path / "rounds/0002").exists(), "dagger.rounds=1 means rounds 0 and 1"

@@ -29,15 +29,15 @@ LAYOUTS = ("tp2", "dp2", "pp2_vpp2", "tp2_sp_after_pp2_vpp2", "moe_ep2", "moe_tp
 
 def make_episodes(count=20):
     rng = np.random.default_rng(3)
-    made = []
+    episodes = []
     for _ in range(count):
         tokens = np.cumsum(rng.integers(1, 4, rng.integers(40, 120))).astype(np.int32) % 250
         labels = [
             StateLabel(position=20, tokens=tokens[20:30], weight=0.3),
             StateLabel(position=30, tokens=(tokens[30:38] + 1) % 250),
         ]
-        made.append(LabelledEpisode(tokens=tokens, labels=tuple(labels)))
-    return made
+        episodes.append(LabelledEpisode(tokens=tokens, labels=tuple(labels)))
+    return episodes
 
 
 def write_job(folder, name, parallel, *, init=None, model=MODEL, **training):
@@ -84,7 +84,7 @@ def output_of(process):
 
 
 def kill_rank_one_after(folder, name, steps, rank_one):
-    """kill -9 the second rank as soon as ``steps`` lines of metrics are there."""
+    """Kill -9 the second rank as soon as ``steps`` lines of metrics are there."""
     metrics = folder / name / "metrics.jsonl"
     end = time.monotonic() + 200
     while time.monotonic() < end:
@@ -106,8 +106,8 @@ def test_a_killed_round_resumes_with_the_same_losses_in_any_layout(tmp_path):
         train(tmp_path, job)
     killer.join()
     assert killed
-    left = sorted(path.name for path in (tmp_path / "killed").iterdir() if path.is_dir())
-    assert left[-1] in ("checkpoint-step-000004", "checkpoint-step-000008")
+    remaining = sorted(path.name for path in (tmp_path / "killed").iterdir() if path.is_dir())
+    assert remaining[-1] in ("checkpoint-step-000004", "checkpoint-step-000008")
     subprocess.run(["cp", "-r", str(tmp_path / "killed"), str(tmp_path / "other")], check=True)
     half_written = tmp_path / "killed" / "checkpoint-step-000099"  # a save that was killed before its marker
     half_written.mkdir()
@@ -127,22 +127,26 @@ def test_a_killed_round_resumes_with_the_same_losses_in_any_layout(tmp_path):
     assert losses(tmp_path, "killed") == wanted  # bit by bit
     assert np.abs(np.array(losses(tmp_path, "other")) - wanted).max() < 1e-5
     assert wanted[-1] < wanted[0] - 0.2
-    assert losses(tmp_path, "following")[0] < wanted[-1] + 0.1  # goes on from the round before
+    assert losses(tmp_path, "following")[0] < wanted[-1] + 0.1  # continues from the previous round
 
-    ours, again = manifest(tmp_path, "reference"), manifest(tmp_path, "killed")
-    assert ours["digests"] == again["digests"]
-    assert list(ours["digests"]) == list(canonical_names(MODEL))
-    assert ours["digests"] != manifest(tmp_path, "following")["digests"]
-    assert (ours["round"], ours["weight_version"], ours["steps"]) == (1, 7, len(wanted))
-    assert (ours["first_loss"], ours["last_loss"]) == (wanted[0], wanted[-1])
-    assert ours["label_tokens"] == 6 * 20 * 18  # six passes over 18 label tokens of 20 episodes
+    expected, resumed = manifest(tmp_path, "reference"), manifest(tmp_path, "killed")
+    assert expected["digests"] == resumed["digests"]
+    assert list(expected["digests"]) == list(canonical_names(MODEL))
+    assert expected["digests"] != manifest(tmp_path, "following")["digests"]
+    assert (expected["round"], expected["weight_version"], expected["steps"]) == (
+        1,
+        7,
+        len(wanted),
+    )
+    assert (expected["first_loss"], expected["last_loss"]) == (wanted[0], wanted[-1])
+    assert expected["label_tokens"] == 6 * 20 * 18  # six passes over 18 label tokens of 20 episodes
     names = {path.name for path in (tmp_path / "killed").iterdir()}
     assert names == {"checkpoint", "manifest.json", "metrics.jsonl"}
 
 
 def test_losses_do_not_depend_on_layout_or_packing_and_agree_with_transformers():
     finished = subprocess.run(
-        [sys.executable, "tools/check/parallel.py", "--steps", "3", "--layouts", ",".join(LAYOUTS)],
+        [sys.executable, "-m", "tools.check.parallel", "--steps", "3", "--layouts", ",".join(LAYOUTS)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -150,9 +154,9 @@ def test_losses_do_not_depend_on_layout_or_packing_and_agree_with_transformers()
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    word, _, text = finished.stdout.splitlines()[-1].partition(" ")
+    keyword, _, text = finished.stdout.splitlines()[-1].partition(" ")
     result = json.loads(text)
-    assert word == "RESULT"
+    assert keyword == "RESULT"
     assert {*LAYOUTS, "packed_loss", "one_row_grad", "hf_grad", "moe_packed_loss", "moe_hf_grad"} <= result.keys()
     for name, value in result.items():
         assert name == "steps" or 0 <= value <= (1e-5 if name in LAYOUTS else 2e-6), name
@@ -175,12 +179,12 @@ def test_a_sequence_of_16k_tokens_is_trained(tmp_path):
     train(tmp_path, write_job(tmp_path, "long", TP2 | {"sequence_parallel": True}, model=model, **settings))
     first, _, last = losses(tmp_path, "long")
     assert last < first - 0.05
-    made = manifest(tmp_path, "long")
-    assert (made["too_long"], made["cut"], made["tokens"]) == (0, 0, 3 * (16_299 + 80))
-    assert made["fill"] == made["tokens"] / (3 * 16_384)
+    result = manifest(tmp_path, "long")
+    assert (result["too_long"], result["cut"], result["tokens"]) == (0, 0, 3 * (16_299 + 80))
+    assert result["fill"] == result["tokens"] / (3 * 16_384)
 
 
-def test_what_ranks_with_experts_send_is_what_they_hold(tmp_path):
+def test_ranks_with_experts_send_the_weights_that_they_hold(tmp_path):
     launch(
         ["tests.integration.expert_shards"],
         ParallelConfig(world_size=2),

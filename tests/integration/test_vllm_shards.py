@@ -1,4 +1,4 @@
-"""The plan's target side is what vLLM's own weight loaders make of the canonical tensors."""
+"""The plan delivers the same parameters as vLLM's own weight loaders."""
 
 import importlib.util
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dagger.weights.families import FAMILIES
+from megatron_dagger.config.families import FAMILIES
 
 pytestmark = [
     pytest.mark.slow,
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.mark.parametrize("case", [*FAMILIES, "fp8"])
-def test_every_rank_has_what_vllm_would_have_loaded(case):
+def test_every_rank_gets_the_parameters_that_vllm_would_load(case):
     command = [sys.executable, "-m", "tests.integration.vllm_shards", case]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]

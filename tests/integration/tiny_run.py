@@ -1,4 +1,4 @@
-"""A run of two rounds in a minute, and what must be equal between two of them, however they were disturbed."""
+"""A run of two rounds that takes a minute, and the comparison of two such runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS = [
     "training.global_batch_tokens=4096",
     "training.epochs=20",
     "training.max_steps=20",
-    "rollout.sampling.temperature=0.2",  # a wild student types commands such as w, which show the clock
+    "rollout.sampling.temperature=0.2",  # at a higher one the student runs commands such as w, which prints the time
     "training.checkpoint_interval=2",
     "rollout.limits.max_tokens=2048",
     "rollout.limits.max_turns=24",
@@ -54,8 +54,8 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def manifest(run: Path, round_index: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / f"rounds/{round_index:04d}/train/manifest.json").read_text())
-    return found
+    values: dict[str, Any] = json.loads((run / f"rounds/{round_index:04d}/train/manifest.json").read_text())
+    return values
 
 
 def losses(run: Path, round_index: int) -> list[float]:
@@ -64,21 +64,21 @@ def losses(run: Path, round_index: int) -> list[float]:
 
 
 def assert_same(run: Path, undisturbed: Path, rounds: Sequence[int] = (0, 1)) -> None:
-    """Nothing lost, nothing twice, the same data digest, losses and weights."""
+    """Assert that ``run`` equals ``undisturbed``: the same episodes, each once, the same losses and weights."""
     for round_index in rounds:
-        theirs, ours = (DataStore.open(r / "data.zarr").manifest(round_index) for r in (undisturbed, run))
-        assert ours is not None
-        assert theirs is not None
-        assert ours.to_dict() == theirs.to_dict()
+        expected, actual = (DataStore.open(r / "data.zarr").manifest(round_index) for r in (undisturbed, run))
+        assert actual is not None
+        assert expected is not None
+        assert actual.to_dict() == expected.to_dict()
         assert losses(run, round_index) == losses(undisturbed, round_index)
         assert manifest(run, round_index)["digests"] == manifest(undisturbed, round_index)["digests"]
 
 
 def writers(log: Path) -> list[int]:
-    """The processes whose standard output is ``log``: a rank, and what it started."""
-    found = []
+    """Return the ids of the processes whose standard output is ``log``: a rank, and those that it forked."""
+    pids = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if os.readlink(process / "fd" / "1") == str(log):
-                found.append(int(process.name))
-    return sorted(found)
+                pids.append(int(process.name))
+    return sorted(pids)

@@ -1,8 +1,7 @@
-"""vLLM's own loaders against the plan, for one family and many layouts (``python -m``, FAMILY
-or ``fp8``).
+"""Checks the plan against vLLM's own loaders, for a family and many layouts (``python -m``, FAMILY or ``fp8``).
 
-Each rank's model is built in this one process, by telling vLLM's process groups another size and
-rank, and loaded with canonical weights by vLLM; what it then has must be what the plan brings there.
+Each rank's model is built in this process, with the size and rank of vLLM's process groups patched, and vLLM loads
+canonical weights into it. Its parameters must equal those that the plan delivers to the rank.
 """
 
 from __future__ import annotations
@@ -76,22 +75,22 @@ def canonical(model: ModelConfig, quantization: Quantization) -> dict[str, torch
 def planned(
     model: ModelConfig, target: TargetLayout, tensors: dict[str, torch.Tensor], quantization: Quantization
 ) -> list[dict[str, torch.Tensor]]:
-    """Each target rank's parameters, brought by the plan from a trainer of one rank."""
+    """Each target rank's parameters, delivered by the plan from a trainer of a single rank."""
     held: dict[str, torch.Tensor] = {source_name(name): tensor for name, tensor in tensors.items()}
-    for name, layout in megatron_table(model, quantization).items():
+    for name, entry in megatron_table(model, quantization).items():
         if name in held:
             continue  # scales
-        whole = [
-            families.from_canonical(name.format(i), tensors, model, padded_rows=1024 if layout.padded else None)
-            for i in range(layout.experts or 1)
+        full = [
+            families.from_canonical(name.format(i), tensors, model, padded_rows=1024 if entry.padded else None)
+            for i in range(entry.experts or 1)
         ]
-        held[name] = torch.stack(whole) if layout.experts else whole[0]
+        held[name] = torch.stack(full) if entry.experts else full[0]
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(target.world_size)]
     result = plan(model, SourceLayout(padded_vocab_size=1024), target, quantization)
     dtypes = {copy.target_parameter: held[copy.source_tensor].dtype for copy in result.copies}
     for name, parameter in vllm_table(model, quantization).items():
-        for shard, wanting in target.holders(experts=parameter.experts > 0):
-            for rank in wanting:
+        for shard, holders in target.holders(experts=parameter.experts > 0):
+            for rank in holders:
                 ranks[rank][name] = torch.full(parameter.shape(shard), float("nan")).to(dtypes[name])
     for copy in result.copies:
         block = held[copy.source_tensor][copy.source.slices]
@@ -122,11 +121,11 @@ def check(model: ModelConfig, target: TargetLayout, config: VllmEngineConfig, qu
         with as_rank(rank, target, config), set_default_torch_dtype(config.model_config.dtype):
             engine = initialize_model(vllm_config=config)
             engine.load_weights(iter(tensors.items()))
-        got = {n: p for n, p in engine.named_parameters() if not n.endswith(KV_CACHE_SCALES)}
-        assert got.keys() == expected.keys(), f"{target}: {got.keys() ^ expected.keys()}"
+        loaded = {n: p for n, p in engine.named_parameters() if not n.endswith(KV_CACHE_SCALES)}
+        assert loaded.keys() == expected.keys(), f"{target}: {loaded.keys() ^ expected.keys()}"
         for name, tensor in expected.items():
-            assert got[name].dtype == tensor.dtype, name
-            assert torch.equal(got[name].float(), tensor.float()), f"rank {rank} of {target}: {name}"
+            assert loaded[name].dtype == tensor.dtype, name
+            assert torch.equal(loaded[name].float(), tensor.float()), f"rank {rank} of {target}: {name}"
 
 
 def main(case: str) -> None:

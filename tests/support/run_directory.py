@@ -1,4 +1,4 @@
-"""A made-up run directory, written through the real store: data for the report before a run has any."""
+"""A synthetic run directory, written by the real store and metrics code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_dagger.config import DaggerConfig, RunConfig, TrainingConfig, dump_yaml
 from megatron_dagger.dagger.aggregation import summarise
-from megatron_dagger.observability.metrics import Metrics, append_line, read_lines
+from megatron_dagger.observability.metrics import StageMetrics, append_line, read_lines
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import write_json, write_text
 from megatron_dagger.types import ActedBy, Action, StopReason, Trajectory, Turn
@@ -38,7 +38,7 @@ COMMANDS = (
 
 
 def make_run(path: Path, *, rounds: int = 4, tasks: int = 12, heldout: int = 10, turns: int = 14) -> Path:
-    """Write rounds 0 to ``rounds - 1`` of a plausible run; returns ``path``."""
+    """Write rounds 0 to ``rounds - 1`` of a plausible run, and return ``path``."""
     train_ids = [f"{('toolz', 'schema', 'isodate')[i % 3]}__{i:03d}" for i in range(tasks)]
     heldout_ids = [f"{('tabulate', 'cachetools')[i % 2]}__{i:03d}" for i in range(heldout)]
     config = RunConfig(
@@ -52,7 +52,7 @@ def make_run(path: Path, *, rounds: int = 4, tasks: int = 12, heldout: int = 10,
             append_line(path / "tasks" / f"{name}.jsonl", {"instance_id": instance_id})
     data = DataStore.create_or_open(path / "data.zarr")
     evaluations = DataStore.create_or_open(path / "evaluations.zarr")
-    metrics = Metrics(path)
+    metrics = StageMetrics(path)
     for index in range(rounds):
         beta, skill = max(0.0, 1 - 0.34 * index), 0.35 + 0.5 * index / max(1, rounds - 1)
         episodes = [_episode(t, index, i, beta, skill, turns) for i, t in enumerate(train_ids)]
@@ -75,9 +75,9 @@ def make_run(path: Path, *, rounds: int = 4, tasks: int = 12, heldout: int = 10,
         write_json(folder / "train" / "manifest.json", train)
         parts = {}
         for name, ids in (("heldout", heldout_ids), ("train", train_ids[:6])):
-            found = [_episode(t, index, 50 + i, 0.0, skill, turns) for i, t in enumerate(ids)]
-            evaluations.append(found)
-            parts[name] = _success(found)
+            evaluated = [_episode(t, index, 50 + i, 0.0, skill, turns) for i, t in enumerate(ids)]
+            evaluations.append(evaluated)
+            parts[name] = _success(evaluated)
         evaluations.seal(index)
         evaluate = {"round": index, "weight_version": index + 1, **parts, "duration_s": 30.0}
         write_json(folder / "evaluate.json", evaluate)
@@ -109,9 +109,9 @@ def _success(episodes: list[Trajectory]) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _episode(task_id: str, index: int, seed: int, beta: float, skill: float, most: int) -> Trajectory:
+def _episode(task_id: str, index: int, seed: int, beta: float, skill: float, max_turns: int) -> Trajectory:
     rng = np.random.default_rng([index, seed])
-    count = int(rng.integers(max(2, most // 2), most + 1))
+    count = int(rng.integers(max(2, max_turns // 2), max_turns + 1))
     turns = []
     for depth in range(count):
         right = COMMANDS[-1] if depth == count - 1 else COMMANDS[depth % 5]

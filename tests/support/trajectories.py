@@ -1,4 +1,4 @@
-"""Made-up episodes for tests of what handles episodes: plain ones, random ones, and how to compare them."""
+"""Synthetic episodes for tests: simple, realistic and random ones, and exact comparison."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def make_trajectory(
 
 
 def random_trajectory(seed: int, task_id: str, *, round_index: int = 0, turns: int = 16) -> Trajectory:
-    """An episode of the size and shape of a real one, the same for the same arguments."""
+    """Return an episode of a realistic size. The same arguments give the same episode."""
     rng = np.random.default_rng([seed, round_index, *task_id.encode()])
 
     def tokens(low: int, high: int) -> np.ndarray:
         return rng.integers(0, 1000, int(rng.integers(low, high))).astype(np.int32)
 
-    made = []
+    all_turns = []
     for depth in range(turns):
         teacher = bool(rng.random() < 0.4)
         action = Action(
@@ -82,7 +82,7 @@ def random_trajectory(seed: int, task_id: str, *, round_index: int = 0, turns: i
         agrees = teacher or rng.random() < 0.5
         label = Action(text=action.text, tokens=action.tokens) if agrees else Action(
             text="python -m pytest -q", tokens=tokens(8, 40))  # fmt: skip
-        made.append(
+        all_turns.append(
             Turn(
                 observation="def area(width, height):\n    return width * height\n" * 8,
                 prompt_tokens=tokens(60, 160),
@@ -96,7 +96,7 @@ def random_trajectory(seed: int, task_id: str, *, round_index: int = 0, turns: i
         task_id=task_id,
         attempt=0,
         round_index=round_index,
-        turns=tuple(made),
+        turns=tuple(all_turns),
         stop_reason=StopReason.SUBMITTED if solved else CLEAN[int(rng.integers(len(CLEAN)))],
         solved=solved,
         beta=0.4,
@@ -111,7 +111,7 @@ def same_action(a: Action | None, b: Action | None) -> bool:
     if (a.logprobs is None) != (b.logprobs is None):
         return False
     if a.logprobs is not None and b.logprobs is not None:
-        # bit by bit: NaN equals NaN, and -0.0 is not 0.0
+        # compared bit by bit: NaN equals NaN, and -0.0 differs from 0.0
         x, y = a.logprobs, b.logprobs
         same = x.dtype == y.dtype and x.tobytes() == y.tobytes()
     else:
@@ -142,7 +142,7 @@ def same_trajectory(a: Trajectory, b: Trajectory) -> bool:
 
 
 _ids = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(lambda v: np.array(v, np.int32))
-_text = st.text(st.characters(codec=None), max_size=12)  # lone surrogates too
+_text = st.text(st.characters(codec=None), max_size=12)  # with lone surrogates
 
 
 @st.composite

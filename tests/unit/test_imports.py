@@ -31,6 +31,7 @@ LIGHT = (
     "megatron_dagger.config",
     "megatron_dagger.policies.base",
     "megatron_dagger.envs",
+    "megatron_dagger.sandbox",
     "megatron_dagger.dagger",
     "megatron_dagger.observability",
     "megatron_dagger.weights.families",
@@ -38,7 +39,7 @@ LIGHT = (
     "megatron_dagger.planning",
     "megatron_dagger.launch.stages",
     "megatron_dagger.cli",
-    "recipes",
+    "megatron_dagger.recipes",
 )
 
 # Programs that run inside the sandbox, beside each other and not as part of the package.
@@ -70,13 +71,13 @@ def modules_of(name: str) -> list[str]:
     if not path.is_dir():
         assert path.with_suffix(".py").is_file(), f"{name} is gone: mend the list in this test"
         return [name]
-    found = []
+    modules = []
     for file in sorted(path.rglob("*.py")):
         if file.parent == SANDBOX_FILES:
             continue
         parts = file.relative_to(ROOT).with_suffix("").parts
-        found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    return found
+        modules.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return modules
 
 
 def import_all(modules: list[str], engines: tuple[str, ...] = ENGINES) -> dict:
@@ -117,7 +118,8 @@ def test_the_command_line_starts_without_loading_an_engine():
 def test_recipes_and_command_line_in_the_launch_environment():
     if not LAUNCH_PYTHON.exists():
         pytest.skip("there is no .venv-launch: tools/setup makes it")
-    code = "import nemo_run, pkgutil, importlib, recipes, megatron_dagger.cli.main\n"
-    code += "for m in pkgutil.iter_modules(recipes.__path__): importlib.import_module(f'recipes.{m.name}')\n"
+    code = "import nemo_run, pkgutil, importlib, megatron_dagger.cli.main\n"
+    code += "from megatron_dagger import recipes\n"
+    code += "for m in pkgutil.iter_modules(recipes.__path__): importlib.import_module(f'{recipes.__name__}.{m.name}')\n"
     done = subprocess.run([str(LAUNCH_PYTHON), "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

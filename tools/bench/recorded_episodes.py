@@ -1,7 +1,9 @@
-"""Labelled episodes made of real agent runs: their lengths, turns and texts are real, their labels a rule's.
+"""Labelled episodes from recorded agent runs. Lengths, turns and texts are real; the labels follow a rule.
 
-Every turn has a label, the recorded action. In a seeded share of the turns the agent executed something
-else, its action of the turn before, as agents that are stuck do: there the label is a branch.
+A file of runs is gzipped JSON lines, ``{"messages": [{"role": ..., "content": ...}, ...]}``: a system message, then
+user and assistant messages in turn. Every turn's label is the recorded action. In a seeded share of the turns the
+executed action is replaced by that of the turn before, as an agent that is stuck repeats itself: the label is then a
+branch of the episode's tree.
 """
 
 from __future__ import annotations
@@ -18,22 +20,20 @@ from megatron_dagger.rollout.chat import ChatRenderer
 from megatron_dagger.rollout.tokenizer import train_tokenizer
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
-TRAJECTORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "real_trajectories_64.jsonl.gz"
-
-Turns = list[tuple[np.ndarray, np.ndarray]]  # of each turn (the prompt's new tokens, the action's), (n,) int32
+Turns = list[tuple[np.ndarray, np.ndarray]]  # for each turn the prompt's new tokens and the action's, (n,) int32
 
 
 def read(path: Path, vocab_size: int) -> list[Turns]:
-    """The turns of every run, in tokens of a byte-level BPE of ``vocab_size`` trained on these texts.
+    """Return the turns of every run, in tokens of a byte-level BPE of ``vocab_size`` entries trained on these texts.
 
-    Raises FileNotFoundError without the file, ValueError for a run that is not system, user, and then
-    assistant and user in turn.
+    Raises FileNotFoundError if there is no such file, ValueError for a run whose messages are not system, user,
+    assistant, user, ...
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: give the real trajectories with --trajectories")
+        raise FileNotFoundError(f"--trajectories {path}: no such file; name gzipped JSON lines of recorded runs")
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         runs = [json.loads(line)["messages"] for line in lines]
-    with tempfile.TemporaryDirectory(prefix="real_episodes-") as folder:
+    with tempfile.TemporaryDirectory(prefix="recorded-episodes-") as folder:
         train_tokenizer((message["content"] for run in runs for message in run), vocab_size, Path(folder))
         renderer = ChatRenderer.load(Path(folder))
     return [_turns(run, renderer) for run in runs]
@@ -43,7 +43,9 @@ def _turns(run: list[dict[str, str]], renderer: ChatRenderer) -> Turns:
     roles = [message["role"] for message in run]
     texts = [message["content"] for message in run]
     if roles != ["system", *(["user", "assistant"] * len(roles))[: len(roles) - 1]]:
-        raise ValueError(f"a run of messages from {roles[:5]}...: not system, then user and assistant in turn")
+        raise ValueError(
+            f"a run's messages have the roles {roles[:5]}...; expected system, then user and assistant in turn"
+        )
     turns: Turns = []
     for user, assistant in zip(texts[1::2], texts[2::2], strict=False):
         before = renderer.observation(user, turns[-1][1]) if turns else renderer.opening(texts[0], user)
@@ -54,14 +56,14 @@ def _turns(run: list[dict[str, str]], renderer: ChatRenderer) -> Turns:
 def make(
     runs: Sequence[Turns], *, seed: int, longest: int | None = None, branches: float = 0.5
 ) -> tuple[list[LabelledEpisode], list[LabelledEpisode]]:
-    """The labelled episodes of ``runs``, and the same executed tokens with these as their labels.
+    """Return the labelled episodes of ``runs``, and the same episodes with the executed actions as labels.
 
-    An episode ends before the turn that would take it beyond ``longest`` tokens (None: it does not); a
-    run whose first turn is longer gives none.
+    ``branches`` is the share of turns whose executed action differs from the label. An episode is cut before the turn
+    that would take it beyond ``longest`` tokens (None: not cut). A run whose first turn is longer is left out.
     """
-    made = [_episode(run, np.random.default_rng([seed, i]), longest, branches) for i, run in enumerate(runs)]
-    pairs = [pair for pair in made if pair is not None]
-    return [labelled for labelled, _ in pairs], [executed for _, executed in pairs]
+    pairs = [_episode(run, np.random.default_rng([seed, i]), longest, branches) for i, run in enumerate(runs)]
+    kept = [pair for pair in pairs if pair is not None]
+    return [labelled for labelled, _ in kept], [executed for _, executed in kept]
 
 
 def _episode(

@@ -1,12 +1,14 @@
-"""Turns per second of a rollout with 32 episodes at once, next to the engine alone on the same prompts.
+"""Measure a rollout's turns per second with 32 concurrent episodes, against the engine alone on the same prompts.
 
-The rollout is the real one: vLLM samples every turn, sandboxes run the commands, the expert labels
-every state. Its prompts are recorded; then the engine alone answers them again, each episode's turns
-one after the other and as many episodes at once, with nothing else to wait for. A part's share is the
-share of the rollout's time in which at least one episode is in it (so the shares add up to over 1).
+The rollout is a real one: vLLM samples every turn, sandboxes run the commands, and the expert labels every state. Its
+prompts are recorded. Then the engine alone answers them again, with as many episodes at once and the turns of an
+episode in order, without waiting for anything else. A part's share is the share of the rollout's time in which at
+least one episode is in that part, so the shares add up to more than 1.
 
-    tools/bench/rollout.py --run runs/quickstart    a finished run: its last trained student
-    tools/bench/rollout.py                          trains a small one on the expert's episodes first
+    .venv/bin/python -m tools.bench.rollout --run runs/quickstart    the last student of a finished run
+    .venv/bin/python -m tools.bench.rollout                          first trains a student on the expert's episodes
+
+It takes about two minutes, and a few more to train a student. The last line is ``RESULT {json}``.
 """
 
 from __future__ import annotations
@@ -26,24 +28,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from megatron_dagger.config import RepoRepairConfig, RunConfig
 from megatron_dagger.dagger import loop
 from megatron_dagger.dagger.context import RunContext
 from megatron_dagger.dagger.mixing import MixtureTurnPolicy
-from megatron_dagger.driver.context import create_run, load_run_config, open_run_context
+from megatron_dagger.driver.context import open_run_context
+from megatron_dagger.driver.run_dir import create_run, load_run_config
 from megatron_dagger.policies.base import Policy
+from megatron_dagger.recipes import find_recipe
 from megatron_dagger.rollout.episode import EpisodeKey, EpisodeRunner
 from megatron_dagger.store.atomic import read_json
 from megatron_dagger.types import Action, State, Trajectory
-from recipes import find_recipe
 
-BENCH_ROUND = 1_000_000  # seeds of its own
+BENCH_ROUND = 1_000_000  # a round of no run, for random draws of its own
 
 
 class Stopwatch:
-    """The time in which at least one of many threads and tasks is in a part of the program."""
+    """Measures the time in which at least one thread or task is in a part of the program."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -66,11 +67,11 @@ class Stopwatch:
 
 
 @dataclass
-class Watched:
-    """Passes every call on to ``inner`` and measures those named in ``methods``."""
+class Timed:
+    """Passes every call on to ``inner`` and times those named in ``methods``."""
 
     inner: Any
-    watch: Stopwatch
+    stopwatch: Stopwatch
     methods: tuple[str, ...]
 
     def __getattr__(self, name: str) -> Any:
@@ -80,66 +81,66 @@ class Watched:
 
         @functools.wraps(value)
         def measured(*arguments: Any, **options: Any) -> Any:
-            with self.watch():
+            with self.stopwatch():
                 return value(*arguments, **options)
 
         return measured
 
 
 @dataclass
-class WatchedPolicy:
-    """A policy whose answering is measured, and whose states are kept where ``states`` is a list."""
+class TimedPolicy:
+    """A policy whose answers are timed. The states are appended to ``states`` if that is a list."""
 
     inner: Policy
-    watch: Stopwatch
+    stopwatch: Stopwatch
     states: list[State] | None = None
-    name: str = field(default="watched")
+    name: str = field(default="timed")
 
     async def act(self, state: State) -> Action:
         if self.states is not None:
             self.states.append(state)
-        with self.watch():
+        with self.stopwatch():
             return await self.inner.act(state)
 
 
 async def bounded(jobs: list[Callable[[], Any]], at_once: int) -> list[Any]:
-    """Run the jobs, ``at_once`` at a time."""
-    places = asyncio.Semaphore(at_once)
+    """Run the jobs, ``at_once`` at a time; return their results in order."""
+    semaphore = asyncio.Semaphore(at_once)
 
-    async def one(job: Callable[[], Any]) -> Any:
-        async with places:
+    async def run(job: Callable[[], Any]) -> Any:
+        async with semaphore:
             return await job()
 
-    return await asyncio.gather(*[one(job) for job in jobs])
+    return await asyncio.gather(*[run(job) for job in jobs])
 
 
-async def measure(place: RunContext, manifest: dict[str, Any], train_dir: Path, episodes: int) -> dict[str, Any]:
-    """The rollout, then the engine alone on what the rollout asked it."""
-    config = place.config
+async def measure(context: RunContext, manifest: dict[str, Any], train_dir: Path, episodes: int) -> dict[str, Any]:
+    """Run the rollout, then the engine alone on the rollout's prompts."""
+    config = context.config
     at_once = config.rollout.concurrent_episodes
-    student = place.student()
+    student = context.student()
     checkpoint = train_dir / manifest["checkpoint"]
-    watches = {name: Stopwatch() for name in ("engine", "sandbox", "labelling", "rendering")}
-    asked: list[list[State]] = [[] for _ in range(episodes)]
+    stopwatches = {name: Stopwatch() for name in ("engine", "sandbox", "labelling", "rendering")}
+    prompts: list[list[State]] = [[] for _ in range(episodes)]
     policy = student.with_sampling(config.rollout.sampling)
-    renderer = Watched(place.renderer, watches["rendering"], ("opening", "observation", "reply_text", "action"))
+    renderer = Timed(context.renderer, stopwatches["rendering"], ("opening", "observation", "reply_text", "action"))
     runner = EpisodeRunner(
         renderer=renderer,  # type: ignore[arg-type]
         limits=config.rollout.limits,
         max_action_tokens=config.rollout.sampling.max_tokens,
-        threads=place.threads,
+        threads=context.threads,
     )
 
     def make_env(task: str) -> Any:
-        with watches["sandbox"]():
-            env = place.make_env(task)
-        return Watched(env, watches["sandbox"], ("reset", "step", "judge", "close"))
+        with stopwatches["sandbox"]():
+            env = context.make_env(task)
+        return Timed(env, stopwatches["sandbox"], ("reset", "step", "judge", "close"))
 
     def episode(number: int) -> Callable[[], Any]:
-        task = place.train_tasks[number % len(place.train_tasks)]
+        task = context.train_tasks[number % len(context.train_tasks)]
         actor = MixtureTurnPolicy(
-            student=WatchedPolicy(policy, watches["engine"], asked[number]),
-            teacher=WatchedPolicy(place.teacher, watches["labelling"]),
+            student=TimedPolicy(policy, stopwatches["engine"], prompts[number]),
+            teacher=TimedPolicy(context.teacher, stopwatches["labelling"]),
             teacher_acts=lambda turn: False,
         )
         key = EpisodeKey(run_seed=config.seed, round_index=BENCH_ROUND, task_id=task, attempt=number)
@@ -153,54 +154,54 @@ async def measure(place: RunContext, manifest: dict[str, Any], train_dir: Path, 
     student.sync(checkpoint, manifest["weight_version"], manifest["digests"])  # empties the prefix cache
     busy = student.engine_busy_s  # type: ignore[attr-defined]
     began = time.perf_counter()
-    ended: list[Trajectory] = await bounded([episode(number) for number in range(episodes)], at_once)
+    trajectories: list[Trajectory] = await bounded([episode(number) for number in range(episodes)], at_once)
     wall = time.perf_counter() - began
     busy = student.engine_busy_s - busy  # type: ignore[attr-defined]
 
     student.sync(checkpoint, manifest["weight_version"], manifest["digests"])
     began = time.perf_counter()
-    answered = sum(await bounded([functools.partial(replay, states) for states in asked], at_once))
+    answered = sum(await bounded([functools.partial(replay, states) for states in prompts], at_once))
     alone = time.perf_counter() - began
 
-    turns = sum(len(trajectory.turns) for trajectory in ended)
-    tokens = sum(len(turn.action.tokens) for trajectory in ended for turn in trajectory.turns)
-    shares = {f"{name}_share": watch.seconds / wall for name, watch in watches.items() if name != "engine"}
+    turns = sum(len(trajectory.turns) for trajectory in trajectories)
+    tokens = sum(len(turn.action.tokens) for trajectory in trajectories for turn in trajectory.turns)
+    shares = {f"{name}_share": stopwatch.seconds / wall for name, stopwatch in stopwatches.items() if name != "engine"}
     shares["engine_share"] = busy / wall
-    broken = sum(not trajectory.stop_reason.is_clean for trajectory in ended)
+    broken = sum(not trajectory.stop_reason.is_clean for trajectory in trajectories)
     return {
         "episodes": episodes,
         "concurrent_episodes": at_once,
         "broken_episodes": broken,
-        "solved": sum(trajectory.solved for trajectory in ended),
+        "solved": sum(trajectory.solved for trajectory in trajectories),
         "turns": turns,
-        "median_turns": statistics.median(len(trajectory.turns) for trajectory in ended),
+        "median_turns": statistics.median(len(trajectory.turns) for trajectory in trajectories),
         "turns_per_s": turns / wall,
         "tokens_per_s": tokens / wall,
         "engine_turns_per_s": answered / alone,
         "ratio_to_engine": (turns / wall) / (answered / alone),
         **shares,
-        "waiting_for_engine_share": watches["engine"].seconds / wall,
+        "waiting_for_engine_share": stopwatches["engine"].seconds / wall,
         "bottleneck": max(shares, key=shares.__getitem__).removesuffix("_share"),
     }
 
 
 def last_trained(run_dir: Path) -> Path:
-    """The newest finished training of a run."""
-    found = sorted(run_dir.glob("rounds/*/train/manifest.json"))
-    if not found:
-        sys.exit(f"{run_dir} has no trained round yet: run `megatron-dagger run` on it, or leave out --run")
-    return found[-1].parent
+    """Return the training directory of a run's last trained round; exit if there is none."""
+    manifests = sorted(run_dir.glob("rounds/*/train/manifest.json"))
+    if not manifests:
+        sys.exit(f"--run {run_dir}: no round is trained yet; finish it with `megatron-dagger run`, or omit --run")
+    return manifests[-1].parent
 
 
 async def prepare(config: RunConfig, run_dir: Path) -> None:
-    """Round 0 of a run: the expert's episodes, and a student trained on them."""
-    with open_run_context(create_run(config, run_dir), run_dir) as place:
-        await loop.collect(place, 0)
-        loop.train(place, 0)
+    """Do round 0 of a new run: collect the expert's episodes and train a student on them."""
+    with open_run_context(create_run(config, run_dir), run_dir) as context:
+        await loop.collect(context, 0)
+        loop.train(context, 0)
 
 
 def small_config(tasks: str) -> RunConfig:
-    """Round 0 of the quickstart, whose student does what a trained one does."""
+    """Return the quickstart recipe with round 0 only. Its student already behaves like a trained one."""
     recipe = find_recipe("quickstart")()
     packages = (
         recipe.repo_repair
@@ -212,10 +213,12 @@ def small_config(tasks: str) -> RunConfig:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="a run directory; without it a small student is trained first")
-    parser.add_argument("--episodes", type=int, default=64)
-    parser.add_argument("--concurrent", type=int, default=32, help="episodes at once")
-    parser.add_argument("--tasks", choices=["packages", "stdlib"], default="packages", help="without --run")
+    parser.add_argument(
+        "--run", type=Path, help="a run directory with a trained round (default: train a small student first)"
+    )
+    parser.add_argument("--episodes", type=int, default=64, help="episodes in all (default %(default)s)")
+    parser.add_argument("--concurrent", type=int, default=32, help="episodes at once (default %(default)s)")
+    parser.add_argument("--tasks", choices=["packages", "stdlib"], default="packages", help="tasks without --run")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
         if arguments.run is None:
@@ -227,8 +230,8 @@ def main() -> int:
         config = load_run_config(run_dir)
         config = replace(config, rollout=replace(config.rollout, concurrent_episodes=arguments.concurrent))
         trained = last_trained(run_dir)
-        place = stack.enter_context(open_run_context(config, run_dir))
-        result = asyncio.run(measure(place, read_json(trained / "manifest.json"), trained, arguments.episodes))
+        context = stack.enter_context(open_run_context(config, run_dir))
+        result = asyncio.run(measure(context, read_json(trained / "manifest.json"), trained, arguments.episodes))
     for name, value in result.items():
         print(f"{name:28} {value:.3f}" if isinstance(value, float) else f"{name:28} {value}")
     print("RESULT " + json.dumps(result))

@@ -1,14 +1,19 @@
-"""Two rounds as a SLURM job, from an idle cluster to the end: by stages, resident, and preempted in the middle.
+"""Measure two rounds as a SLURM job, from submission to the end: stage by stage, resident, and preempted.
 
-The SLURM is real, of two virtual nodes on this host (slurm_cluster.py); the run is a tiny one whose tasks
-are made beforehand. First slurm/single_node.sbatch runs undisturbed, one stage after the other: where its
-time went is read from the stages' own numbers and the log. Then slurm/resident.sbatch does the same, with
-trainer and worker side by side. Where neither episodes are under way nor a training, the time is idle
-(idle_share), and that includes an engine's start. Last, the first job runs again, a job of a higher partition
-takes both nodes while round 0 trains, and the time is taken from that job's submission to the next optimizer
-step. At the end the runs' episodes are compared.
+SLURM is real, with two virtual nodes on this host (tools.virtual_slurm); the run is tiny and its tasks are made
+beforehand. Three jobs run:
 
-    tools/bench/slurm.py                  prints a table, and as its last line RESULT {json}
+- by stages: slurm/single_node.sbatch, undisturbed. The stages' reports and the log say where its time went.
+- resident: slurm/resident.sbatch, with trainer and rollout worker alive side by side through all rounds.
+- preempted: the first job again. A job of the higher partition takes both nodes while round 0 trains; measured is the
+  time from that job's submission until the run's next optimizer step.
+
+Time in which neither episodes nor a training are under way is idle (idle_share); an engine's start counts as idle. In
+the end the runs' episodes are compared. It needs root and installs SLURM if it is missing.
+
+    .venv/bin/python -m tools.bench.slurm        about two minutes
+
+It prints a table. The last line is ``RESULT {json}``.
 """
 
 from __future__ import annotations
@@ -26,23 +31,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from megatron_dagger.config import RepoRepairConfig, RunConfig, dump_yaml
 from megatron_dagger.dagger.context import round_dir
-from megatron_dagger.driver.context import cache_dir, create_run
+from megatron_dagger.driver.run_dir import cache_dir, create_run
 from megatron_dagger.envs.repo_repair.taskset import prepare_tasks
 from megatron_dagger.envs.repo_repair.testing import repair_sandbox
 from megatron_dagger.observability.logs import DRIVER, log_file
 from megatron_dagger.observability.metrics import STAGES, read_lines, read_metrics
 from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.rundir import MANIFESTS
-from megatron_dagger.sandbox import SandboxPool
+from megatron_dagger.recipes import find_recipe
+from megatron_dagger.sandbox.local import SandboxPool
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import read_json
-from recipes import find_recipe
-from tools.virtual_slurm.cluster import SlurmCluster, fitted
+from tools.virtual_slurm.cluster import SlurmCluster
 from tools.virtual_slurm.packages import SlurmError, install
+from tools.virtual_slurm.settings import adapt_to_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 900.0
@@ -57,7 +61,7 @@ TASKS = RepoRepairConfig(
 
 
 def tiny_config() -> RunConfig:
-    """Two rounds of the quickstart on a few tasks, trained by two ranks."""
+    """Return two rounds of the quickstart on a few tasks, trained by two ranks."""
     recipe = find_recipe("quickstart")()
     training = replace(
         recipe.training,
@@ -69,7 +73,7 @@ def tiny_config() -> RunConfig:
 
 
 class Bench:
-    """A cluster, the folder that the runs lie in, and the environment of their jobs."""
+    """A cluster, a folder for the runs, and the environment variables of their jobs."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
@@ -86,13 +90,13 @@ class Bench:
             "GLOO_SOCKET_IFNAME": "lo",
         }
 
-    def submit(self, name: str, file: str = "single_node.sbatch", *words: str) -> tuple[str, Path]:
-        """Submit the whole run ``name``, further ``words`` after it; its job, and its directory."""
+    def submit(self, name: str, file: str = "single_node.sbatch", *argv: str) -> tuple[str, Path]:
+        """Submit the whole run ``name`` with further arguments ``argv``; return its job and its directory."""
         run = self.folder / name
         create_run(tiny_config(), run)
         options = (f"--chdir={ROOT}", f"--output={run}.log")
-        script = fitted(ROOT / "slurm" / file, self.folder)
-        return self.cluster.submit(*options, str(script), str(run), *words, env=self.environment), run
+        script = adapt_to_cluster(ROOT / "slurm" / file, self.folder)
+        return self.cluster.submit(*options, str(script), str(run), *argv, env=self.environment), run
 
     def by_stages(self) -> dict[str, Any]:
         wall, idle, began, run = self._undisturbed("by_stages")
@@ -101,26 +105,26 @@ class Bench:
         return {"two_rounds_s": wall, "idle_share": idle / wall, **{f"{k}_s": v for k, v in items.items()}}
 
     def resident(self) -> dict[str, Any]:
-        """The tasks' own expert is the teacher, as in the other runs; what is served beside it is not asked."""
+        """Measure the resident job. Its teacher is the environment's expert, as in the other jobs."""
         file = self.folder / "settings.yaml"
         file.write_text(dump_yaml(tiny_config()))
         wall, idle, began, run = self._undisturbed("resident", "resident.sbatch", "--config", str(file))
-        found = work(run)
+        spans = stage_spans(run)
         items = {
-            "begin": min(begin for begin, _ in found) - began,
-            "end": began + wall - max(end for _, end in found),
+            "begin": min(begin for begin, _ in spans) - began,
+            "end": began + wall - max(end for _, end in spans),
             "engine_start": sum(map(float, re.findall(r"vLLM is up after ([\d.]+) s", worker_log(run)))),
         }
         values = {"two_rounds_s": wall, "idle_share": idle / wall, **{f"{k}_s": v for k, v in items.items()}}
         return {f"resident_{name}": value for name, value in values.items()}
 
     def _undisturbed(self, name: str, *submitted: str) -> tuple[float, float, float, Path]:
-        """Seconds in all and idle ones, the time of the submission, and the run."""
+        """Run a job to its end; return its seconds, the idle ones of these, the time of submission, and the run."""
         began = time.time()
         job, run = self.submit(name, *submitted)
         self.cluster.wait_for(job, "COMPLETED", deadline_s=DEADLINE_S)
         wall = time.time() - began
-        return wall, wall - covered(work(run)) + engine_seconds(run), began, run
+        return wall, wall - covered_seconds(stage_spans(run)) + engine_seconds(run), began, run
 
     def preempted(self) -> dict[str, Any]:
         job, run = self.submit("preempted")
@@ -140,12 +144,12 @@ class Bench:
     def compare(self) -> dict[str, int]:
         lost = duplicates = 0
         for name, index in itertools.product(("resident", "preempted"), ROUNDS):
-            expected, found = (self._tasks(run, index) for run in ("by_stages", name))
-            lost += len(set(expected) - set(found))
-            duplicates += len(found) - len(set(found))
+            expected, actual = (self._episodes(run, index) for run in ("by_stages", name))
+            lost += len(set(expected) - set(actual))
+            duplicates += len(actual) - len(set(actual))
         return {"lost_episodes": lost, "duplicate_episodes": duplicates}
 
-    def _tasks(self, name: str, index: int) -> list[tuple[str, int]]:
+    def _episodes(self, name: str, index: int) -> list[tuple[str, int]]:
         episodes = DataStore.open(self.folder / name / "data.zarr").episodes(index)
         return [(episode.task_id, episode.attempt) for episode in episodes]
 
@@ -153,14 +157,14 @@ class Bench:
         self.cluster.wait(condition, DEADLINE_S, what, lambda: self.cluster.log(job))
 
 
-def work(run: Path) -> list[tuple[float, float]]:
-    """When each stage began and ended, as its manifest says it and as old as that is."""
+def stage_spans(run: Path) -> list[tuple[float, float]]:
+    """Return each stage's begin and end: the age of its manifest, and the duration in it."""
     paths = [round_dir(run, index) / name for index in ROUNDS for name in MANIFESTS.values()]
     return [(path.stat().st_mtime - read_json(path)["duration_s"], path.stat().st_mtime) for path in paths]
 
 
-def covered(spans: list[tuple[float, float]]) -> float:
-    """The seconds in which at least one of the spans is under way."""
+def covered_seconds(spans: list[tuple[float, float]]) -> float:
+    """Return the seconds in which at least one of the spans is under way."""
     total, until = 0.0, 0.0
     for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, until))
@@ -169,7 +173,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 def engine_seconds(run: Path) -> float:
-    """What an engine's start with weights, or bringing it new ones, takes of a stage."""
+    """Return the seconds of the stages in which an engine starts or receives new weights."""
     return sum(map(float, re.findall(r"weights \d+: \d+ tensors in ([\d.]+) s", worker_log(run))))
 
 
@@ -179,23 +183,23 @@ def worker_log(run: Path) -> str:
 
 
 def where_the_time_went(run: Path, submitted: float) -> dict[str, float]:
-    """Seconds by item, from a stage's end and length in metrics.jsonl, and from what the log says of the engine."""
-    records = read_metrics(run / "metrics.jsonl")  # in the order in which the stages ended
+    """Return seconds by item, from the stages' records in metrics.jsonl and the engine's lines in the log."""
+    records = read_metrics(run / "metrics.jsonl")  # in the order in which the stages end
     engine = engine_seconds(run)
-    spent = {stage: sum(r["duration_s"] for r in records if r["stage"] == stage) for stage in STAGES}
+    seconds = {stage: sum(r["duration_s"] for r in records if r["stage"] == stage) for stage in STAGES}
     gaps = {(b["round"], b["stage"]): b["time"] - b["duration_s"] - a["time"] for a, b in itertools.pairwise(records)}
     return {
         "begin": records[0]["time"] - records[0]["duration_s"] - submitted,
-        "episodes": spent["collect"] + spent["evaluate"] - engine,
+        "episodes": seconds["collect"] + seconds["evaluate"] - engine,
         "engine_start": engine,
-        "train": spent["train"],
+        "train": seconds["train"],
         "ranks_start": sum(gap for (_, stage), gap in gaps.items() if stage == "train"),
         "between_stages": sum(gap for (_, stage), gap in gaps.items() if stage != "train"),
     }
 
 
 def prepare(config: RunConfig) -> None:
-    """Make the tasks, which a run finds in the cache from its second time on."""
+    """Make the tasks, so that every run finds them in the cache."""
     with SandboxPool(repair_sandbox) as pool:
         prepare_tasks(config.repo_repair, config.seed, cache_dir(), pool, track)
 
@@ -203,7 +207,7 @@ def prepare(config: RunConfig) -> None:
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that jobs, cluster and folder go as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that jobs, cluster and folder are removed as well
     try:
         install()
         prepare(tiny_config())

@@ -1,10 +1,14 @@
-"""Training tokens per second, next to plain Hugging Face Transformers, on agents' episodes.
+"""Measure training tokens per second against plain Hugging Face Transformers, on episodes of uneven length.
 
-Both sides train the same Qwen3 model in fp32 on the same samples, with the same number of threads and
-about as many tokens an optimizer step; only real tokens count, no padding. The Transformers side is
-what people write: batches padded to their longest sample, SDPA, fused AdamW, clipping. It is measured
-with one sample a batch as well, its best case (nothing is padded). The sides take turns, so that
-whatever else the machine does slows all of them down.
+Both train the same Qwen3 model in fp32 on the same samples, with the same number of threads and about as many tokens
+in an optimizer step. Only real tokens count, no padding. The Transformers loop is the usual one: batches padded to
+their longest sample (hf_padded), SDPA, fused AdamW, gradient clipping. It is measured with batches of one sample too
+(hf_single), its best case, since nothing is padded. Each runs in its own process, and they take turns.
+
+    .venv/bin/python -m tools.bench.training                           about two minutes
+    .venv/bin/python -m tools.bench.training --layouts dp2,tp2,pp2     the trainer under parallel layouts as well
+
+The last line is ``RESULT {json}``.
 """
 
 from __future__ import annotations
@@ -20,22 +24,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from megatron_dagger.config import ModelConfig, ParallelConfig, TrainingConfig  # noqa: E402
-from megatron_dagger.training.data import (
-    batches,
-    packing,
-)
-from megatron_dagger.training.data.episode_file import save_episodes  # noqa: E402
-from megatron_dagger.training.job import TrainJob  # noqa: E402
-from megatron_dagger.training.metrics import read  # noqa: E402
-from megatron_dagger.training.ranks.launch import launch  # noqa: E402
-from tools.bench.processes import Side, side  # noqa: E402
-from tools.support import labelled_episodes  # noqa: E402
+from megatron_dagger.config import ModelConfig, ParallelConfig, TrainingConfig
+from megatron_dagger.training.data import batches, packing
+from megatron_dagger.training.data.episode_file import save_episodes
+from megatron_dagger.training.job import TrainJob
+from megatron_dagger.training.metrics import read_steps
+from megatron_dagger.training.ranks.launch import launch
+from tools.bench.processes import ROOT, BenchProcess, bench_process
+from tools.support import labelled_episodes
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"world_size": 2},
@@ -50,12 +48,14 @@ DEADLINE_S = 600.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1, help="threads of each side (default 1)")
-    parser.add_argument("--turns", type=int, default=3, help="times that each side is measured (default 3)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of one measurement (default 10)")
-    parser.add_argument("--sequence-length", type=int, default=2048, help="of a packed row (default 2048)")
-    parser.add_argument("--episodes", type=int, default=64, help="episodes in the data (default 64)")
-    parser.add_argument("--layouts", default="", help=f"parallel layouts to measure as well, of {','.join(LAYOUTS)}")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process (default %(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of one measurement (default %(default)s)")
+    parser.add_argument(
+        "--sequence-length", type=int, default=2048, help="tokens of a packed row (default %(default)s)"
+    )
+    parser.add_argument("--episodes", type=int, default=64, help="episodes in the data (default %(default)s)")
+    parser.add_argument("--layouts", default="", help=f"parallel layouts to measure as well: {','.join(LAYOUTS)}")
     parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -69,7 +69,7 @@ def main() -> int:
     fill = data.fill(_training(arguments).row_multiple)
     shares = dict.fromkeys(speeds, fill)
     shares |= {"hf_padded": _padded_fill(arguments, data), "hf_single": 1.0}
-    print(f"{'side':<12}{'tokens/s':>10}{'per CPU s':>11}{'to hf_padded':>14}{'real tokens':>13}")
+    print(f"{'trainer':<12}{'tokens/s':>10}{'per CPU s':>11}{'to hf_padded':>14}{'real tokens':>13}")
     for name, speed in speeds.items():
         cpu = f"{per_cpu[name]:.0f}" if name in per_cpu else ""
         share = f"{shares[name]:.0%}"
@@ -113,14 +113,14 @@ def _training(arguments: argparse.Namespace, **parallel: Any) -> TrainingConfig:
     )
 
 
-# ---- the sides, each a process that trains for a while when it is told to
+# ---- what is measured, each in a process of its own
 
 
 def _megatron(arguments: argparse.Namespace) -> Iterator[int]:
-    """Train our way, one optimizer step at a time; yields the tokens of each."""
+    """Train with this project's engine; yield the real tokens of each optimizer step."""
     from megatron_dagger.training import compat
     from megatron_dagger.training.engine import MegatronEngine
-    from megatron_dagger.training.ranks import process_groups as parallel
+    from megatron_dagger.training.ranks.process_groups import process_groups
 
     compat.quiet()
     data, training = _data(arguments), _training(arguments)
@@ -132,7 +132,7 @@ def _megatron(arguments: argparse.Namespace) -> Iterator[int]:
         seed=1,
         round_index=0,
     )
-    with parallel.process_groups(training.parallel, seed=1, deadline_s=DEADLINE_S, threads=arguments.threads) as device:
+    with process_groups(training.parallel, seed=1, deadline_s=DEADLINE_S, threads=arguments.threads) as device:
         engine = MegatronEngine(ModelConfig(), training, seed=1, device=device)
         for step in range(plan.steps):
             rows = plan.rows_of(step)
@@ -148,7 +148,7 @@ def _megatron(arguments: argparse.Namespace) -> Iterator[int]:
 
 
 def _hugging_face(arguments: argparse.Namespace, batch: int) -> Iterator[int]:
-    """Train the plain way with ``batch`` samples a padded micro-batch; yields the tokens of each step."""
+    """Train with Transformers, ``batch`` samples in a padded micro-batch; yield the real tokens of each step."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -172,7 +172,7 @@ def _hugging_face(arguments: argparse.Namespace, batch: int) -> Iterator[int]:
 
 
 def _padded_batches(data: packing.PackedDataset, batch: int, row: int) -> Iterator[list[Any]]:
-    """Optimizer steps of padded micro-batches (tokens, attention mask, labels, real tokens), endlessly."""
+    """Yield endless optimizer steps: lists of padded micro-batches (tokens, attention mask, labels, real tokens)."""
     rng, group, total = np.random.default_rng(1), [], 0
     while True:
         order = rng.permutation(len(data.samples))
@@ -200,7 +200,7 @@ WORKERS: dict[str, Callable[[argparse.Namespace], Iterator[int]]] = {
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    """Warm up, then for each line of stdin train for a while; answer with tokens, seconds, CPU seconds."""
+    """Warm up; then for each line of standard input train for a while and print tokens, seconds and CPU seconds."""
     steps = WORKERS[arguments.worker](arguments)
     next(steps)
     print("READY", flush=True)
@@ -215,19 +215,20 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _take_turns(arguments: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
-    """The median tokens per second of every side, and per second of processor time."""
+    """Return each one's median tokens per second, and per second of CPU time."""
     variables = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     speeds: dict[str, list[float]] = {name: [] for name in WORKERS}
     per_cpu: dict[str, list[float]] = {name: [] for name in WORKERS}
     with ExitStack() as stack:
-        running: dict[str, Side] = {}
+        processes: dict[str, BenchProcess] = {}
         for name in WORKERS:
-            given = [*sys.argv[1:], "--worker", name]
-            running[name] = stack.enter_context(side(given, DEADLINE_S, variables))
-            running[name].answer("READY")
+            argv = [*sys.argv[1:], "--worker", name]
+            process = bench_process("tools.bench.training", argv, DEADLINE_S, variables)
+            processes[name] = stack.enter_context(process)
+            processes[name].answer("READY")
         for _ in range(arguments.turns):
-            for name, worker in running.items():
-                tokens, seconds, cpu_seconds = map(float, worker.go("TOKENS").split())
+            for name, running in processes.items():
+                tokens, seconds, cpu_seconds = map(float, running.ask("TOKENS").split())
                 speeds[name].append(tokens / seconds)
                 per_cpu[name].append(tokens / cpu_seconds)
     median = statistics.median
@@ -235,9 +236,9 @@ def _take_turns(arguments: argparse.Namespace) -> tuple[dict[str, float], dict[s
 
 
 def _layout(arguments: argparse.Namespace, name: str) -> float:
-    """Tokens per second of the trainer itself under a parallel layout, its first two steps left out."""
-    with tempfile.TemporaryDirectory(prefix="bench_training-") as name_of_folder:
-        folder = Path(name_of_folder)
+    """Return the tokens per second of a run's trainer under a parallel layout, without its first two steps."""
+    with tempfile.TemporaryDirectory(prefix="bench-training-") as temporary:
+        folder = Path(temporary)
         training = _training(arguments, **LAYOUTS[name])
         training = TrainingConfig(**{**vars(training), "max_steps": 10})
         job = TrainJob(round_index=0, seed=1, model=ModelConfig(), training=training, output_dir=str(folder / "train"))
@@ -250,12 +251,12 @@ def _layout(arguments: argparse.Namespace, name: str) -> float:
             DEADLINE_S,
             env={"PYTHONPATH": str(ROOT)},
         )
-        lines = read(folder / "train" / "metrics.jsonl")[2:]
+        lines = read_steps(folder / "train" / "metrics.jsonl")[2:]
     return sum(line["tokens"] for line in lines) / sum(line["step_s"] for line in lines)
 
 
 def _padded_fill(arguments: argparse.Namespace, data: packing.PackedDataset) -> float:
-    """The share of real tokens in the padded batches."""
+    """Return the share of real tokens in the padded batches."""
     steps = _padded_batches(data, PADDED_BATCH, arguments.sequence_length)
     groups = [next(steps) for _ in range(20)]
     places = sum(tokens.shape[0] * (tokens.shape[1] - 1) for group in groups for tokens, *_ in group)

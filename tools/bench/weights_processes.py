@@ -1,6 +1,6 @@
-"""The sides of bench_weights.py: trainer ranks, engines and the limits, each a process of its own.
+"""The processes of tools.bench.weights: trainer ranks, vLLM engines, and the references they are compared with.
 
-They work when they are told to (sides.py).
+Each is a function that serves the orders on its standard input (see tools.bench.processes). Times are in seconds.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from megatron_dagger.config import ModelConfig, ParallelConfig, VllmEngineConfig
 from megatron_dagger.weights import families
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
 from megatron_dagger.weights.torch_dist.writer import write_megatron
-from megatron_dagger.weights.transports import TransferSpec, WeightSource, checkpoint_offer
-from tools.bench.worker_probe import count_packing, seen, watch
+from megatron_dagger.weights.transports import TransferSpec, WeightSource, checkpoint_source
+from tools.bench.worker_probe import read_probe, start_probe, time_packing
 
 SOURCES = 2
 PROMPT = list(range(100, 164))
@@ -40,11 +40,11 @@ def source_of(model: ModelConfig) -> SourceLayout:
     return SourceLayout.of_trainer(model, ParallelConfig(world_size=SOURCES, tensor_model_parallel_size=SOURCES))
 
 
-# ---- the trainer's ranks
+# ---- trainer ranks
 
 
 def trainer(arguments: argparse.Namespace, rank: int) -> None:
-    """A rank's tensors; its orders are offers, "checkpoint" and "export"."""
+    """Hold the tensors of trainer rank ``rank``. Orders: a transfer as JSON, "checkpoint" or "export"."""
     import torch
 
     from megatron_dagger.training.param_names import cut
@@ -52,11 +52,11 @@ def trainer(arguments: argparse.Namespace, rank: int) -> None:
     from megatron_dagger.weights.verify.digest import digest_shares
 
     model, source, dtype = model_of(arguments), source_of(model_of(arguments)), getattr(torch, arguments.dtype)
-    layouts = families.lookup(model).megatron(model)
+    megatron_tensors = families.lookup(model).megatron(model)
     tensors: dict[str, Any] = {}
     shares: dict[str, Any] = {}
     for name, whole in _whole(model, source, dtype):
-        layout = layouts[name]
+        layout = megatron_tensors[name]
         mine = next(own for own, ranks in source.holders(layout, 0) if rank in ranks)
         tensors[name] = cut(whole, layout, mine)
         shares |= digest_shares(layout.blocks(mine, padded_rows=source.padded_vocab_size), tensors[name], model)
@@ -67,18 +67,18 @@ def trainer(arguments: argparse.Namespace, rank: int) -> None:
             _write(line.strip(), arguments, model, source, dtype)
             continue
         order = json.loads(line)
-        agreement = TransferSpec(
+        spec = TransferSpec(
             model=model,
             target=build(TargetLayout, order["target"]),
             dtype=arguments.dtype,
-            offer=build(WeightSource, order["offer"]),
+            source=build(WeightSource, order["source"]),
         )
-        send_weights(agreement, rank, tensors, torch.device("cpu"))
+        send_weights(spec, rank, tensors, torch.device("cpu"))
         print("SENT", flush=True)
 
 
 def _whole(model: ModelConfig, source: SourceLayout, dtype: Any) -> Iterator[tuple[str, Any]]:
-    """The tensors that all ranks hold together, by their global Megatron names."""
+    """Yield the model's full tensors by their global Megatron names; the same values in every process."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -87,11 +87,11 @@ def _whole(model: ModelConfig, source: SourceLayout, dtype: Any) -> Iterator[tup
         yield name, (0.02 * torch.randn(rows, *layout.tail, generator=generator)).to(dtype)
 
 
-def _write(what: str, arguments: argparse.Namespace, model: ModelConfig, source: SourceLayout, dtype: Any) -> None:
+def _write(target: str, arguments: argparse.Namespace, model: ModelConfig, source: SourceLayout, dtype: Any) -> None:
     from safetensors.torch import save_file
 
     tensors = dict(_whole(model, source, dtype))
-    if what == "checkpoint":
+    if target == "checkpoint":
         name = str(dtype).removeprefix("torch.")
         folder = arguments.folder / "checkpoint"
         folder.mkdir()
@@ -99,23 +99,23 @@ def _write(what: str, arguments: argparse.Namespace, model: ModelConfig, source:
         print(f"WROTE {sum(t.nbytes for t in tensors.values())}", flush=True)
         return
     began = time.perf_counter()
-    found = [pair for name, tensor in tensors.items() for pair in families.to_canonical(name, tensor, model)]
+    canonical = [pair for name, tensor in tensors.items() for pair in families.to_canonical(name, tensor, model)]
     save_file(
-        {name: tensor.contiguous() for name, tensor in found},
+        {name: tensor.contiguous() for name, tensor in canonical},
         arguments.folder / "model.safetensors",
         metadata={"format": "pt"},
     )
     print(f"EXPORTED {time.perf_counter() - began}", flush=True)
 
 
-# ---- the engine's
+# ---- vLLM engines
 
 
 def engine(arguments: argparse.Namespace, workers: int) -> None:
-    """Our engine: started from the checkpoint, then it takes what is offered."""
-    _environment()
+    """Start our engine with ``workers`` workers from the checkpoint, then load every weight source that is ordered."""
+    _set_environment()
     from megatron_dagger.policies.vllm.engine import Sampling, VllmEngine
-    from megatron_dagger.weights.vllm import plugin as vllm_transfer  # noqa: F401 - imports are not what is measured
+    from megatron_dagger.weights.vllm import plugin  # noqa: F401 - imported here to keep it out of the measured time
 
     model = model_of(arguments)
     digests = json.loads(sys.stdin.readline())
@@ -123,30 +123,30 @@ def engine(arguments: argparse.Namespace, workers: int) -> None:
         dtype=arguments.dtype, max_model_len=512, kv_cache_memory_mib=64, tensor_parallel_size=workers
     )  # type: ignore[arg-type]
     began = time.perf_counter()
-    offer = checkpoint_offer(arguments.folder / "checkpoint", model)
-    served = VllmEngine(arguments.folder, model, config, seed=0, start=offer)
+    checkpoint = checkpoint_source(arguments.folder / "checkpoint", model)
+    served = VllmEngine(arguments.folder, model, config, seed=0, weights=checkpoint)
     served.accept("0", digests)
     served.add("first", PROMPT, Sampling(temperature=0.0, max_tokens=1))
     while not served.step():
         pass
     print("STARTED " + json.dumps({"seconds": time.perf_counter() - began}), flush=True)
     rpc = served._engine.collective_rpc
-    rpc(count_packing)
+    rpc(time_packing)
     for line in sys.stdin:
         order = json.loads(line)
-        rpc(watch)
+        rpc(start_probe)
         began = time.perf_counter()
-        served.load(build(WeightSource, order["offer"]), str(order["version"]), digests)
+        served.load(build(WeightSource, order["source"]), str(order["version"]), digests)
         seconds = time.perf_counter() - began
-        of_workers = rpc(seen)
-        most = {name: max(worker[name] for worker in of_workers) for name in of_workers[0]}
-        print("SYNCED " + json.dumps({"seconds": seconds} | most), flush=True)
+        readings = rpc(read_probe)
+        largest = {name: max(reading[name] for reading in readings) for name in readings[0]}
+        print("SYNCED " + json.dumps({"seconds": seconds} | largest), flush=True)
     served.close()
 
 
 def stock(arguments: argparse.Namespace, _: int) -> None:
-    """Stock vLLM on the exported files."""
-    _environment()
+    """Start stock vLLM on the exported Hugging Face files, then reload them at every order."""
+    _set_environment()
     import vllm
 
     sys.stdin.readline()
@@ -162,63 +162,62 @@ def stock(arguments: argparse.Namespace, _: int) -> None:
     prompt = {"prompt_token_ids": PROMPT}
     llm.generate([prompt], vllm.SamplingParams(temperature=0.0, max_tokens=1, detokenize=False), use_tqdm=False)
     print("STARTED " + json.dumps({"seconds": time.perf_counter() - began}), flush=True)
-    llm.collective_rpc(count_packing)
+    llm.collective_rpc(time_packing)
     for _order in sys.stdin:
-        llm.collective_rpc(watch)
+        llm.collective_rpc(start_probe)
         began = time.perf_counter()
         llm.collective_rpc("reload_weights")
         llm.reset_prefix_cache()
         seconds = time.perf_counter() - began
-        [of_worker] = llm.collective_rpc(seen)
-        print("RELOADED " + json.dumps({"seconds": seconds} | of_worker), flush=True)
+        [reading] = llm.collective_rpc(read_probe)
+        print("RELOADED " + json.dumps({"seconds": seconds} | reading), flush=True)
 
 
-def _environment() -> None:
-    """That in which the product starts vLLM."""
+def _set_environment() -> None:
+    """Set the environment variables with which a run starts vLLM."""
     from megatron_dagger.policies.vllm.preload import set_environment
 
     set_environment(VllmEngineConfig())
 
 
-# ---- the limits
+# ---- references
 
 
 def copier(arguments: argparse.Namespace, _: int) -> None:
-    """A plain copy in memory, in pieces of a bucket; the memory was touched before."""
+    """Copy the ordered number of bytes in memory once, a bucket at a time, between pages that are already mapped."""
     import torch
 
-    size = int(sys.stdin.readline())
+    size, bucket = int(sys.stdin.readline()), arguments.bucket_mib << 20
     source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
-    piece = arguments.bucket_mib << 20
     began = time.perf_counter()
-    for start in range(0, size, piece):
-        target[start : start + piece].copy_(source[start : start + piece])
+    for start in range(0, size, bucket):
+        target[start : start + bucket].copy_(source[start : start + bucket])
     print(f"COPIED {time.perf_counter() - began}", flush=True)
 
 
 def gloo(arguments: argparse.Namespace, rank: int) -> None:
-    """One rank of gloo point to point: every source sends every target its part, in pieces of a bucket."""
+    """Be one rank of a gloo transfer: every source sends every target an equal part, a bucket at a time."""
     import torch
     import torch.distributed as dist
 
     order = json.loads(sys.stdin.readline())
-    workers, piece = order["workers"], arguments.bucket_mib << 20
+    workers, bucket = order["workers"], arguments.bucket_mib << 20
     dist.init_process_group("gloo", init_method=f"tcp://{order['address']}", rank=rank, world_size=SOURCES + workers)
     each = order["moved"] // (SOURCES * workers)
-    buffers = {peer: torch.ones(piece, dtype=torch.uint8) for peer in range(SOURCES + workers)}
+    buffers = {peer: torch.ones(bucket, dtype=torch.uint8) for peer in range(SOURCES + workers)}
     dist.barrier()
     began = time.perf_counter()
-    others = range(SOURCES, SOURCES + workers) if rank < SOURCES else range(SOURCES)
+    peers = range(SOURCES, SOURCES + workers) if rank < SOURCES else range(SOURCES)
     move = dist.isend if rank < SOURCES else dist.irecv
-    for start in range(0, each, piece):
-        works = [move(buffers[other][: min(piece, each - start)], other) for other in others]
+    for start in range(0, each, bucket):
+        works = [move(buffers[peer][: min(bucket, each - start)], peer) for peer in peers]
         for work in works:
             work.wait()
     dist.barrier()
     print(f"MOVED {time.perf_counter() - began}", flush=True)
 
 
-SIDES: dict[str, Callable[[argparse.Namespace, int], None]] = {
+PROCESSES: dict[str, Callable[[argparse.Namespace, int], None]] = {
     "trainer": trainer,
     "engine": engine,
     "stock": stock,

@@ -1,6 +1,7 @@
-"""What a vLLM worker needs for new weights, seen within the worker: vLLM's ``collective_rpc`` calls these functions.
+"""A probe in a vLLM worker process: the peak memory and the packing time of a weight update.
 
-Each is given the worker, and speaks of the process that the worker is.
+vLLM's ``collective_rpc`` calls these functions in each worker, with the worker as their argument: ``time_packing``
+once, then ``start_probe`` and ``read_probe`` around every update.
 """
 
 from __future__ import annotations
@@ -13,62 +14,62 @@ from collections.abc import Callable
 from typing import Any
 
 
-class _Watch:
-    """The seconds in which vLLM packs layers in this process, and the most anonymous memory that it has."""
+class _Probe:
+    """The seconds that vLLM spends packing layers, and the process's peak of anonymous memory."""
 
     def __init__(self) -> None:
         gc.collect()
-        self.packing = 0.0
-        self._before = self._most = _anonymous()
+        self.packing_s = 0.0
+        self._before = self._peak = _anonymous_bytes()
         self._running = True
-        self._thread = threading.Thread(target=self._look)
+        self._thread = threading.Thread(target=self._sample)
         self._thread.start()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while self._running:
-            self._most = max(self._most, _anonymous())
+            self._peak = max(self._peak, _anonymous_bytes())
             time.sleep(0.002)
 
-    def end(self) -> dict[str, float]:
+    def stop(self) -> dict[str, float]:
         self._running = False
         self._thread.join()
-        return {"packing": self.packing, "peak_bytes": float(self._most - self._before)}
+        return {"packing": self.packing_s, "peak_bytes": float(self._peak - self._before)}
 
 
-_watch: _Watch | None = None
+_probe: _Probe | None = None
 
 
-def count_packing(_: Any) -> None:
-    """Once: let what packs layers be timed."""
+def time_packing(_: Any) -> None:
+    """Wrap vLLM's function that packs a layer for the CPU, so that the probe counts its time."""
     from vllm.model_executor.layers import utils
 
     utils.dispatch_cpu_unquantized_gemm = _timed(utils.dispatch_cpu_unquantized_gemm)
 
 
-def watch(_: Any) -> None:
-    global _watch
-    _watch = _Watch()
+def start_probe(_: Any) -> None:
+    global _probe
+    _probe = _Probe()
 
 
-def seen(_: Any) -> dict[str, float]:
-    """What there was since ``watch``; the memory over what there was before, in bytes."""
-    assert _watch is not None
-    return _watch.end()
+def read_probe(_: Any) -> dict[str, float]:
+    """Stop the probe; return the seconds of packing and the peak of memory above the start's, in bytes."""
+    assert _probe is not None
+    return _probe.stop()
 
 
-def _timed(process: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(process)
-    def timed(*given: Any, **named: Any) -> None:
+def _timed(pack: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(pack)
+    def timed(*args: Any, **kwargs: Any) -> None:
         began = time.perf_counter()
-        process(*given, **named)
-        if _watch is not None:
-            _watch.packing += time.perf_counter() - began
+        pack(*args, **kwargs)
+        if _probe is not None:
+            _probe.packing_s += time.perf_counter() - began
 
     return timed
 
 
-def _anonymous() -> int:
-    """The anonymous memory of this process, in bytes: not the files and the trainers' buffers that it maps."""
+def _anonymous_bytes() -> int:
+    """Return this process's anonymous memory: without files and shared buffers that are mapped."""
     with open("/proc/self/status") as file:
         (line,) = [line for line in file if line.startswith("RssAnon:")]
     return int(line.split()[1]) << 10

@@ -1,15 +1,21 @@
-"""Checks training and the bridge on one CUDA GPU, in at most --seconds (500).
+"""Check training and weight transfer on one CUDA GPU, in at most --seconds (500).
 
-attention: the compiled block mask's output and gradients against attention run by run. bridge: all weights of a
-model from one process to another through CUDA IPC, compared, its rate against a copy in memory, and that of the
-digests. curve-*: a small model trained in fp32, BF16, the FP8 recipes and the options of these by the product's
-trainer, saved, and resumed; its losses against those of fp32 on the CPU, from the same seed on the same rows.
-speed-*: a model of Qwen3's shape; tokens per second, the share of the GPU's peak (model FLOPs, nothing recomputed
-counted twice), and peak memory against the planner's figure.
+- attention: output and gradients of attention by compiled block masks, against attention without them.
+- bridge: all weights of a model through CUDA IPC to another process, compared; the transfer's rate against a copy in
+  memory, and the rate of the digests.
+- curve-*: a small model trained by the trainer of real runs in fp32, BF16, FP8 and with their options, saved and
+  resumed; its losses against those in fp32 on the CPU, from the same seed on the same rows.
+- speed-*: a model of Qwen3's shape: tokens per second, the share of the GPU's peak (model FLOPs without recomputation),
+  and peak memory against the planner's estimate.
 
-Checks run in processes of their own (``gpu_checks``). One that fails, hangs or leaves CUDA unusable costs no
-other: the rest goes on. Each line is printed as it comes, and at the end RESULT with all of it. --dry-run runs the
-same code in a minute on a machine without a GPU, as far as the CPU can.
+Checks run in worker processes (tools.check.gpu_worker). If one fails, hangs or leaves CUDA unusable, the others still
+run. It needs Transformer Engine.
+
+    .venv/bin/python -m tools.check.gpu                          all checks
+    .venv/bin/python -m tools.check.gpu --checks attention,bridge
+    .venv/bin/python -m tools.check.gpu --dry-run                the same code on the CPU with tiny models, a minute
+
+Each check prints a line when it ends. The last line is ``RESULT {json}``; the exit code is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -27,46 +33,47 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from megatron_dagger.config import to_dict
+from megatron_dagger.planning.gpus import device_peak
+from tools.check.gpu_cases import DRY, REFERENCES, SIZES, VARIANTS
+from tools.check.gpu_worker import POISONED
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import numpy as np  # noqa: E402
-
-from megatron_dagger.config import to_dict  # noqa: E402
-from tools.check.gpu_cases import DRY, REFERENCES, SIZES, VARIANTS  # noqa: E402
-from tools.check.gpu_worker import POISONED  # noqa: E402
-
-ATTENTION_LIMIT = 0.02  # of the largest value, in BF16
-# Dense peak in TFLOP/s (NVIDIA's data sheets, without sparsity): BF16, FP8.
-PEAKS = {"H100 PCIe": (756, 1513), "H100 NVL": (835, 1671), "H100": (989, 1979), "H200": (989, 1979)}
+ATTENTION_LIMIT = 0.02  # relative to the largest value, in BF16
 NAMES = ["attention", "bridge", *(f"curve-{name}" for name in VARIANTS)]
 NAMES += [f"speed-{name}" for name, variant in VARIANTS.items() if variant.speed]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checks", default=",".join(NAMES), help="comma-separated (default: all)")
-    parser.add_argument("--model", choices=list(SIZES), default="1.7b", help="for the speed (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=500.0, help="for all checks together (default %(default)s)")
-    parser.add_argument("--each", type=float, default=150.0, help="for one check (default %(default)s)")
-    parser.add_argument("--peak-tflops", type=float, help="the GPU's dense BF16 peak, if it is not known here")
-    parser.add_argument("--logs", type=Path, help="keep the checks' logs and results in this new folder")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny models")
+    parser.add_argument("--checks", default=",".join(NAMES), help="comma-separated names of checks (default: all)")
+    parser.add_argument(
+        "--model", choices=list(SIZES), default="1.7b", help="model of the checks speed-* (default %(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=500.0, help="time limit of all checks (default %(default)s)")
+    parser.add_argument("--each", type=float, default=150.0, help="time limit of one check (default %(default)s)")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="dense BF16 peak of a GPU that megatron_dagger/planning/gpus.py does not list"
+    )
+    parser.add_argument("--logs", type=Path, help="keep logs and results in this new folder")
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU, with tiny models")
     arguments = parser.parse_args()
     names = arguments.checks.split(",")
     if unknown := [name for name in names if name not in NAMES]:
-        parser.error(f"unknown check {unknown[0]}; there are {', '.join(NAMES)}")
+        parser.error(f"--checks {unknown[0]}: no such check; choose from {', '.join(NAMES)}")
     if arguments.logs and arguments.logs.exists() and any(arguments.logs.iterdir()):
-        parser.error(f"--logs {arguments.logs} is not empty; name a new folder")
+        parser.error(f"--logs {arguments.logs}: the folder is not empty; name a new one")
     device = "dry run on the CPU" if arguments.dry_run else _device()
     if device is None:
-        print("gpu_check needs one CUDA GPU and Transformer Engine; --dry-run does without", file=sys.stderr)
+        print("no CUDA GPU with Transformer Engine; --dry-run runs on the CPU", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory(prefix="gpu_check-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="check-gpu-") as temporary:
         folder = arguments.logs or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        size = DRY if arguments.dry_run else SIZES[arguments.model]
-        (folder / "settings.json").write_text(json.dumps(to_dict(size)))
+        sizes = DRY if arguments.dry_run else SIZES[arguments.model]
+        (folder / "settings.json").write_text(json.dumps(to_dict(sizes)))
         report = Report(folder, device, arguments)
         run(folder, names, arguments, report)
     result = {"device": device, "model": arguments.model, **report.result()}
@@ -75,27 +82,27 @@ def main() -> int:
 
 
 def _device() -> str | None:
-    """The GPU's name, by a process that ends again: this one shall not hold memory of it."""
+    """Return the GPU's name; None without one. A subprocess asks for it, because this process must not use the GPU."""
     code = "import torch, transformer_engine.pytorch; print(torch.cuda.get_device_name())"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    if found.returncode:
-        print(found.stderr[-1000:], file=sys.stderr)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        print(done.stderr[-1000:], file=sys.stderr)
         return None
-    return found.stdout.strip().splitlines()[-1]
+    return done.stdout.strip().splitlines()[-1]
 
 
 def run(folder: Path, names: list[str], arguments: argparse.Namespace, report: Report) -> None:
-    """All checks, one after the other, beside them their references on the CPU; ends in time whatever they do."""
+    """Run the checks one after another, and their CPU references in parallel. Return before --seconds have passed."""
     end = time.monotonic() + arguments.seconds
     curves = [VARIANTS[name.partition("-")[2]] for name in names if name.startswith("curve-")]
     references = [
-        Child(folder, [name], cpu=True) for name in REFERENCES if name in {variant.reference for variant in curves}
+        Worker(folder, [name], cpu=True) for name in REFERENCES if name in {variant.reference for variant in curves}
     ]
     try:
-        left = list(names)
-        while left and time.monotonic() < end:
-            with Child(folder, left, cpu=arguments.dry_run) as child:
-                left = _watch(child, left, min(arguments.each, end - time.monotonic()), end, report)
+        remaining = list(names)
+        while remaining and time.monotonic() < end:
+            with Worker(folder, remaining, cpu=arguments.dry_run) as worker:
+                remaining = _follow(worker, remaining, min(arguments.each, end - time.monotonic()), end, report)
         for reference in references:
             reference.wait(end)
         report.finish()
@@ -104,45 +111,48 @@ def run(folder: Path, names: list[str], arguments: argparse.Namespace, report: R
             reference.__exit__()
 
 
-def _watch(child: Child, names: list[str], each_s: float, end: float, report: Report) -> list[str]:
-    """Report a child's checks as they end; returns what another child has to do, the one that failed hard left out."""
-    left, since = list(names), time.monotonic()
-    while left:
-        ended = child.ended()  # before the results are looked for
-        before = len(left)
-        left = [name for name in left if not report.found(name)]
-        if len(left) < before:
+def _follow(worker: Worker, names: list[str], each_s: float, end: float, report: Report) -> list[str]:
+    """Report a worker's checks as they end. Return those that another worker must run.
+
+    A check whose process ends or hangs is reported as failed and not run again.
+    """
+    remaining, since = list(names), time.monotonic()
+    while remaining:
+        code = worker.exit_code()  # before the look for results: a last result may come in between
+        before = len(remaining)
+        remaining = [name for name in remaining if not report.read_result(name)]
+        if len(remaining) < before:
             since = time.monotonic()
-        elif ended is not None:
-            if ended != POISONED:
-                report.lost(left.pop(0), f"its process ended with {ended}: {child.last_words()}")
-            return left
+        elif code is not None:
+            if code != POISONED:
+                report.fail(remaining.pop(0), f"its process exited with {code}: {worker.log_tail()}")
+            return remaining
         elif time.monotonic() > min(since + each_s, end):
-            report.lost(left.pop(0), f"did not end within {time.monotonic() - since:.0f} s: {child.last_words()}")
-            return left
+            report.fail(remaining.pop(0), f"did not end within {time.monotonic() - since:.0f} s: {worker.log_tail()}")
+            return remaining
         else:
             time.sleep(0.2)
-    child.wait(min(end, time.monotonic() + 30))
-    return left
+    worker.wait(min(end, time.monotonic() + 30))
+    return remaining
 
 
-class Child:
-    """A process with checks; a context manager that ends it, and what it started."""
+class Worker:
+    """A process that runs checks. Leaving the block kills it and its children."""
 
     def __init__(self, folder: Path, names: Iterable[str], *, cpu: bool) -> None:
         names = list(names)
         self._log = folder / f"{names[0]}.log"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        environment.pop("TORCHDYNAMO_DISABLE", None)  # else FlexAttention is not compiled
+        environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        environment.pop("TORCHDYNAMO_DISABLE", None)  # it would keep FlexAttention from being compiled
         if cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        command = [sys.executable, str(ROOT / "tools" / "gpu_checks.py"), str(folder), *names]
+        command = [sys.executable, "-m", "tools.check.gpu_worker", str(folder.resolve()), *names]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
-    def ended(self) -> int | None:
+    def exit_code(self) -> int | None:
         return self._process.poll()
 
     def wait(self, end: float) -> None:
@@ -151,10 +161,10 @@ class Child:
         except subprocess.TimeoutExpired:
             self.__exit__()
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         return " ".join(self._log.read_text(errors="replace")[-400:].split())
 
-    def __enter__(self) -> Child:
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -164,37 +174,37 @@ class Child:
 
 
 class Report:
-    """Prints the checks' lines as they come, and knows all of them at the end."""
+    """Prints a line for each check when it ends, and collects the results."""
 
     def __init__(self, folder: Path, device: str, arguments: argparse.Namespace) -> None:
         self._folder, self._device, self._arguments = folder, device, arguments
         self._results: dict[str, dict[str, Any]] = {}
         print(device, flush=True)
 
-    def found(self, name: str) -> bool:
-        """Whether the check has ended; then it is told of."""
+    def read_result(self, name: str) -> bool:
+        """Print the result of a check if it has ended; return whether it has."""
         result = self._read(name)
         if result is not None:
             self._results[name] = result
-            self._tell(name)
+            self._print(name)
         return result is not None
 
-    def lost(self, name: str, why: str) -> None:
-        self._results[name] = {"error": why}
-        self._tell(name)
+    def fail(self, name: str, reason: str) -> None:
+        self._results[name] = {"error": reason}
+        self._print(name)
 
     def finish(self) -> None:
-        """Curves against their references, which may have come later."""
+        """Compare the curves with their references, which may end after them."""
         for name, result in self._results.items():
             if name.startswith("curve-") and "error" not in result:
                 self._compare(name, result)
-                self._tell(f"{name} by the CPU", result, shown=("difference", "limit"))
+                self._print(f"{name} against the CPU", result, shown=("difference", "limit"))
 
     def result(self) -> dict[str, Any]:
         missing = [name for name in self._arguments.checks.split(",") if name not in self._results]
-        failed = [name for name, result in self._results.items() if not self._good(name, result)]
+        failed = [name for name, result in self._results.items() if not self._passed(name, result)]
         if missing:
-            print(f"not run, since no time was left: --checks {','.join(missing)}")
+            print(f"not run within --seconds {self._arguments.seconds:g}: --checks {','.join(missing)}")
         checks = {name: {k: v for k, v in r.items() if k != "losses"} for name, r in self._results.items()}
         return {"ok": not missing and not failed, "failed": failed, "not_run": missing, "checks": checks}
 
@@ -204,11 +214,11 @@ class Report:
         if "error" in reference:
             result["error"] = f"{variant.reference}: {reference['error']}"
             return
-        ours, theirs = np.array(result["losses"]), np.array(reference["losses"])
-        result["difference"] = float(np.abs(ours - theirs).mean() / theirs.mean())
+        losses, expected = np.array(result["losses"]), np.array(reference["losses"])
+        result["difference"] = float(np.abs(losses - expected).mean() / expected.mean())
         result["limit"] = variant.limit
 
-    def _good(self, name: str, result: dict[str, Any]) -> bool:
+    def _passed(self, name: str, result: dict[str, Any]) -> bool:
         if "error" in result:
             return False
         if name == "attention":
@@ -221,7 +231,7 @@ class Report:
             )
         return True
 
-    def _tell(self, name: str, result: dict[str, Any] | None = None, shown: tuple[str, ...] = ()) -> None:
+    def _print(self, name: str, result: dict[str, Any] | None = None, shown: tuple[str, ...] = ()) -> None:
         result = self._results[name] if result is None else result
         if "error" in result:
             print(f"{name:<40}FAILED: {result['error']}", flush=True)
@@ -234,14 +244,12 @@ class Report:
         print(f"{name:<40}" + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()), flush=True)
 
     def _peak(self, name: str) -> float | None:
-        """The GPU's dense peak in TFLOP/s for the variant's precision; None if it is not known."""
+        """Return the GPU's dense peak in TFLOP/s for the variant's precision; None if it is unknown."""
         fp8 = VARIANTS[name.partition("-")[2]].precision.startswith("fp8")
         if self._arguments.peak_tflops is not None:
             return float(self._arguments.peak_tflops) * (2 if fp8 else 1)
-        for part, peaks in PEAKS.items():
-            if all(word in self._device for word in part.split()):
-                return float(peaks[fp8])
-        return None
+        flops = device_peak(self._device, fp8=fp8)
+        return flops / 1e12 if flops else None
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self._folder / f"{name}.json"

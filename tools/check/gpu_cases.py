@@ -1,4 +1,4 @@
-"""What ``gpu_check`` trains with: the variants of the settings, and how large the checks are."""
+"""The cases of tools.check.gpu: variants of the training settings, and the sizes of models and data."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from megatron_dagger.config import ModelConfig, OptimizerConfig, Packing, Precis
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """Settings to train with; ``limit``: the largest mean difference of the loss, as a share of it."""
+    """Training settings. ``limit`` is the largest allowed mean difference of the loss, relative to the loss."""
 
     precision: Precision
-    limit: float  # for rounding to 24, 8 and 4 bits of mantissa
+    limit: float  # by the precision's mantissa: 24, 8 or 4 bits
     packing: Packing = "shared_prefix"
     moe: bool = False
-    speed: bool = False  # measured with the large model too
+    speed: bool = False  # also time the large model
     training: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
 
     def settings(self, training: TrainingConfig, *, cuda: bool) -> TrainingConfig:
-        """On the CPU, which has neither FP8 nor Transformer Engine's AdamW, without these."""
+        """Return ``training`` as the variant changes it; on the CPU without FP8 and Transformer Engine's optimizer."""
         precision = self.precision if cuda or not self.precision.startswith("fp8") else "bf16"
         optimizer = replace(training.optimizer, **(self.optimizer if cuda else {}))
         others = {k: v for k, v in self.training.items() if cuda or k == "recompute"}
@@ -30,7 +30,7 @@ class Variant:
 
     @property
     def reference(self) -> str:
-        """The check that trains on the same rows on the CPU, in fp32."""
+        """The name of the check that trains on the same rows in fp32 on the CPU."""
         return f"reference-{self.packing}{'-moe' if self.moe else ''}"
 
 
@@ -59,18 +59,18 @@ REFERENCES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How large the checks are."""
+class Sizes:
+    """The sizes of the checks."""
 
     small: ModelConfig
     small_moe: ModelConfig
     large: ModelConfig
-    steps: int  # of the loss curves
-    small_tokens: int  # of their rows
-    large_tokens: int  # of the rows of the speed
+    steps: int  # of a loss curve
+    small_tokens: int  # in a row of the small models
+    large_tokens: int  # in a row of the large model
     timed_steps: int
     attention_tokens: int
-    room: dict[str, Any] = field(default_factory=dict)  # training.NAME, for the large model
+    large_settings: dict[str, Any] = field(default_factory=dict)  # training.NAME, for the large model
 
     def small_training(self) -> TrainingConfig:
         return TrainingConfig(
@@ -85,7 +85,7 @@ class Settings:
 
     def large_training(self) -> TrainingConfig:
         lengths = {"sequence_length": self.large_tokens, "global_batch_tokens": 2 * self.large_tokens}
-        return build(TrainingConfig, {**lengths, **self.room})
+        return build(TrainingConfig, {**lengths, **self.large_settings})
 
 
 SMALL = ModelConfig(
@@ -110,7 +110,7 @@ QWEN3_1_7B = ModelConfig(
 QWEN3_4B = replace(QWEN3_1_7B, num_layers=36, hidden_size=2560, ffn_hidden_size=9728, num_attention_heads=32)
 MOE: dict[str, Any] = {"family": "qwen3_moe", "num_moe_experts": 8, "moe_ffn_hidden_size": 256}
 SIZES = {
-    "1.7b": Settings(
+    "1.7b": Sizes(
         small=SMALL,
         small_moe=replace(SMALL, **MOE),
         large=QWEN3_1_7B,
@@ -121,8 +121,8 @@ SIZES = {
         attention_tokens=8192,
     )
 }
-SIZES["4b"] = replace(  # what makes room for it in 80 GB, as the planner says
-    SIZES["1.7b"], large=QWEN3_4B, room={"recompute": "full", "optimizer": {"moments": "bf16"}}
+SIZES["4b"] = replace(  # it fits 80 GB with these settings, by the planner
+    SIZES["1.7b"], large=QWEN3_4B, large_settings={"recompute": "full", "optimizer": {"moments": "bf16"}}
 )
 TINY = replace(SMALL, num_layers=2, hidden_size=64, ffn_hidden_size=64, num_query_groups=2, kv_channels=32)
 DRY = replace(

@@ -1,6 +1,6 @@
-"""The bridge within a host between two processes on one GPU (CUDA IPC), for ``gpu_checks``; shared memory without one.
+"""The check ``bridge`` of tools.check.gpu: weights from one process to another through CUDA IPC (CPU: shared memory).
 
-``gpu_bridge.py OFFERS.json``, started by ``check``, is the trainer's side.
+``check`` is the engine's end. It starts the trainer's end: ``python -m tools.check.gpu_weights SOURCES.json``.
 """
 
 from __future__ import annotations
@@ -13,44 +13,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_dagger.config import ModelConfig, build, to_dict
+from megatron_dagger.weights.blocks import Block
+from megatron_dagger.weights.families import lookup
+from megatron_dagger.weights.layouts import SourceLayout, TargetLayout, padded_vocab_size
+from megatron_dagger.weights.transports import TransferSpec, WeightSource
+from megatron_dagger.weights.transports.open import open_transport, send_weights
+from megatron_dagger.weights.verify.digest import Shares, digest_shares
+from megatron_dagger.weights.verify.digest_pool import DigestPool
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT)]
-
-import torch  # noqa: E402
-
-from megatron_dagger.config import ModelConfig, build, to_dict  # noqa: E402
-from megatron_dagger.weights.blocks import Block  # noqa: E402
-from megatron_dagger.weights.families import lookup  # noqa: E402
-from megatron_dagger.weights.layouts import SourceLayout, TargetLayout, padded_vocab_size  # noqa: E402
-from megatron_dagger.weights.transports import TransferSpec, WeightSource  # noqa: E402
-from megatron_dagger.weights.transports.open import open_transport, send_weights  # noqa: E402
-from megatron_dagger.weights.verify.digest import Shares, digest_shares  # noqa: E402
-from megatron_dagger.weights.verify.digest_pool import DigestPool  # noqa: E402
-
 _DEADLINE_S = 60.0
 _TRANSFERS = 3
 
 
 def check(folder: Path, model: ModelConfig) -> dict[str, Any]:
-    """Transfers of all weights: the first is compared, the fastest of the others is timed against a copy in memory.
+    """Transfer all weights several times, then digest them; return the rates in GB/s.
 
-    Then the digests of what has arrived, against those of the same bytes on the host, and the time they take.
+    The first transfer is compared bit by bit. The fastest of the others is compared with a copy in memory. The digests
+    must equal those of the same bytes on the host.
     """
     device = _device()
     source = SourceLayout(padded_vocab_size=padded_vocab_size(model, 1))
-    agreements = [
-        _agreement(model, WeightSource(kind="host", address=str(place), source=source, deadline_s=_DEADLINE_S))
-        for place in _places(folder)
+    specs = [
+        _transfer_spec(
+            model, WeightSource(kind="shared_memory", address=str(sockets), layout=source, deadline_s=_DEADLINE_S)
+        )
+        for sockets in _socket_folders(folder.resolve())
     ]
-    path = folder / "offers.json"
-    path.write_text(json.dumps({"model": to_dict(model), "offers": [to_dict(each.offer) for each in agreements]}))
+    path = folder.resolve() / "sources.json"
+    path.write_text(json.dumps({"model": to_dict(model), "sources": [to_dict(spec.source) for spec in specs]}))
     tensors, table = _tensors(model, device), lookup(model).vllm(model)
     (shard, _), *_ = TargetLayout().holders(experts=False)
     parameters = {name: torch.zeros(p.shape(shard), dtype=torch.bfloat16, device=device) for name, p in table.items()}
-    copies = agreements[0].plan.by_target[0]
-    process = subprocess.Popen([sys.executable, __file__, str(path)])
+    copies = specs[0].plan.by_target[0]
+    process = subprocess.Popen([sys.executable, "-m", "tools.check.gpu_weights", str(path)], cwd=ROOT)
     try:
-        seconds = [_receive(agreement, parameters, device) for agreement in agreements]
+        seconds = [_receive(spec, parameters, device) for spec in specs]
         wrong = [
             copy.target_parameter
             for copy in copies
@@ -62,7 +63,7 @@ def check(folder: Path, model: ModelConfig) -> dict[str, Any]:
     finally:
         process.kill()
         process.wait()
-    assert status == 0 and not wrong, f"the sender ended with {status}; these arrived otherwise: {wrong[:3]}"
+    assert status == 0 and not wrong, f"the sender exited with {status}; wrong weights arrived for {wrong[:3]}"
 
     def copy_all() -> None:
         for copy in copies:
@@ -81,10 +82,10 @@ def check(folder: Path, model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _receive(agreement: TransferSpec, parameters: dict[str, torch.Tensor], device: torch.device) -> float:
-    with open_transport(agreement, 0, device) as transport:
-        began = time.monotonic()  # the sender is there
-        for copy, block in transport.receive(agreement.plan.by_target[0]):
+def _receive(spec: TransferSpec, parameters: dict[str, torch.Tensor], device: torch.device) -> float:
+    with open_transport(spec, 0, device) as transport:
+        began = time.monotonic()  # the sender is connected
+        for copy, block in transport.receive(spec.plan.by_target[0]):
             parameters[copy.target_parameter][copy.target.slices].copy_(block)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -94,20 +95,20 @@ def _receive(agreement: TransferSpec, parameters: dict[str, torch.Tensor], devic
 def _digests_s(
     model: ModelConfig, blocks: dict[str, list[Block]], parameters: dict[str, torch.Tensor], device: torch.device
 ) -> float:
-    """The seconds that the digests take, once they are found to be those of the same bytes on the host."""
-    found: list[Shares] = []
+    """Return the seconds of the digests. AssertionError if they differ from those of the same bytes on the host."""
+    results: list[Shares] = []
 
     def digest_all() -> None:
         with DigestPool(model) as digests:
             for name, of_parameter in blocks.items():
                 digests.add(of_parameter, parameters[name])
-            found.append(digests.finish())
+            results.append(digests.finish())
 
     seconds = [_timed(digest_all, device) for _ in range(_TRANSFERS)]
     expected: Shares = {}
     for name, of_parameter in blocks.items():
         expected |= digest_shares(of_parameter, parameters[name].cpu(), model)
-    assert all(shares == expected for shares in found), "digests differ from those of the same bytes on the host"
+    assert all(shares == expected for shares in results), "digests differ from those of the same bytes on the host"
     return min(seconds[1:])
 
 
@@ -119,20 +120,20 @@ def _timed(call: Callable[[], None], device: torch.device) -> float:
     return time.monotonic() - began
 
 
-def _agreement(model: ModelConfig, offer: WeightSource) -> TransferSpec:
-    return TransferSpec(model=model, target=TargetLayout(), dtype="bfloat16", offer=offer)
+def _transfer_spec(model: ModelConfig, source: WeightSource) -> TransferSpec:
+    return TransferSpec(model=model, target=TargetLayout(), dtype="bfloat16", source=source)
 
 
-def _places(folder: Path) -> list[Path]:
-    """A directory for each transfer's sockets, so that none is taken for another's."""
-    places = [folder / f"bridge-{number}" for number in range(_TRANSFERS)]
-    for place in places:
-        place.mkdir(exist_ok=True)
-    return places
+def _socket_folders(folder: Path) -> list[Path]:
+    """Create a directory for the sockets of each transfer; return them."""
+    folders = [folder / f"bridge-{number}" for number in range(_TRANSFERS)]
+    for each in folders:
+        each.mkdir(exist_ok=True)
+    return folders
 
 
 def _tensors(model: ModelConfig, device: torch.device) -> dict[str, torch.Tensor]:
-    """The trainer's, of one rank; the same values in both processes."""
+    """Return the tensors of a single trainer rank, with the same values in both processes."""
     generator = torch.Generator(device).manual_seed(1)
     return {
         name: torch.randn(layout.shape, generator=generator, device=device, dtype=torch.bfloat16)
@@ -148,8 +149,8 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     model = build(ModelConfig, settings["model"])
     tensors = _tensors(model, _device())
-    for offer in settings["offers"]:
-        send_weights(_agreement(model, build(WeightSource, offer)), 0, tensors, _device())
+    for source in settings["sources"]:
+        send_weights(_transfer_spec(model, build(WeightSource, source)), 0, tensors, _device())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Mutated packages as SWE-bench 5.x's rows with images of this machine, and a teacher that has read the gold patches.
+"""SWE-bench tasks from mutated packages, with Docker images built here, and a teacher that knows the gold patches.
 
-What the repair tasks are (a package with one wrong token, and its own tests) in the form in which SWE-bench's
-tasks come: an image with the repository in /testbed, an issue, an eval script, the tests by name. The teacher
-answers any conversation with the next tool call of a repair: look, edit, run the tests, submit; what another
-did in between does not confuse it. It is for machines without a language model, and shows how a round works,
-not how hard a task is.
+A repair task (a package with one wrong token, and the package's own tests) takes the form of a SWE-bench 5.x task: an
+image with the repository in /testbed, an issue, an eval script, the names of the tests. The teacher answers any
+conversation with the next tool call of a repair: view, edit, run the tests, submit; turns of the student in between do
+not matter to it. This shows on a machine without a language model that a round works, not how hard a task is.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from megatron_dagger.envs.swe.tool_calls import ToolCall
 from megatron_dagger.sandbox.docker.daemon import DockerHost
 
 WORKDIR = "/testbed"
-REPOSITORY = "megatron-dagger-mutant"  # of the images; the tag is the task's
+IMAGE_REPOSITORY = "megatron-dagger-mutant"  # the tag is the task's id
 SHOWN_LINES = 12  # around the bug
 
 
 def image_of(task: RepairTask) -> str:
-    return f"{REPOSITORY}:{re.sub(r'[^A-Za-z0-9_.-]', '_', task.instance_id)}"
+    return f"{IMAGE_REPOSITORY}:{re.sub(r'[^A-Za-z0-9_.-]', '_', task.instance_id)}"
 
 
 def row(task: RepairTask) -> dict[str, Any]:
-    """The task as a row of SWE-bench 5.x."""
+    """Return the task as a row of SWE-bench 5.x."""
     files = sorted({test.partition("::")[0] for test in task.tests})
     paths = ":".join(f"{WORKDIR}/{path}" for path in task.python_paths)
     tests = f"python -m pytest -rA -p no:cacheprovider {quoted(task.pytest_args)} {quoted(files)}"
@@ -64,9 +63,9 @@ def write_rows(path: Path, tasks: Iterable[RepairTask]) -> None:
 def build_images(
     host: DockerHost, base: str, tasks: Iterable[RepairTask], repository: Callable[[RepairTask], Path]
 ) -> None:
-    """An image for each task: ``base``, and the task's git repository in /testbed."""
+    """Build an image for each task: ``base`` with the task's git repository in /testbed."""
     for task in tasks:
-        # Without this signal, which the image keeps, SWE-bench's harness waits 15 s for a container to stop.
+        # The image keeps this stop signal. With the default one SWE-bench's harness waits 15 s for a container to stop.
         container = host.client.api.create_container(base, ["true"], stop_signal="SIGKILL")["Id"]
         try:
             host.client.api.put_archive(container, "/", _archive(read_repository(repository(task))))
@@ -77,13 +76,13 @@ def build_images(
 
 
 class GoldTeacher:
-    """Answers chat completion requests; see the module. Called with a request, returns the reply's text."""
+    """Answers chat completion requests by the gold patches. Call it with a request; it returns the reply's text."""
 
     def __init__(self, tasks: Sequence[RepairTask]):
         self._repairs = {task.problem_statement: _Repair(task) for task in tasks}
 
     def replies(self, task: RepairTask) -> tuple[str, ...]:
-        """What it says where nobody interferes."""
+        """Return the replies of an undisturbed repair, in order."""
         repair = self._repairs[task.problem_statement]
         return repair.look, repair.edit, repair.test, repair.submit
 
@@ -91,18 +90,18 @@ class GoldTeacher:
         messages = request["messages"]
         task = messages[1]["content"]
         repair = next(repair for statement, repair in self._repairs.items() if statement in task)
-        answers = {one["content"]: other["content"] for one, other in itertools.pairwise(messages)}
+        answers = {message["content"]: answer["content"] for message, answer in itertools.pairwise(messages)}
         if repair.look not in answers:
             return repair.look
         if repair.edit not in answers:
             return repair.edit
-        if "error: " in answers[repair.edit]:  # somebody has changed these lines before
+        if "error: " in answers[repair.edit]:  # the student has changed these lines
             return repair.edit_by_force if repair.edit_by_force not in answers else repair.submit
         return repair.test if repair.test not in answers else repair.submit
 
 
 class _Repair:
-    """The replies of one task."""
+    """The replies for one task."""
 
     def __init__(self, task: RepairTask):
         header, _, hunk = task.patch.partition("\n@@")

@@ -1,1 +1,1 @@
-"""The parts of tools/setup; standard library only, and any Python 3.8 or newer."""
+"""The parts of tools/setup. They use only the standard library and run on any Python from 3.8 on."""

@@ -1,8 +1,9 @@
-"""The two installers: uv, and plain pip where uv cannot be had. Both obey pip's settings.
+"""The two installers: uv, and pip if uv is not available. Both obey pip's settings.
 
-An installer has a name, ``create(folder)`` and ``install(python, what, arguments)``. Nothing is
-resolved: the pins are complete, so everything is installed with --no-deps. Neither compiles to
-bytecode: ``compile_bytecode`` does, on all cores, and leaves out what is hardly ever imported.
+An installer has a ``name``, ``create(folder)``, which creates a virtual environment, and ``install(python, step,
+arguments)``, where ``step`` is the text shown meanwhile. The pins are complete, so dependencies are not resolved
+(--no-deps). Installers do not compile to bytecode: ``compile_bytecode`` does it on all cores and skips modules that are
+rarely imported.
 """
 
 import os
@@ -10,11 +11,11 @@ import re
 import shutil
 import subprocess
 
-from setup_parts.steps import CACHE, SetupError, run, say
+from .steps import CACHE, SetupError, run, say
 
 UV_VERSION = "0.13.9"
 TORCH_INDEX = "MEGATRON_DAGGER_TORCH_INDEX"
-# Half of all modules, which nothing here imports or only seldom.
+# About half of all modules; this project imports them rarely or never.
 NOT_COMPILED = "|".join(
     (
         "/tests?/",
@@ -24,11 +25,11 @@ NOT_COMPILED = "|".join(
         "/(anthropic|datasets|libcst|modal|modal_proto|mypy|mypyc|numba|pandas|pyarrow|ray|selenium|sentry_sdk|setuptools)/",
     )
 )
-_SECTIONS = (":env:", "install", "global")  # of pip's settings, the strongest first
+_SECTIONS = (":env:", "install", "global")  # the sections of pip's settings, by precedence
 
 
 class Pip:
-    """Plain pip: slower, and always there."""
+    """Plain pip: slower, but always available."""
 
     name = "pip"
 
@@ -38,14 +39,14 @@ class Pip:
     def create(self, folder):
         run(f"{folder.name}: creating it", [self.python, "-m", "venv", folder])
 
-    def install(self, python, what, arguments):
+    def install(self, python, step, arguments):
         extra = ["--extra-index-url", os.environ[TORCH_INDEX]] if os.environ.get(TORCH_INDEX) else []
         common = ["--no-deps", "--no-compile", "--no-input", "--disable-pip-version-check"]
-        run(what, [python, "-m", "pip", "install", *common, *extra, *arguments])
+        run(step, [python, "-m", "pip", "install", *common, *extra, *arguments])
 
 
 class Uv:
-    """uv, told what pip is configured with, since it reads none of pip's settings itself."""
+    """uv with pip's settings as arguments, since it does not read them itself."""
 
     name = "uv"
 
@@ -58,24 +59,24 @@ class Uv:
         command = [self.uv, "venv", "--allow-existing", "--python", self.python, folder]
         run(f"{folder.name}: creating it", command, env=self.env)
 
-    def install(self, python, what, arguments):
+    def install(self, python, step, arguments):
         common = ["--python", python, "--no-deps", "--no-compile-bytecode"]
-        run(what, [self.uv, "pip", "install", *common, *self.settings, *arguments], env=self.env)
+        run(step, [self.uv, "pip", "install", *common, *self.settings, *arguments], env=self.env)
 
 
-def compile_bytecode(python, what):
-    """Compile the installed modules: without it every first import of the engines takes half a minute.
+def compile_bytecode(python, step):
+    """Compile the installed modules; otherwise the first import of the engines takes half a minute.
 
-    A module that does not compile is no error: some are for other versions of Python.
+    Modules that do not compile are ignored, because some are for other versions of Python.
     """
     packages = subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True)
     compileall = "import compileall, re, sys; compileall.compile_dir(*sys.argv[1:2], maxlevels=20, "
     compileall += "rx=re.compile(sys.argv[2]), workers=0)"
-    run(what, [python, "-c", compileall, packages.strip(), NOT_COMPILED])
+    run(step, [python, "-c", compileall, packages.strip(), NOT_COMPILED])
 
 
 def pip_settings(python):
-    """pip's settings by name, each with its values, from its files and environment variables."""
+    """Return pip's settings from its files and environment variables: a list of values for each name."""
     done = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60)
     by_section: dict[str, dict[str, list[str]]] = {section: {} for section in _SECTIONS}
     for line in done.stdout.splitlines():
@@ -83,14 +84,14 @@ def pip_settings(python):
         if match and match[1] in by_section:
             by_section[match[1]][match[2]] = [value for value in re.split(r"\\n|\s+", match[3]) if value]
     settings = {}
-    for section in reversed(_SECTIONS):  # as in pip, a stronger section replaces and does not add
+    for section in reversed(_SECTIONS):  # as in pip, a section replaces the values of lower precedence
         settings.update(by_section[section])
     return settings
 
 
 def translate(settings, env):
-    """uv's arguments and environment that mean the same as pip's ``settings``."""
-    # pip takes the best version that any of its indexes has; uv stops at the first that has the name.
+    """Return the arguments and the environment with which uv follows pip's ``settings``."""
+    # pip takes the best version of all its indexes; uv by default stops at the first index that has the name.
     arguments = ["--index-strategy", "unsafe-best-match"]
     extra = [*settings.get("extra-index-url", []), *filter(None, [env.get(TORCH_INDEX)])]
     if settings.get("no-index", ["false"])[0].lower() in ("1", "true", "yes", "on"):
@@ -110,28 +111,28 @@ def translate(settings, env):
     return arguments, env
 
 
-def choose(wanted, python):
-    """The installer named ``wanted``; auto takes uv, and pip where uv neither is there nor can be had."""
-    if wanted == "pip":
+def choose(name, python):
+    """Return the installer ``name``; "auto" is uv if it is there or can be installed, else pip."""
+    if name == "pip":
         return Pip(python)
     own = CACHE / "uv" / "bin" / "uv"
     for uv in (own, shutil.which("uv")):
         if _runs(uv):
             return Uv(uv, python)
     target = ["--upgrade", "--target", own.parent.parent, f"uv=={UV_VERSION}"]
-    try:  # into a folder of its own: the Python that we were given stays as it is
+    try:  # into a separate folder, to leave the user's Python unchanged
         install = [python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-        run(f"getting uv {UV_VERSION}", [*install, *target])
+        run(f"installing uv {UV_VERSION}", [*install, *target])
     except SetupError as error:
-        if wanted == "uv":
+        if name == "uv":
             raise
-        say(f"uv cannot be had ({str(error).splitlines()[0]}); going on with pip, which takes some minutes")
+        say(f"uv cannot be installed ({str(error).splitlines()[0]}); using pip, which takes some minutes")
         return Pip(python)
     return Uv(own, python)
 
 
 def _runs(program):
-    """Whether it starts: a pyenv shim is there even for a Python that lacks the tool."""
+    """Return whether a program starts. (A pyenv shim exists even if its Python lacks the program.)"""
     if program is None:
         return False
     try:

@@ -1,4 +1,4 @@
-"""Steps of the set-up: run with a heartbeat and a log, explained when they fail, one set-up at a time."""
+"""The steps of the set-up: they run with a heartbeat and a log, and a failure is explained. One set-up at a time."""
 
 import contextlib
 import errno
@@ -15,11 +15,11 @@ LOG = CACHE / "setup.log"
 LOCK_TIMEOUT_S = 1800
 STEP_TIMEOUT_S = 3600
 HEARTBEAT_S = 10
-# What pip and uv say, and the way out. The first that matches is told.
+# Patterns in the output of pip and uv, and hints. The first match counts.
 CAUSES = (
     (
         r"No space left on device|os error 28\b|Disk quota exceeded",
-        "the disk is full: free some room and run tools/setup again",
+        "the disk is full: free some space and run tools/setup again",
     ),
     (
         r"(?s)torch==\S+\+cpu.*(No matching distribution|no version of torch|unsatisfiable)"
@@ -33,22 +33,22 @@ CAUSES = (
         r"max retries|read timed out|operation timed out|no matching distribution|"
         r"not found in the package registry",
         "the package index cannot be reached, or lacks a package: check the network and pip's settings\n"
-        "  (pip config list), and run tools/setup again; what was downloaded is kept",
+        "  (pip config list), and run tools/setup again; downloads are kept",
     ),
 )
 
 
 class SetupError(Exception):
-    """What went wrong and the way out, for a person."""
+    """An error for the user: the problem, and what to do about it."""
 
 
 def say(text):
     print(f"[setup] {text}", flush=True)
 
 
-def run(what, command, env=None):
-    """Run one step: a line at its begin, one every 10 s, one at its end; its own output goes to the log."""
-    say(what)
+def run(step, command, env=None):
+    """Run a step's command with its output in the log; print a line at its start, every 10 s, and at its end."""
+    say(step)
     began = time.monotonic()
     command = list(map(str, command))
     with open(LOG, "ab") as log:
@@ -57,27 +57,27 @@ def run(what, command, env=None):
         start = log.tell()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=ROOT)
         try:
-            code = _wait(process, what, start, began)
+            code = _wait(process, step, start, began)
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
     if code:
-        raise SetupError(f"{what}: failed\n{_explain(_output(start))}")
+        raise SetupError(f"{step}: failed\n{_explain(_output(start))}")
     say(f"  done in {time.monotonic() - began:.1f} s")
 
 
-def _wait(process, what, start, began):
+def _wait(process, step, start, began):
     while True:
         try:
             return process.wait(timeout=HEARTBEAT_S)
         except subprocess.TimeoutExpired:
             seconds = time.monotonic() - began
             if seconds > STEP_TIMEOUT_S:
-                raise SetupError(f"{what}: not done after {STEP_TIMEOUT_S} s, given up; see {LOG}") from None
+                raise SetupError(f"{step}: stopped after {STEP_TIMEOUT_S} s; see {LOG}") from None
             lines = [line.strip() for line in re.split(r"[\r\n]+", _output(start))]
-            telling = [line for line in lines if line and not line.startswith("WARNING")]
-            say(f"  {seconds:3.0f} s  {telling[-1][:90] if telling else ''}".rstrip())
+            shown = [line for line in lines if line and not line.startswith("WARNING")]
+            say(f"  {seconds:3.0f} s  {shown[-1][:90] if shown else ''}".rstrip())
 
 
 def _output(start):
@@ -91,21 +91,21 @@ def _explain(text):
     for pattern, hint in CAUSES:
         if re.search(pattern, text):
             return f"{tail}\n  {hint}"
-    return f"{tail}\n  the whole output is in {LOG}; --recreate begins anew, --installer pip avoids uv"
+    return f"{tail}\n  the whole output is in {LOG}; --recreate starts from scratch, --installer pip avoids uv"
 
 
 @contextlib.contextmanager
 def lock():
-    """Hold the set-up alone: two at once would write into the same environment."""
+    """Hold the set-up's lock; wait while another process has it, since both would write to the same environment."""
     with open(CACHE / "setup.lock", "a+") as file:
         deadline = time.monotonic() + LOCK_TIMEOUT_S
-        told = False
+        announced = False
         while not _try_lock(file):
-            if not told:
+            if not announced:
                 file.seek(0)
                 owner = file.read().strip() or "unknown"
-                say(f"another tools/setup is at work (process {owner}): waiting for it")
-                told = True
+                say(f"another tools/setup is running (process {owner}): waiting for it")
+                announced = True
             if time.monotonic() > deadline:
                 raise SetupError(f"the other tools/setup did not end in {LOCK_TIMEOUT_S} s; its log is {LOG}")
             time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""What must be there before anything is installed: a Python 3.11, git, bubblewrap, room on the disk."""
+"""The requirements of an installation: Python 3.11, git, bubblewrap, disk space."""
 
 import os
 import shutil
@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setup_parts.steps import ROOT, SetupError, run, say
+from .steps import ROOT, SetupError, run, say
 
-PYTHON = (3, 11)  # what the pins in tools/constraints/ are for
-TOOLS = {"git": "git", "bwrap": "bubblewrap"}  # a program, and Debian's package of it
+PYTHON = (3, 11)  # the version for which tools/constraints/ has pins
+TOOLS = {"git": "git", "bwrap": "bubblewrap"}  # a program and its Debian package
 _PROBE = """\
 import sys, venv, ensurepip
 print(*sys.version_info[:2])
@@ -17,11 +17,14 @@ print(getattr(sys, "_base_executable", sys.executable))
 """
 
 
-def find_python(wanted):
-    """The path of a Python 3.11 that can make environments, and is in none itself."""
+def find_python(path):
+    """Return the path of a Python 3.11 with venv that is not itself in a virtual environment.
+
+    ``path`` (None: any) is the only candidate. Raises SetupError with the reason for each candidate that fails.
+    """
     version = ".".join(map(str, PYTHON))
     seen = []
-    for candidate in [wanted] if wanted else _candidates(version):
+    for candidate in [path] if path else _candidates(version):
         try:
             done = subprocess.run([candidate, "-c", _PROBE], capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:
@@ -30,16 +33,16 @@ def find_python(wanted):
         if done.returncode:
             seen.append(f"{candidate}: {(done.stderr.strip().splitlines() or ['it fails'])[-1]}")
             continue
-        found, base = done.stdout.splitlines()
-        if found == "{} {}".format(*PYTHON):
+        candidate_version, base = done.stdout.splitlines()
+        if candidate_version == "{} {}".format(*PYTHON):
             return base
-        seen.append(f"{candidate}: it is Python {found.replace(' ', '.')}")
+        seen.append(f"{candidate}: it is Python {candidate_version.replace(' ', '.')}")
     tried = "\n    ".join(seen or ["none on PATH"])
     raise SetupError(
         f"no Python {version} with venv and ensurepip was found:\n    {tried}\n"
         f"  Install one (`pyenv install {version}`, or as root `apt-get install python{version}-venv`),"
         " or name it with --python PATH.\n"
-        "  The pins are for this version; with another make an environment yourself:\n"
+        "  The pins are for this version; for another one create an environment yourself:\n"
         "  pip install -e '.[train,rollout,swe,dev]'"
     )
 
@@ -53,7 +56,10 @@ def _candidates(version):
 
 
 def check_tools():
-    """git is needed, bubblewrap isolates the agent's commands; both are installed where we may."""
+    """Install git and bubblewrap if they are missing and we are root. Raises SetupError without git.
+
+    Without bubblewrap, which isolates the agent's commands, there is only a warning.
+    """
     missing = [package for tool, package in TOOLS.items() if not shutil.which(tool)]
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         env = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
@@ -64,17 +70,17 @@ def check_tools():
         except SetupError as error:
             say(f"warning: {error}")
     if not shutil.which("git"):
-        raise SetupError("git is missing, and tasks are git repositories: run `apt-get install git` as root")
+        raise SetupError("git is missing, which the tasks need: run `apt-get install git` as root")
     if not shutil.which("bwrap"):
         say("warning: bubblewrap is missing, so the agent's commands cannot be isolated in namespaces:")
         say("         run `apt-get install bubblewrap` as root")
 
 
-def check_room(need_gb):
-    """Raise SetupError unless the checkout's disk has the room."""
+def check_disk(need_gb):
+    """Raise SetupError unless the checkout's disk has ``need_gb`` GB free."""
     free_gb = shutil.disk_usage(ROOT).free / 1e9
     if free_gb < need_gb:
         raise SetupError(
-            f"{free_gb:.1f} GB are free on the disk of {ROOT} and {need_gb:.1f} GB are needed: free some,"
-            " or put the checkout on another disk"
+            f"{free_gb:.1f} GB are free on the disk of {ROOT} and {need_gb:.1f} GB are needed: free some space,"
+            " or move the checkout to another disk"
         )

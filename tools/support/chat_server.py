@@ -1,6 +1,6 @@
-"""A chat completions server on the loopback, in threads of this process, that a test tells how to behave.
+"""A chat completions server on the loopback interface whose behaviour a test scripts.
 
-As a program (``python -m``, PORT) the server of a teacher: the repair tasks' expert behind the API.
+``python -m tools.support.chat_server PORT`` serves the repair tasks' expert as a teacher.
 """
 
 from __future__ import annotations
@@ -12,25 +12,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from megatron_dagger.envs.repo_repair.expert import next_command
 from megatron_dagger.types import Message
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
+Answer = Callable[[dict[str, Any]], str | int | dict[str, Any] | tuple[int, dict[str, Any]]]
 
 
 class ChatServer(ThreadingHTTPServer):
-    """``answer(request)`` gives a reply's text, a status, a whole body or both of these.
+    """``answer(request)`` returns the response's text, its status, its JSON body, or (status, body).
 
-    ``requests`` and ``headers``: what came.
+    ``requests`` and ``headers`` record what was received. Every response takes ``delay_s``.
     """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, answer: Callable[[dict], str | int | dict | tuple[int, dict]], port: int = 0):
+    def __init__(self, answer: Answer, port: int = 0):
         super().__init__(("127.0.0.1", port), _Handler)
-        self.answer, self.requests, self.headers, self.delay_s = answer, [], [], 0.0
+        self.answer, self.delay_s = answer, 0.0
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.most_at_once = self.at_once = 0
         self.lock = threading.Lock()
 
@@ -40,7 +44,9 @@ class ChatServer(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
+    server: ChatServer
+
+    def do_POST(self) -> None:
         server = self.server
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
@@ -52,6 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = server.answer(request) if self.path in PATHS else 404
         with server.lock:
             server.at_once -= 1
+        body: dict[str, Any]
         usage = {"prompt_tokens": 100, "completion_tokens": 10}
         match answer:
             case int():
@@ -69,12 +76,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, *arguments):
-        """Quiet."""
+    def log_message(self, *args: Any) -> None:
+        """Log nothing."""
 
 
 @contextmanager
-def chat_server(answer: Callable[[dict], str | int], port: int = 0) -> Iterator[ChatServer]:
+def chat_server(answer: Answer, port: int = 0) -> Iterator[ChatServer]:
+    """Serve in threads of this process until the block ends."""
     with ChatServer(answer, port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
@@ -85,7 +93,8 @@ def chat_server(answer: Callable[[dict], str | int], port: int = 0) -> Iterator[
             thread.join()
 
 
-def expert(request: dict) -> str:
+def expert(request: dict[str, Any]) -> str:
+    """Answer as the repair tasks' expert does."""
     return next_command(tuple(Message(**message) for message in request["messages"]))
 
 

@@ -1,6 +1,6 @@
-"""A Docker daemon of the tests' own, and an image made of this host's programs: nothing is pulled.
+"""A Docker daemon for tests and tools, and an image made from this host's programs: nothing is pulled.
 
-The daemon keeps everything in a temporary directory and is ended by its process number.
+The daemon keeps everything in a temporary directory.
 """
 
 import importlib.metadata
@@ -26,43 +26,45 @@ kill expr nohup setsid find xargs grep sed awk tar gzip base64 md5sum sha256sum 
 """
 PACKAGES = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
 START_TIMEOUT_S = 60
-# Of the interpreter's own tests only what the others import.
-LEFT_OUT = re.compile(
+# Parts of the standard library that are not copied; of its tests only the modules that the others import are.
+EXCLUDED = re.compile(
     r"/(tests|test/(?!support|__init__)[^/]+|(site|dist)-packages|idlelib|tkinter|ensurepip|__pycache__|config-[^/]*)(/|$)"
 )
 
 
 def missing():
-    """Why no daemon can be started here; empty where one can."""
+    """Return why no daemon can be started here; empty if one can."""
     if os.geteuid() != 0:
-        return "a Docker daemon of one's own needs root"
+        return "starting a Docker daemon needs root"
     absent = [program for program in ("dockerd", "containerd", "runc", "git") if not shutil.which(program)]
     return f"{', '.join(absent)} missing: apt-get install docker.io git" if absent else ""
 
 
 class DoesNotStart(RuntimeError):
-    """The end of the daemon's log, which says what this machine lacks."""
+    """The daemon does not start; the message is the end of its log."""
 
 
 class Daemon:
-    """dockerd in ``home``, which can be killed and started again as a machine's would."""
+    """dockerd with all its files in ``home``; it can be killed and started again."""
 
     def __init__(self, home):
         self.home = Path(home)
         self.url = f"unix://{self.home}/docker.sock"
-        self.process = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self):
+        """Start dockerd and wait until it answers. Raises DoesNotStart."""
         import docker
 
-        for left in ("docker.pid", "exec/containerd/containerd.pid"):  # numbers of processes that a kill ended
-            (self.home / left).unlink(missing_ok=True)
+        for pid_file in ("docker.pid", "exec/containerd/containerd.pid"):  # left by a killed daemon
+            (self.home / pid_file).unlink(missing_ok=True)
         command = ["dockerd", "--data-root", self.home / "data", "--exec-root", self.home / "exec"]
         command += ["-p", self.home / "docker.pid", "-H", self.url, "--storage-driver=overlay2", "--bridge=none"]
         command += ["--iptables=false", "--ip6tables=false", "--exec-opt", "native.cgroupdriver=cgroupfs"]
         with open(self.home / "log", "ab") as log:
-            quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            self.process = subprocess.Popen(list(map(str, command)), start_new_session=True, **quiet)
+            self.process = subprocess.Popen(
+                list(map(str, command)), start_new_session=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             with suppress(docker.errors.DockerException, OSError):
@@ -70,28 +72,34 @@ class Daemon:
                 client.ping()
                 client.close()
                 return
-            if self.process.poll() is not None or time.monotonic() > deadline:
+            if not self.runs() or time.monotonic() > deadline:
                 raise DoesNotStart((self.home / "log").read_text()[-500:])
             time.sleep(0.1)
 
+    def runs(self):
+        """Return whether dockerd runs."""
+        return self.process is not None and self.process.poll() is None
+
     def kill(self):
-        """kill -9; its containerd dies with it, the containers' shims do not."""
+        """Kill dockerd with SIGKILL. Its containerd dies with it, the containers' shims do not."""
+        assert self.process is not None, "the daemon was not started"
         self.process.kill()
         self.process.wait(timeout=30)
 
     def shims(self):
-        """The processes that hold this daemon's containers; they outlive its kill, and sometimes their containers."""
+        """Return the pids of the containers' parents; they outlive a killed daemon, and sometimes the containers."""
         command = ["pgrep", "-f", f"containerd-shim.*{self.home}/"]
         return [int(pid) for pid in subprocess.run(command, capture_output=True, text=True).stdout.split()]
 
     def stop(self):
-        if self.process.poll() is None:
+        """Stop dockerd, kill what its containers left, and unmount its file systems."""
+        if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
                 self.process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 self.kill()
-        for shim in self.shims():  # of containers that ran when it was killed
+        for shim in self.shims():  # of containers that were running when the daemon was killed
             for process in processes_below(shim):
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
@@ -99,17 +107,18 @@ class Daemon:
             subprocess.run(["umount", "-l", mount], check=False, capture_output=True)
 
 
-def processes_with(word):
-    """Those that stay: what was killed takes a moment to vanish from a busy machine."""
+def processes_with(pattern):
+    """Return the pids whose command line matches ``pattern``, once killed processes have had time to vanish."""
     for _ in range(30):
-        found = subprocess.run(["pgrep", "-f", word], capture_output=True, text=True, check=False).stdout.split()
-        if not found:
+        pids = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout.split()
+        if not pids:
             break
         time.sleep(0.1)
-    return found
+    return pids
 
 
 def wait_for(condition, deadline_s=60):
+    """Wait until ``condition()`` is true. Raises AssertionError after ``deadline_s``."""
     end = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < end, f"nothing happened in {deadline_s} s"
@@ -117,19 +126,20 @@ def wait_for(condition, deadline_s=60):
 
 
 def processes_below(parent):
-    """A process and all that it started, the last first."""
+    """Return the pids of a process and its descendants, descendants first."""
     listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False).stdout
-    return [one for child in listed.split() for one in processes_below(int(child))] + [parent]
+    return [pid for child in listed.split() for pid in processes_below(int(child))] + [parent]
 
 
 def mounts_below(folder):
+    """Return the mount points below a folder."""
     lines = Path("/proc/self/mounts").read_text().splitlines()
     return [line.split()[1] for line in lines if line.split()[1].startswith(f"{folder}/")]
 
 
 @contextmanager
 def docker_daemon():
-    """A running Daemon that has IMAGE; ended, with all its containers, in any case."""
+    """Yield a running Daemon that has IMAGE; stop it and remove its containers afterwards."""
     home = tempfile.mkdtemp(prefix="megatron-dagger-docker-")
     daemon = Daemon(home)
     try:
@@ -138,7 +148,7 @@ def docker_daemon():
         yield daemon
     finally:
         try:
-            if daemon.process.poll() is not None:
+            if not daemon.runs():
                 daemon.start()
             remove_containers(daemon.url)
         finally:
@@ -147,6 +157,7 @@ def docker_daemon():
 
 
 def remove_containers(url):
+    """Remove all containers of a daemon."""
     import docker
 
     client = docker.DockerClient(base_url=url)
@@ -156,6 +167,7 @@ def remove_containers(url):
 
 
 def load_image(url, folder):
+    """Build IMAGE and import it into a daemon; ``folder`` holds the archive meanwhile."""
     import docker
 
     archive = folder / "rootfs.tar"
@@ -169,11 +181,11 @@ def load_image(url, folder):
 
 
 def write_rootfs(path):
-    """A root file system of this host's shell, tools, git and Python with pytest, and their libraries."""
+    """Write a tar archive of this host's shell, tools, git, and Python with pytest, and their libraries."""
     python = Path(sys.base_prefix, "bin", f"python{sys.version_info[0]}.{sys.version_info[1]}")
     stdlib = Path(sysconfig.get_path("stdlib", vars={"base": sys.base_prefix, "installed_base": sys.base_prefix}))
     git_core = Path(subprocess.check_output(["git", "--exec-path"], text=True).strip())
-    programs = [Path(shutil.which(name)) for name in PROGRAMS.split() if shutil.which(name)]
+    programs = [Path(program) for program in map(shutil.which, PROGRAMS.split()) if program]
     extensions = sorted(stdlib.glob("lib-dynload/*.so"))
     with tarfile.open(path, "w") as archive:
         for name in ("bin", "sbin", "lib", "lib64"):
@@ -192,34 +204,35 @@ def write_rootfs(path):
             link.type, link.linkname = tarfile.SYMTYPE, place(python, slash="/")
             archive.addfile(link)
         archive.add(git_core, arcname=place(git_core))
-        archive.add(stdlib, place(stdlib), filter=lambda member: None if LEFT_OUT.search(member.name) else member)
+        archive.add(stdlib, place(stdlib), filter=lambda member: None if EXCLUDED.search(member.name) else member)
         for package in PACKAGES:
             add_package(archive, package)
 
 
 def libraries(files):
-    """What the files are linked against, and the loader."""
-    found = set()
+    """Return the libraries that the files are linked against, and the loader."""
+    paths = set()
     for file in files:
         listed = subprocess.run(["ldd", str(file)], capture_output=True, text=True, check=False).stdout
-        found |= {Path(word) for line in listed.splitlines() for word in line.split() if word.startswith("/")}
-    return found
+        paths |= {Path(field) for line in listed.splitlines() for field in line.split() if field.startswith("/")}
+    return paths
 
 
 def place(path, slash=""):
-    """Where a file lies, with the links of its folders resolved: /lib is a link itself."""
+    """Return a file's path in the image, with the links of its folders resolved (/lib may be one)."""
     path = Path(path)
     return slash + str(Path(os.path.realpath(path.parent), path.name)).lstrip("/")
 
 
 def add_package(archive, name):
     try:
-        files = importlib.metadata.distribution(name).files
+        files = importlib.metadata.distribution(name).files or ()
     except importlib.metadata.PackageNotFoundError:
         return
     for file in files:
-        if ".." not in file.parts and "__pycache__" not in file.parts and file.locate().is_file():
-            archive.add(file.locate(), arcname=f"opt/packages/{file}")
+        path = Path(str(file.locate()))
+        if ".." not in file.parts and "__pycache__" not in file.parts and path.is_file():
+            archive.add(path, arcname=f"opt/packages/{file}")
 
 
 def add_folder(archive, name, mode):

@@ -1,4 +1,4 @@
-"""Labelled episodes of an agent's shape, from a seed: what the training tools train on."""
+"""Synthetic labelled episodes with the lengths of agent runs, for benchmarks and checks of training."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from megatron_dagger.types import LabelledEpisode, StateLabel
 
 
 def make(count: int, *, seed: int, vocab_size: int, longest: int, branches: float = 0.1) -> list[LabelledEpisode]:
-    """``count`` episodes of 1/12 to 1 times ``longest`` tokens, most of them short.
+    """Return ``count`` episodes of ``longest`` / 12 to ``longest`` tokens, most of them short.
 
-    A turn is an observation of 15 to 80 tokens and an action of 12 to 32. Every turn has a label; a
-    share ``branches`` of them differ from the executed action. The tokens follow a noisy rule that a
-    small model learns in a few hundred steps, so that losses mean something.
+    A turn is an observation of 15 to 80 tokens and an action of 12 to 32. Every turn has a label; a share ``branches``
+    of the labels differs from the executed action. The tokens follow a noisy rule that a small model learns in a few
+    hundred steps, so losses fall.
     """
     rng = np.random.default_rng(seed)
     return [_episode(rng, vocab_size, longest, branches) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Free ports of the loopback, for servers that cannot be told to choose one and say which."""
+"""Free ports on the loopback interface, for servers that cannot choose a port themselves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ones; each free until somebody else takes it."""
+    """Return ``count`` different ports. Another process may take one before it is used."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

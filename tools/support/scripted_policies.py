@@ -1,6 +1,6 @@
-"""Small deterministic policies, for tests of whatever runs policies. No engine, no mocking.
+"""Small deterministic policies for tests and benchmarks.
 
-``encode`` turns a reply into the action's tokens, end-of-turn token included (the chat renderer's job).
+``encode`` turns a reply into the action's tokens, including the end-of-turn token (``ChatRenderer.action``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Encode = Callable[[str], np.ndarray]
 
 
 class RandomPolicy:
-    """Picks one of ``texts`` at random: the same one for the same state seed, whoever else asks."""
+    """Picks one of ``texts`` at random; the choice depends on the state's seed only."""
 
     def __init__(self, texts: Sequence[str], encode: Encode, *, seed: int = 0, name: str = "random"):
         if not texts:
@@ -31,10 +31,9 @@ class RandomPolicy:
 
 
 class ReplayPolicy:
-    """Answers turn t with ``texts[t]``; the turn is the number of replies the conversation has so far.
+    """Answers turn t with ``texts[t]``; t is the number of replies in the conversation.
 
-    It keeps no state of its own, so any number of episodes can replay at once. After the last text
-    there is no action: PolicyError.
+    It has no state, so any number of episodes can replay at once. Raises PolicyError after the last text.
     """
 
     def __init__(self, texts: Sequence[str], encode: Encode, *, name: str = "replay"):
@@ -44,5 +43,5 @@ class ReplayPolicy:
     async def act(self, state: State) -> Action:
         turn = sum(message.role == "assistant" for message in state.messages)
         if turn >= len(self._texts):
-            raise PolicyError(f"{self.name}: turn {turn} was asked for, the script has {len(self._texts)}")
+            raise PolicyError(f"{self.name}: there is no text for turn {turn}, the script has {len(self._texts)}")
         return Action(text=self._texts[turn], tokens=self._encode(self._texts[turn]))

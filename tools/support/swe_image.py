@@ -1,4 +1,4 @@
-"""A SWE-bench 5.x row with a local image: a small real repository whose history holds the repair."""
+"""A SWE-bench 5.x row with a local image: a small real repository whose history contains the repair."""
 
 import json
 
@@ -14,7 +14,7 @@ def spread(values):
     return max(values) - min(values)
 """
 FIXED = BUGGY.replace("(len(values) + 1)", "len(values)")
-# "~" is the blank that begins an empty line of context.
+# "~" stands for the blank that begins an empty context line.
 PATCH = """\
 diff --git a/calc/__init__.py b/calc/__init__.py
 --- a/calc/__init__.py
@@ -27,7 +27,7 @@ diff --git a/calc/__init__.py b/calc/__init__.py
 ~
  def spread(values):
 """.replace("~", " ")
-# Patches of an agent that would cheat: through a link, with files of its own, with tests of its own.
+# Patches of a cheating agent: a link out of the repository, a new file, changed tests.
 LINK = """\
 diff --git a/calc/away b/calc/away
 new file mode 120000
@@ -79,7 +79,7 @@ diff --git a/tests/test_calc.py b/tests/test_calc.py
 +    assert mean([1, 2, 3]) == 2
 """.replace("~", " ")
 SECRET = "the repair that nobody may see"
-# The image's tree has an uncommitted change and a file that git does not know, as real ones have.
+# As in real images, the tree has an uncommitted change and an untracked file.
 BUILD = f"""
 set -e
 git config --global user.email a@b.c; git config --global user.name A; git config --global init.defaultBranch trunk
@@ -105,8 +105,8 @@ rm -f ~/.gitconfig; echo $base
 
 
 def build(host):
-    """Make SWE_IMAGE on the daemon; the commit that the task starts from."""
-    # The image keeps the signal, without which SWE-bench's harness waits 15 s for each container to stop.
+    """Build SWE_IMAGE on the daemon; return the task's base commit."""
+    # The image keeps this stop signal; without it SWE-bench's harness waits 15 s for each container to stop.
     settings = {"network_mode": "none", "working_dir": "/testbed", "stop_signal": "SIGKILL"}
     container = host.client.containers.create(IMAGE, ["sleep", "600"], **settings)
     try:
@@ -121,7 +121,7 @@ def build(host):
 
 
 def row(base_commit):
-    """The task, as swebench 5.x would have it."""
+    """Return the task as a row of swebench 5.x."""
     script = f"""\
 #!/bin/bash
 set -uxo pipefail

@@ -1,7 +1,7 @@
-"""The accounting of a virtual SLURM: slurmdbd over a MariaDB of its own, so that ``sacct`` answers.
+"""The accounting of a virtual SLURM: slurmdbd with its own MariaDB, for ``sacct``, by which NeMo-Run follows jobs.
 
-NeMo-Run asks it how its jobs are. The database has no tables of users and listens on a socket in the cluster's
-directory alone: it is ready after a quarter of a second, and gone with the directory.
+The database has no user tables and listens only on a socket in the cluster's directory. It starts in a quarter of a
+second and disappears with the directory.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ LogFile={folder}/log/slurmdbd.log
 
 
 def write_conf(folder: Path, port: int, user: str) -> str:
-    """Write slurmdbd's file beside slurm.conf; returns the lines that slurm.conf needs."""
+    """Write slurmdbd.conf to ``folder`` and return the lines that slurm.conf needs for it."""
     path = folder / "slurmdbd.conf"
     path.write_text(_CONF.format(folder=folder, port=port, user=user))
-    path.chmod(0o600)  # slurmdbd wants it so
+    path.chmod(0o600)  # slurmdbd refuses other modes
     return (
         "AccountingStorageType=accounting_storage/slurmdbd\n"
         f"AccountingStorageHost=localhost\nAccountingStoragePort={port}\n"
@@ -39,8 +39,8 @@ def write_conf(folder: Path, port: int, user: str) -> str:
     )
 
 
-def database(folder: Path, user: str) -> list[str]:
-    """The database's command line; it is ready when ``socket_path`` is there."""
+def database_command(folder: Path, user: str) -> list[str]:
+    """Return the command line of the database. It is ready once ``socket_path`` exists."""
     (folder / "database").mkdir()
     return [
         "mariadbd",
@@ -57,8 +57,8 @@ def database(folder: Path, user: str) -> list[str]:
     ]
 
 
-def variables(folder: Path) -> Mapping[str, str]:
-    """How slurmdbd finds the database."""
+def database_variables(folder: Path) -> Mapping[str, str]:
+    """Return the environment variables by which slurmdbd finds the database."""
     return {"MYSQL_UNIX_PORT": str(socket_path(folder))}
 
 

@@ -1,1 +1,1 @@
-"""Repair tasks on real code: one wrong token in a real package, found by its own tests."""
+"""Repair tasks on real code: one wrong token in a real package, which the package's own tests detect."""

@@ -1,4 +1,4 @@
-"""Texts of the kind that repair episodes are made of, to train a small student's tokenizer on."""
+"""Texts like those of repair episodes, to train a small student's tokenizer on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from megatron_dagger.envs.repo_repair.generate import SourceTree
 from megatron_dagger.envs.repo_repair.task import RepairTask
 from megatron_dagger.envs.repo_repair.tools.swaps import numbered, repairs
 
-REPEATS = 40  # of the fixed texts: they stand in every episode, a line of code in few
+REPEATS = 40  # of the fixed texts: they are in every episode, a line of code in few
 
 
 def texts(trees: Iterable[SourceTree], tasks: Iterable[RepairTask]) -> Iterator[str]:
-    """System message, problem statements, lines of code as the tools show them, and commands."""
+    """Yield the system message, problem statements, commands, and lines of code as the tools show them."""
     fixed = ["locate", "runtests", "undo", "submit", "edits: 0", "edits: 1", "FAIL 1 of 9\n", "PASS 9"]
     fixed += ["system\n" + SYSTEM_MESSAGE, "assistant\n", "user\n", "untested: none of @1"]
     fixed += ["error: nothing to undo", "error: run locate first", "error: undo the edits first"]

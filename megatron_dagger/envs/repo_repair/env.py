@@ -1,12 +1,11 @@
 """One episode of repairing a repository: the agent's commands run in a sandbox, real tests judge.
 
-Every change of the work tree, by whatever command, is a step that ``undo`` takes back. ``undo`` and
-``submit`` are handled here, outside the sandbox; all else runs inside it, through a shell unless it
-is a plain call of one of the repair tools.
+Every change of the work tree, by whatever command, is one step that ``undo`` reverts. ``undo`` and ``submit`` are
+handled here. Everything else runs inside the sandbox: a plain call of a repair tool directly, the rest in a shell.
 
-A reply ends with where the agent stands, whatever it did: how many edits are open, and if none is, which
-fixes no test run has failed of the line that it looked at last. So what is best to do next can be read
-off the last reply, after mistakes as well.
+Every observation ends with the state of the search: the number of open edits and, if there are none, the fixes of the
+last line looked at that no test run has failed yet. So the best next action can be inferred from the last observation,
+even after a mistake.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-from megatron_dagger.envs.base import CommandResult, EnvironmentBroken, Observation
+from megatron_dagger.envs.base import Observation, truncate
 from megatron_dagger.envs.repo_repair.task import RepairTask
 from megatron_dagger.envs.repo_repair.testing import SETTINGS_FILE, SUSPECTS_FILE, TESTED_FILE, run_tests
-from megatron_dagger.sandbox import ProcessSandbox, SandboxPool
+from megatron_dagger.sandbox.base import CommandResult, EnvironmentBroken
+from megatron_dagger.sandbox.local import ProcessSandbox, SandboxPool
 
 SYSTEM_MESSAGE = """\
 One token of a Python package is wrong. Reply with one shell command, such as
@@ -31,10 +31,10 @@ RUNS_TESTS = frozenset({"runtests", "locate"})
 READS_ONLY = RUNS_TESTS | {"list", "search", "view", "untested"}
 TOOLS = READS_ONLY | {"fix", "edit"}
 TAKES_A_LINE = frozenset({"view", "untested", "fix", "edit"})
-MOST_OBSERVATION_CHARACTERS = 2000
+OBSERVATION_CHARACTERS = 2000
 
 _QUOTED = re.compile(r"""'[^']*'|"[^"$`\\]*\"""")
-_PLAIN = re.compile(r"[\w@%+=:,./\- ]*", re.ASCII)  # what shlex.quote leaves as it is
+_PLAIN = re.compile(r"[\w@%+=:,./\- ]*", re.ASCII)  # characters that mean nothing to a shell
 
 Tree = Mapping[str, bytes]
 TestMemory = dict[tuple[str, str, str], tuple[CommandResult, bytes | None]]
@@ -43,8 +43,8 @@ TestMemory = dict[tuple[str, str, str], tuple[CommandResult, bytes | None]]
 class RepairEnv:
     """The Env of one RepairTask; ``files`` are its repository, ``.git`` included.
 
-    ``memory``, shared by the episodes of a process, keeps the agent's own test runs by the content of
-    the tree: a task is admitted only where repeated runs agree. The judge always runs the tests.
+    ``memory``, shared by the episodes of a process, caches the agent's test runs by the content of the tree. That is
+    sound because a task is accepted only if repeated runs agree. The judge always runs the tests.
     """
 
     def __init__(self, task: RepairTask, files: Tree, pool: SandboxPool, memory: TestMemory | None = None):
@@ -58,7 +58,7 @@ class RepairEnv:
         self._tree: dict[str, bytes] = {}
         self._history: list[dict[str, bytes]] = []
         self._tested: list[tuple[str, int, str]] = []  # (file, line number, text): edits that failed the tests
-        self._line: str | None = None  # the address of the line that the agent looked at last
+        self._line: str | None = None  # the address of the last line that the agent looked at
 
     def reset(self) -> tuple[str, str]:
         self._sandbox = self._sandbox or self._pool.take()
@@ -70,47 +70,46 @@ class RepairEnv:
         return SYSTEM_MESSAGE, self.task.problem_statement
 
     def step(self, command: str) -> Observation:
-        if self._sandbox is None:
-            raise EnvironmentBroken("the episode has not been reset, or is closed")
-        words = plain_words(command)
-        if words == ["submit"]:
+        sandbox = self._require_sandbox()
+        argv = plain_words(command)
+        if argv == ["submit"]:
             return Observation(text="submitted", done=True)
-        if words == ["undo"]:
+        if argv == ["undo"]:
             return Observation(text=self._undo())
-        tool = words[0] if words and words[0] in TOOLS else ""
-        if tool == "locate" and self._history:  # the lines of another tree would be no help later
+        tool = argv[0] if argv and argv[0] in TOOLS else ""
+        if tool == "locate" and self._history:  # line numbers of an edited tree would be wrong after undo
             return Observation(text=f"error: undo the edits first\n{self._status()}")
-        result = self._run_tool(words) if words and tool else self._sandbox.run(command)
+        result = self._run_tool(argv) if argv and tool else sandbox.run(command)
         if tool not in READS_ONLY:
             self._note_changes()
         if tool in RUNS_TESTS and not result.output.startswith("PASS"):
             self._note_tested()
         if not tool:  # a shell command may have damaged what the tools need
-            self._sandbox.write(self._settings())
+            sandbox.write(self._settings())
         if tool == "locate":
             self._line = None
-        elif words and tool in TAKES_A_LINE and result.exit_code == 0:
-            self._line = words[1]
-        text = _clip(_describe(result))
-        says_it_already = tool in ("view", "untested") and result.exit_code == 0 and not self._history
-        return Observation(text=text if says_it_already else f"{text}\n{self._status()}".lstrip())
+        elif argv and tool in TAKES_A_LINE and result.exit_code == 0:
+            self._line = argv[1]
+        text = truncate(_describe(result), OBSERVATION_CHARACTERS)
+        shows_status = tool in ("view", "untested") and result.exit_code == 0 and not self._history
+        return Observation(text=text if shows_status else f"{text}\n{self._status()}".lstrip())
 
-    def _run_tool(self, words: list[str]) -> CommandResult:
-        """Run a repair tool; a test run on a tree that was tested before is remembered."""
-        assert self._sandbox is not None
-        if self._memory is None or words[0] not in RUNS_TESTS or len(words) > 1:
-            return self._sandbox.run(words)
-        key = (self.task_id, words[0], self._tree_digest())
+    def _run_tool(self, argv: list[str]) -> CommandResult:
+        """Run a repair tool; take a test run on a tree that was tested before from the memory."""
+        sandbox = self._require_sandbox()
+        if self._memory is None or argv[0] not in RUNS_TESTS or len(argv) > 1:
+            return sandbox.run(argv)
+        key = (self.task_id, argv[0], self._tree_digest())
         known = self._memory.get(key)
         if known is None:
-            result = self._sandbox.run(words)
-            written = self._sandbox.read(".repair").get(SUSPECTS_FILE) if words[0] == "locate" else None
+            result = sandbox.run(argv)
+            written = sandbox.read(".repair").get(SUSPECTS_FILE) if argv[0] == "locate" else None
             if not result.timed_out:
                 self._memory[key] = (result, written)
             return result
         result, written = known
         if written is not None:
-            self._sandbox.write({SUSPECTS_FILE: written})
+            sandbox.write({SUSPECTS_FILE: written})
         return result
 
     def _tree_digest(self) -> str:
@@ -123,15 +122,15 @@ class RepairEnv:
         return run_tests(self._pool, self._submitted(), self.task.tool_settings()).passed(self.task.tests)
 
     def report(self) -> dict[str, object]:
-        """The patch."""
+        """Return the patch."""
         return {"patch": self.patch()}
 
     def patch(self) -> str:
-        """What the agent changed in the package, as a unified diff."""
+        """Return the agent's changes of the package as a unified diff."""
         return tree_diff(self._original, self._submitted())
 
     def close(self) -> None:
-        """Give the sandbox back; one in which a command ran is emptied first. May be called twice."""
+        """Give the sandbox back to the pool, which empties it. May be called twice."""
         sandbox, self._sandbox = self._sandbox, None
         if sandbox is not None:
             self._pool.give(sandbox)
@@ -142,8 +141,13 @@ class RepairEnv:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _require_sandbox(self) -> ProcessSandbox:
+        if self._sandbox is None:
+            raise EnvironmentBroken("the episode has not been reset, or is closed")
+        return self._sandbox
+
     def _submitted(self) -> dict[str, bytes]:
-        """The task's files with the modules as the agent left them; changed tests do not count."""
+        """Return the task's files with the agent's version of the modules under repair; changed tests do not count."""
         package = {name: self._tree[name] for name in self.task.source_files if name in self._tree}
         return {**self._original, **package}
 
@@ -154,7 +158,10 @@ class RepairEnv:
         return {TESTED_FILE: json.dumps(self._tested).encode()}
 
     def _note_tested(self) -> None:
-        """Where the one open edit changes one line, ``view`` need not propose it again: the tests failed."""
+        """Record that the tests failed with the open edit, if it is the only one and changes one line.
+
+        ``view`` then no longer proposes it.
+        """
         if len(self._history) != 1:
             return
         (before,) = self._history
@@ -164,40 +171,36 @@ class RepairEnv:
             old, new = (tree.get(name, b"").splitlines(keepends=True) for tree in (before, self._tree))
             lines = _changed_lines(old, new)
             if len(old) == len(new) and len(lines) == 1:
-                assert self._sandbox is not None
                 self._tested.append((name, lines[0], new[lines[0] - 1].decode(errors="replace")))
-                self._sandbox.write(self._tested_file())
+                self._require_sandbox().write(self._tested_file())
 
     def _note_changes(self) -> None:
-        assert self._sandbox is not None
-        found = self._sandbox.read(".")
-        tree = {name: content for name, content in found.items() if not name.startswith(".repair/")}
+        files = self._require_sandbox().read(".")
+        tree = {name: content for name, content in files.items() if not name.startswith(".repair/")}
         if tree != self._tree:
             self._history.append(self._tree)
             self._tree = tree
 
     def _undo(self) -> str:
-        assert self._sandbox is not None
         if not self._history:
             return f"error: nothing to undo\n{self._status()}"
         before, self._tree = self._tree, self._history.pop()
         changed = _changed(before, self._tree)
-        self._sandbox.write({name: self._tree.get(name) for name in changed})
+        self._require_sandbox().write({name: self._tree.get(name) for name in changed})
         name = changed[0]
         lines = _changed_lines(*(tree.get(name, b"").splitlines() for tree in (before, self._tree)))
         self._line = f"{name}:{lines[0] if lines else 1}"
         return self._status()
 
     def _status(self) -> str:
-        assert self._sandbox is not None
         status = f"edits: {len(self._history)}"
         if self._history or self._line is None:
             return status
-        return f"{status}\n{_describe(self._sandbox.run(['untested', self._line]))}"
+        return f"{status}\n{_describe(self._require_sandbox().run(['untested', self._line]))}"
 
 
 def plain_words(command: str) -> list[str] | None:
-    """The words of a command that needs no shell; None where a shell has something to do."""
+    """Return the arguments of a command that needs no shell; None if it needs one."""
     if not _PLAIN.fullmatch(_QUOTED.sub("", command)):
         return None
     try:
@@ -207,7 +210,7 @@ def plain_words(command: str) -> list[str] | None:
 
 
 def tree_diff(before: Tree, after: Tree) -> str:
-    """A unified diff in git's form between two trees of text files."""
+    """Return a unified diff in git's form between two trees of text files."""
     parts = []
     for name in _changed(before, after):
         old, new = (tree.get(name, b"").decode(errors="replace").splitlines(keepends=True) for tree in (before, after))
@@ -217,12 +220,12 @@ def tree_diff(before: Tree, after: Tree) -> str:
 
 
 def _changed(before: Tree, after: Tree) -> list[str]:
-    """The files that differ, or stand in one of the trees only, in the order of their names."""
+    """Return the names of the files that differ or are in one tree only, sorted."""
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
 def _changed_lines(before: Sequence[bytes], after: Sequence[bytes]) -> list[int]:
-    """The numbers, from 1, of the lines that differ, as far as the shorter one goes."""
+    """Return the numbers, from 1, of the lines that differ, up to the end of the shorter file."""
     return [number for number, (a, b) in enumerate(zip(before, after, strict=False), 1) if a != b]
 
 
@@ -233,10 +236,3 @@ def _describe(result: CommandResult) -> str:
     elif result.exit_code != 0 and not text:
         text = f"error: exit code {result.exit_code}"
     return text
-
-
-def _clip(text: str) -> str:
-    if len(text) <= MOST_OBSERVATION_CHARACTERS:
-        return text
-    half = MOST_OBSERVATION_CHARACTERS // 2
-    return f"{text[:half]}\n... {len(text) - 2 * half} characters cut ...\n{text[-half:]}"

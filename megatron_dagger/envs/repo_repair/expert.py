@@ -1,10 +1,9 @@
-"""The teacher of the repair tasks: test-guided search, from what the conversation shows alone.
+"""The teacher of the repair tasks: a test-guided search that uses only what the conversation shows.
 
-In any state, also after mistakes that are not its own: take back what does not help, find the
-suspect lines, and try the fixes of each line one after another, each with a run of the tests.
-It reads the messages only; the gold patch and the place of the bug are unknown to it. But for giving
-up when everything was tried, what it does follows from the last command and reply: a student that
-reads these can learn it.
+It can act in any state, including those that another policy's mistakes lead to: undo what does not help, find the
+suspect lines, and try the fixes of each line one after another, each with a test run. It does not know the gold patch
+or the place of the bug. Except for giving up once everything was tried, its action follows from the last command and
+observation, so a student that reads these can learn it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _EDITS = re.compile(r"^edits: (\d+)$", re.MULTILINE)
 
 
 def next_command(messages: tuple[Message, ...]) -> str:
-    """The expert's command in the state that ``messages`` show."""
+    """Return the expert's command for the state that ``messages`` show."""
     exchanges = list(_exchanges(messages))
     if not exchanges:
         return "locate"
@@ -32,8 +31,8 @@ def next_command(messages: tuple[Message, ...]) -> str:
     tool = (plain_words(command) or [""])[0]
     if tool in RUNS_TESTS and reply.startswith("PASS"):
         return "submit"
-    said = _EDITS.findall(reply)
-    edits = int(said[-1]) if said else 0
+    counts = _EDITS.findall(reply)
+    edits = int(counts[-1]) if counts else 0
     if edits:
         untested = edits == 1 and tool not in RUNS_TESTS
         return "runtests" if untested else "undo"
@@ -47,28 +46,29 @@ def next_command(messages: tuple[Message, ...]) -> str:
 
 
 def _next_line(exchanges: list[tuple[str, str]], line: int) -> str:
-    """Look at the line after ``line``, or submit if nothing is left to try on any."""
+    """Return the command that views the suspect after ``line``, or ``submit`` if no suspect has an untested fix."""
     suspects = 0
-    left: dict[int, bool] = {}  # line -> whether it had an untested fix when it was last shown
+    untested: dict[int, bool] = {}  # line -> whether it had an untested fix when it was last shown
     for command, reply in exchanges:
         if (plain_words(command) or [""])[0] == "locate" and _SUSPECT.search(reply):
-            suspects, left = len(_SUSPECT.findall(reply)), {}
-        left |= {int(line): bool(fix) for fix, line in _UNTESTED.findall(reply)}
+            suspects, untested = len(_SUSPECT.findall(reply)), {}
+        untested |= {int(line): bool(fix) for fix, line in _UNTESTED.findall(reply)}
     if not suspects:
         return "locate"
-    if all(left.get(rank) is False for rank in range(1, suspects + 1)):
+    if all(untested.get(rank) is False for rank in range(1, suspects + 1)):
         return "submit"
     return f"view @{line % suspects + 1}"
 
 
 def _exchanges(messages: tuple[Message, ...]) -> Iterator[tuple[str, str]]:
+    """Yield pairs of a command and its observation."""
     for message, reply in itertools.pairwise(messages):
         if message.role == "assistant":
             yield message.content, reply.content
 
 
 class RepairExpert:
-    """The expert as a Policy. ``encode`` makes an action's tokens of its text (ChatRenderer.action)."""
+    """The expert as a Policy. ``encode`` returns the tokens of an action's text (ChatRenderer.action)."""
 
     name = "expert"
 

@@ -1,10 +1,10 @@
-"""Making repair tasks: mutate a package, admit what its own tests show and can localise.
+"""Make repair tasks: mutate a package, and accept the mutations that its own tests detect and can localise.
 
-A task is admitted only if some test of the mutated tree fails that passes on the original, the gold
-patch brings it back, repeated runs of either agree (in several processes), no test runs into its time
-limit, and a search through the lines that the fault localiser lists comes upon the repair in time.
-Nothing depends on the clock or on the number of workers: the same package, seed and settings give the
-same tasks.
+A task is accepted only if
+- a test fails on the mutated tree that passes on the original, and the gold patch makes it pass again;
+- repeated runs of either tree, in several processes, agree, and no test reaches its time limit;
+- a search through the lines that the fault localiser lists finds the repair within the configured number of tries.
+Nothing depends on the clock or the number of workers: the same package, seed and settings give the same tasks.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from megatron_dagger.envs.repo_repair.repository import make_repository
 from megatron_dagger.envs.repo_repair.task import RepairTask
 from megatron_dagger.envs.repo_repair.testing import TestBench, TestRun
 from megatron_dagger.envs.repo_repair.tools.swaps import repairs
-from megatron_dagger.sandbox import SandboxPool
+from megatron_dagger.sandbox.local import SandboxPool
 
-MOST_COVERING_TESTS = 12  # run on a mutant to see whether any notices
-MOST_FAILING_TESTS = 4
-MOST_PASSING_TESTS = 6  # half of them not running the line: they clear other lines of suspicion
-MOST_LISTED_TESTS = 2  # names in the problem statement
+MAX_COVERING_TESTS = 12  # run on a mutant to see whether any fails
+MAX_FAILING_TESTS = 4
+MAX_PASSING_TESTS = 6  # half of them do not run the line: they lower the suspicion of other lines
+MAX_NAMED_TESTS = 2  # in the problem statement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +45,13 @@ class SourceTree:
 
 
 class UnusablePackage(ValueError):
-    """A package's own tests do not pass in the sandbox, so no bug could be seen there."""
+    """A package's own tests do not pass in the sandbox, so they cannot show a bug."""
 
 
 def make_tasks(
     tree: SourceTree, count: int, seed: int, config: RepoRepairConfig, pool: SandboxPool, repositories: Path
 ) -> list[RepairTask]:
-    """Up to ``count`` admitted tasks from one package, their repositories below ``repositories``.
+    """Return up to ``count`` accepted tasks from one package, and write their repositories below ``repositories``.
 
     Raises UnusablePackage, EnvironmentBroken.
     """
@@ -72,8 +72,8 @@ def make_tasks(
     chance = random.Random(f"{seed}:{tree.name}:{tree.version}")
     tasks: list[RepairTask] = []
     used: set[tuple[str, int]] = set()
-    with pool.lend() as one, pool.lend() as other:
-        benches = (TestBench(one, tree.files), TestBench(other, tree.files))
+    with pool.lend() as first, pool.lend() as second:
+        benches = (TestBench(first, tree.files), TestBench(second, tree.files))
         reliable, covering = _covering_tests(tree, template, config.repeats, benches, pool)
         for path, mutation in _choices(tree, chance):
             if len(tasks) >= count:
@@ -83,9 +83,9 @@ def make_tasks(
                 continue
             files = {test.partition("::")[0] for test in tests}
             others = [test for test in reliable if test.partition("::")[0] in files and test not in set(tests)]
-            chosen = sorted(chance.sample(tests, min(len(tests), MOST_COVERING_TESTS)))
-            chosen += sorted(chance.sample(others, min(len(others), MOST_PASSING_TESTS // 2)))
-            task = _admit(tree, template, path, mutation, chosen, config, benches)
+            chosen = sorted(chance.sample(tests, min(len(tests), MAX_COVERING_TESTS)))
+            chosen += sorted(chance.sample(others, min(len(others), MAX_PASSING_TESTS // 2)))
+            task = _accept(tree, template, path, mutation, chosen, config, benches)
             if task is not None:
                 used.add((path, mutation.line))
                 broken = {**tree.files, path: mutation.apply(tree.files[path].decode()).encode()}
@@ -95,14 +95,14 @@ def make_tasks(
 
 
 def _choices(tree: SourceTree, chance: random.Random) -> list[tuple[str, Mutation]]:
-    """Every mutation of the package in an order that takes the operators in turn."""
+    """Return every mutation of the package, shuffled, in an order that takes the operators in turn."""
     by_operator: dict[str, list[tuple[str, Mutation]]] = {}
     for path in tree.source_files:
         for mutation in sites(tree.files[path].decode()):
             by_operator.setdefault(mutation.operator, []).append((path, mutation))
-    for found in by_operator.values():
-        chance.shuffle(found)
-    turns = sorted((turn, name) for name, found in by_operator.items() for turn in range(len(found)))
+    for mutations in by_operator.values():
+        chance.shuffle(mutations)
+    turns = sorted((turn, name) for name, mutations in by_operator.items() for turn in range(len(mutations)))
     return [by_operator[name][turn] for turn, name in turns]
 
 
@@ -113,12 +113,15 @@ def _covering_tests(
     benches: tuple[TestBench, TestBench],
     pool: SandboxPool,
 ) -> tuple[list[str], dict[tuple[str, int], list[str]]]:
-    """The tests that pass whenever they are run, and for each line of the original those that run it."""
+    """Return the tests that pass in every one of ``repeats`` runs, and by line of the original those that run it.
+
+    Raises UnusablePackage if there are none.
+    """
     settings = {**template.tool_settings(), "tests": None, "test_files": list(tree.test_files)}
     runs = [bench.run(settings, trace=bench is benches[0]) for bench in benches[:repeats]]
     for _ in range(repeats - len(runs)):
-        # A process of its own each time: the order of a set, and so the names of parametrised tests,
-        # can differ between processes and be the same in each.
+        # A new process each time: the order of a set, and with it the names of parametrised tests, can differ between
+        # processes but not within one.
         with pool.lend(fresh=True) as sandbox:
             runs.append(TestBench(sandbox, tree.files).run(settings))
     traced = runs[0]
@@ -132,7 +135,7 @@ def _covering_tests(
     return sorted(reliable), covering
 
 
-def _admit(
+def _accept(
     tree: SourceTree,
     template: RepairTask,
     path: str,
@@ -141,7 +144,10 @@ def _admit(
     config: RepoRepairConfig,
     benches: tuple[TestBench, TestBench],
 ) -> RepairTask | None:
-    """The task of one mutation, or None; ``benches`` hold the original tree, before and after."""
+    """Return the task of a mutation, or None if it is not accepted.
+
+    ``benches`` have the original tree before and after the call.
+    """
     mutated = mutation.apply(tree.files[path].decode()).encode()
     bench, other = benches
     for each in benches:
@@ -157,8 +163,8 @@ def _admit(
             instance_id=f"{tree.name}__{_slug(path)}-{mutation.line}-{mutation.bug.nth}-{mutation.operator}",
             operator=mutation.operator,
             patch=tree_diff({**tree.files, path: mutated}, tree.files),
-            FAIL_TO_PASS=json.dumps(failing[:MOST_FAILING_TESTS]),
-            PASS_TO_PASS=json.dumps(passing[-MOST_PASSING_TESTS:]),
+            FAIL_TO_PASS=json.dumps(failing[:MAX_FAILING_TESTS]),
+            PASS_TO_PASS=json.dumps(passing[-MAX_PASSING_TESTS:]),
         )
         task = replace(task, problem_statement=_statement(task))
         traced = other.run(task.tool_settings(), trace=True)
@@ -172,8 +178,8 @@ def _admit(
     finally:
         for each in benches:
             each.write({path: tree.files[path]})
-    # The gold patch gives the original tree, in which these tests passed repeatedly already,
-    # though among others: this run shows that they need no others.
+    # The gold patch restores the original tree, on which these tests have passed among others: this run shows that
+    # they also pass alone.
     return task if other.run(task.tool_settings()).passed(task.tests) else None
 
 
@@ -185,7 +191,7 @@ def _as_expected(run: TestRun, task: RepairTask) -> bool:
 def _repairs_before(
     suspects: tuple[tuple[str, int], ...], files: Mapping[str, bytes], path: str, mutation: Mutation
 ) -> int | None:
-    """How many repairs of the listed lines stand before the right one; None where it is not listed."""
+    """Return how many repairs of the suspect lines come before the right one; None if it is not among them."""
     count = 0
     for name, number in suspects:
         text = files[name].decode().splitlines()[number - 1]
@@ -202,7 +208,7 @@ def _slug(path: str) -> str:
 
 def _statement(task: RepairTask) -> str:
     failing = task.fail_to_pass
-    named = failing[:MOST_LISTED_TESTS]
+    named = failing[:MAX_NAMED_TESTS]
     more = f"\nand {len(failing) - len(named)} more" if len(failing) > len(named) else ""
     count = f"{len(failing)} of {len(task.tests)}"
     return f"{task.repo} {task.version}: {count} tests fail.\n" + "\n".join(named) + more

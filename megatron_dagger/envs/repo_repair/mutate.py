@@ -1,7 +1,7 @@
-"""Bugs put into real code: AST operators that swap one token.
+"""Put bugs into real code by swapping one token.
 
-``sites`` walks the syntax tree of a module and names every place where a swap of the bug family
-(swaps.py) changes the meaning of the code: operators, conditions, returned values, constants.
+``sites`` walks the syntax tree of a module and finds every place where a swap of the bug family (tools/swaps.py)
+changes the code's meaning: operators, conditions, returned values, constants.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_dagger.envs.repo_repair.tools.swaps import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mutation:
-    """One bug: what the ``line`` (from 1) of a module becomes, and by which operator."""
+    """One bug: the new text, without its line ending, of line number ``line`` (from 1) of a module."""
 
     line: int
     operator: str
@@ -31,6 +31,7 @@ class Mutation:
     mutated: str
 
     def apply(self, source: str) -> str:
+        """Return the module's source with the bug."""
         lines = source.splitlines(keepends=True)
         ending = lines[self.line - 1][len(lines[self.line - 1].rstrip("\r\n")) :]
         lines[self.line - 1] = self.mutated + ending
@@ -38,23 +39,23 @@ class Mutation:
 
 
 def sites(source: str) -> list[Mutation]:
-    """Every mutation of a module's source, in order of place. Each can be taken back by a repair."""
+    """Return every mutation of a module's source, by position. Each one has a repair (swaps.repairs) that undoes it."""
     tree = ast.parse(source)
     lines = source.splitlines()
-    found: dict[tuple[int, int], Mutation] = {}
+    mutations: dict[tuple[int, int], Mutation] = {}
     for node in ast.walk(tree):
         for line, column in _places(node):
             text = lines[line - 1] if line <= len(lines) else ""
-            if not text.isascii():  # the tree counts columns in bytes
+            if not text.isascii():  # the syntax tree counts columns in bytes
                 continue
             mutation = _mutate(text, line, column)
             if mutation is not None:
-                found[line, column] = mutation
-    return [found[place] for place in sorted(found)]
+                mutations[line, column] = mutation
+    return [mutations[place] for place in sorted(mutations)]
 
 
 def _places(node: ast.AST) -> Iterator[tuple[int, int]]:
-    """Where (line, first column to look from) the token of an operator on ``node`` may stand."""
+    """Yield (line, column) positions from which to look for a token to swap in ``node``."""
     match node:
         case ast.Compare(left=left, ops=[_]):
             yield left.end_lineno or 0, left.end_col_offset or 0
@@ -83,7 +84,7 @@ def _is_none(node: ast.expr) -> bool:
 
 
 def _mutate(text: str, line: int, column: int) -> Mutation | None:
-    """Swap the first token of the family at or behind ``column`` (behind brackets, dots and spaces)."""
+    """Swap the first token at or after ``column``, past brackets, dots and spaces; None if it is not of the family."""
     seen: dict[str, int] = {}
     for start, token in tokens(text):
         seen[token] = seen.get(token, 0) + 1

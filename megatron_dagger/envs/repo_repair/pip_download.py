@@ -1,13 +1,11 @@
-"""Download named source distributions with pip's own finder and session. Run as a script by ``sdists.py``.
+"""Download named source distributions with pip's own finder and session. Run as a script by sdists.py.
 
-It runs under a Python that has pip, which may be another than the program's, so it imports only
-the standard library and pip. Standard input: a JSON list of {name, sdist, path}. Each file is
-written to its path, not verified; it stops at the first that cannot be had and says why on
-standard error.
+It may run under another Python than the package's, one that has pip, so it imports only the standard library and pip.
+Standard input is a JSON list of {name, sdist, path}. Each file is written to its path, unverified. The script stops at
+the first file it cannot download and prints the reason to standard error.
 
-Why not ``pip download``: for a source distribution it first builds the metadata, which needs
-every package's own build tools. The three methods of pip that are used here exist unchanged
-since pip 20.3.
+``pip download`` would not do: for a source distribution it first builds the metadata, which needs every package's own
+build tools. The three methods of pip used here are unchanged since pip 20.3.
 """
 
 from __future__ import annotations
@@ -18,17 +16,17 @@ from pathlib import Path
 
 
 def main() -> int:
-    # The script's own folder comes first on the path, and its modules must not stand in for pip's.
+    # The script's own folder comes first on the path; its modules must not shadow pip's.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     from pip._internal.commands import create_command
 
-    wanted = json.load(sys.stdin)
+    downloads = json.load(sys.stdin)
     command = create_command("download")
-    options, _ = command.parse_args(["--no-binary=:all:", "--retries=2", "--timeout=20", wanted[0]["name"]])
+    options, _ = command.parse_args(["--no-binary=:all:", "--retries=2", "--timeout=20", downloads[0]["name"]])
     with command.main_context():
         session = command.get_default_session(options)  # type: ignore[attr-defined]
         finder = command._build_package_finder(options, session)  # type: ignore[attr-defined]
-        for item in wanted:
+        for item in downloads:
             try:
                 links = [candidate.link for candidate in finder.find_all_candidates(item["name"])]
                 link = next((link for link in links if link.filename == item["sdist"]), None)
@@ -41,7 +39,7 @@ def main() -> int:
                     response.raise_for_status()
                     content = response.content
                 Path(item["path"]).write_bytes(content)
-            except Exception as error:  # the border to pip, whose errors are many
+            except Exception as error:  # pip raises errors of many kinds
                 sys.stderr.write(f"{error}\n")
                 return 1
     return 0

@@ -1,4 +1,4 @@
-"""The git repository of a task: one commit with the bug in it, the same bytes wherever it is made."""
+"""The git repository of a task: one commit that contains the bug, with the same bytes wherever it is made."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron_dagger.config.base import ConfigError
 from megatron_dagger.store.atomic import publish_directory, temporary_name
 
 GIT_TIMEOUT_S = 60.0
-MOST_BYTES = 8 << 20
+MAX_BYTES = 8 << 20
 _WHO = "megatron-dagger"
 _WHEN = "2020-01-01T00:00:00Z"
 
 
 def make_repository(folder: Path, files: Mapping[str, bytes]) -> str:
-    """Commit ``files`` to a new repository at ``folder`` (replaced if it is there); the commit's hash."""
+    """Commit ``files`` to a new repository at ``folder``, replacing what is there; return the commit's hash."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     making = folder.parent / temporary_name(folder.name)
     try:
@@ -39,15 +39,18 @@ def make_repository(folder: Path, files: Mapping[str, bytes]) -> str:
 
 
 def read_repository(folder: Path) -> dict[str, bytes]:
-    """Every file of a task's repository by relative path, ``.git`` included."""
+    """Return every file of a task's repository by relative path, ``.git`` included.
+
+    Raises ConfigError if there are none, or more than MAX_BYTES.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink():
             files[str(path.relative_to(folder))] = path.read_bytes()
     if not files:
-        raise ConfigError(f"{folder} holds no repository; remove the task cache it is in to have it made anew")
-    if sum(map(len, files.values())) > MOST_BYTES:
-        raise ConfigError(f"{folder} holds more than {MOST_BYTES} bytes: too much for a repair task")
+        raise ConfigError(f"{folder} is not a repository; delete the task cache it is in to make its tasks again")
+    if sum(map(len, files.values())) > MAX_BYTES:
+        raise ConfigError(f"{folder} has more than {MAX_BYTES} bytes, too many for a repair task")
     return files
 
 

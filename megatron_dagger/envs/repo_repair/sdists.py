@@ -1,12 +1,12 @@
-"""Fetching pinned source distributions: downloaded once, verified, unpacked safely, cached.
+"""Fetch pinned source distributions: downloaded once, verified, unpacked safely, cached.
 
-Purpose: the real code that repair tasks are made from, on any machine that pip can install from.
-pip itself downloads (see ``pip_download.py``), because only pip knows its indexes, mirrors,
-proxies, certificates and credentials; no host is named here.
+They are the real code that repair tasks are made from, available on any machine that pip can install from. pip itself
+downloads (see pip_download.py), because only pip knows its indexes, mirrors, proxies, certificates and credentials;
+no host is named here.
 
-Invariants: an archive or a tree under its final name is whole. A download cut short is a
-temporary file that nobody reads; an archive whose sha256 differs from the pin is never unpacked.
-Several processes may fetch into one cache at once.
+Invariants: an archive or a tree under its final name is complete. An interrupted download is a temporary file that is
+never read, and an archive whose sha256 differs from the pin is never unpacked. Several processes may fetch into one
+cache at once.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from megatron_dagger.store.atomic import explain_full_disk, publish_directory, s
 
 logger = logging.getLogger(__name__)
 
-MAX_UNPACKED_BYTES = 64 << 20  # the largest pinned tree has 3 MB: more is a damaged or hostile archive
+MAX_UNPACKED_BYTES = 64 << 20  # the largest pinned tree has 3 MB; a larger archive is damaged or hostile
 DOWNLOAD_TIMEOUT_S = 180.0
-_WAY_OUT = "repeat the command when the package index can be reached, or set repo_repair.source=stdlib to need none"
+_ADVICE = "repeat the command once the package index is reachable, or set repo_repair.source=stdlib to need no download"
 
 
 class FetchError(ValueError):
-    """A source distribution cannot be had, or is not what was pinned."""
+    """A source distribution cannot be downloaded, or is not the pinned one."""
 
 
 def fetch(package: SourcePackage, cache_dir: Path) -> Path:
-    """The unpacked top directory of ``package`` below ``cache_dir``, downloaded if it is not there."""
+    """Return the unpacked top directory of ``package`` in ``cache_dir``; download it if it is missing."""
     return fetch_all([package], cache_dir)[0]
 
 
 def fetch_all(packages: Sequence[SourcePackage], cache_dir: Path) -> list[Path]:
-    """Fetch several packages with one download process; the trees, in the order given.
+    """Fetch several packages with one download process; return their trees, in the same order.
 
-    Raises FetchError when a file cannot be had or is not the pinned one; what had been fetched
-    by then stays in the cache and is not downloaded again.
+    Raises FetchError if a file cannot be downloaded or is not the pinned one. Files fetched before that stay in the
+    cache.
     """
     archives = cache_dir / "sdists"
     missing = [p for p in packages if not _tree(p, cache_dir).is_dir() and not _is_pinned(archives / p.sdist, p)]
@@ -57,7 +57,7 @@ def fetch_all(packages: Sequence[SourcePackage], cache_dir: Path) -> list[Path]:
 
 
 def _tree(package: SourcePackage, cache_dir: Path) -> Path:
-    # The digest in the name: a new pin never meets an old tree.
+    # With the digest in its name, a tree of an old pin is never taken for the new one.
     return cache_dir / "trees" / f"{package.directory}-{package.sha256[:12]}"
 
 
@@ -69,55 +69,58 @@ def _is_pinned(path: Path, package: SourcePackage) -> bool:
 
 
 def _download(packages: Sequence[SourcePackage], folder: Path) -> None:
-    """Have pip put the archives into ``folder``, each under its final name once it is whole."""
+    """Let pip download the archives; move each one to its final name in ``folder`` once it is verified."""
     logger.info("downloading %d source packages: %s", len(packages), ", ".join(p.name for p in packages))
-    wanted = {
+    downloads = {
         p.sdist: {"name": p.name, "sdist": p.sdist, "path": str(folder / temporary_name(p.sdist))} for p in packages
     }
     script = Path(__file__).with_name("pip_download.py")
     try:
         done = subprocess.run(
             [_python_with_pip(), str(script)],
-            input=json.dumps(list(wanted.values())),
+            input=json.dumps(list(downloads.values())),
             capture_output=True,
             text=True,
             timeout=DOWNLOAD_TIMEOUT_S,
         )
         for package in packages:
-            temporary = Path(wanted[package.sdist]["path"])
+            temporary = Path(downloads[package.sdist]["path"])
             if _is_pinned(temporary, package):
                 temporary.replace(folder / package.sdist)
             elif temporary.exists():
                 size = temporary.stat().st_size
                 raise FetchError(
                     f"{package.sdist}: the package index served {size} bytes whose sha256 is not the pinned "
-                    f"{package.sha256}; the download was cut short or the file was replaced: {_WAY_OUT}"
+                    f"{package.sha256}; the download was cut short or the file was replaced: {_ADVICE}"
                 )
             else:
-                raise FetchError(f"{package.sdist} could not be downloaded: {_reason(done.stderr)}; {_WAY_OUT}")
+                raise FetchError(f"{package.sdist} could not be downloaded: {_reason(done.stderr)}; {_ADVICE}")
     except subprocess.TimeoutExpired:
         names = ", ".join(p.name for p in packages)
-        raise FetchError(f"downloading {names} took over {DOWNLOAD_TIMEOUT_S:.0f} s: {_WAY_OUT}") from None
+        raise FetchError(f"downloading {names} took over {DOWNLOAD_TIMEOUT_S:.0f} s: {_ADVICE}") from None
     finally:
-        for item in wanted.values():
+        for item in downloads.values():
             Path(item["path"]).unlink(missing_ok=True)
 
 
 def _reason(stderr: str) -> str:
-    """The line of pip's messages that says most; a file:// location without the package says nothing."""
+    """Return the most informative line of pip's messages; those about file:// locations without the package are not."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip() and "is ignored: it is neither" not in line]
     return lines[-1][:300] if lines else "no index offers it"
 
 
 def _python_with_pip() -> str:
-    """A Python that has pip: this one, the one its environment was made from, or one on PATH."""
-    # Not find_spec("pip"): setuptools takes that for pip at work, and its own distutils, which torch and
-    # vLLM import later, then breaks for the rest of the process.
+    """Return a Python that has pip: this one, the one its environment was made from, or one on PATH.
+
+    Raises FetchError if there is none.
+    """
+    # Not find_spec("pip"): setuptools takes that for a running pip, and then its own distutils, which torch and vLLM
+    # import later, is broken for the rest of the process.
     with contextlib.suppress(PackageNotFoundError):
         version("pip")
         return sys.executable
-    others = [getattr(sys, "_base_executable", None), shutil.which("python3"), shutil.which("python")]
-    for candidate in dict.fromkeys(other for other in others if other):
+    candidates = [getattr(sys, "_base_executable", None), shutil.which("python3"), shutil.which("python")]
+    for candidate in dict.fromkeys(filter(None, candidates)):
         if subprocess.run([candidate, "-m", "pip", "--version"], capture_output=True, timeout=60).returncode == 0:
             return candidate
     raise FetchError(
@@ -147,8 +150,8 @@ def _unpacked(package: SourcePackage, cache_dir: Path) -> Path:
 def unpack(archive: Path, top: str, target: Path) -> None:
     """Write the regular files below ``top`` in a .tar.gz into the directory ``target``.
 
-    Only files and directories are accepted: a link, a device, a path that leaves ``top``, or an
-    archive of more than MAX_UNPACKED_BYTES is a FetchError. Modes, owners and times are not taken over.
+    Raises FetchError for a link, a device, a path that leaves ``top``, a damaged archive, or more than
+    MAX_UNPACKED_BYTES. Modes, owners and times are not preserved.
     """
     total = 0
     try:

@@ -1,4 +1,4 @@
-"""The code that tasks are made from: pinned packages, or modules of the running interpreter."""
+"""The code that tasks are made from: pinned packages, or modules of the standard library."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from megatron_dagger.config import ConfigError
 from megatron_dagger.envs.repo_repair.generate import SourceTree
 from megatron_dagger.envs.repo_repair.packages import SourcePackage
 
-MOST_FILE_BYTES = 400_000
-KEPT = (".py", ".pyi", ".txt", ".json", ".xml", ".toml", ".diff", ".sql", ".typed")
+MAX_FILE_BYTES = 400_000
+KEPT_SUFFIXES = (".py", ".pyi", ".txt", ".json", ".xml", ".toml", ".diff", ".sql", ".typed")
 
-# Pure-Python modules with quick tests in the interpreter's own test package; the rest is too
-# entangled with the interpreter (pytest itself runs on it) or accelerated in C.
+# Pure-Python modules with quick tests in the interpreter's own test package. The others are accelerated in C or too
+# entangled with the interpreter, on which pytest itself runs.
 STDLIB_TRAIN = ("colorsys", "textwrap", "shlex", "fractions", "graphlib", "mailbox", "netrc", "quopri", "sched")
 STDLIB_HELDOUT = ("calendar", "configparser", "difflib", "ipaddress", "string")
 
 
 def package_tree(package: SourcePackage, root: Path) -> SourceTree:
-    """The files of an unpacked pinned package that its modules and tests need."""
+    """Return the source tree of an unpacked pinned package, with the files that its modules and tests need."""
     sources, tests = package.source_files(root), package.test_files(root)
     folders = {path.parts[0] for path in (*sources, *tests)}
     return SourceTree(
@@ -36,7 +36,7 @@ def package_tree(package: SourcePackage, root: Path) -> SourceTree:
 
 
 def stdlib_tree(module: str) -> SourceTree:
-    """A module of the standard library with its test file; ConfigError where the tests are not installed."""
+    """Return a standard-library module with its test file. Raises ConfigError if the tests are not installed."""
     library = Path(sysconfig.get_paths()["stdlib"])
     source, test = library / f"{module}.py", library / "test" / f"test_{module}.py"
     for path in (source, test):
@@ -55,10 +55,10 @@ def stdlib_tree(module: str) -> SourceTree:
 
 
 def _needed(root: Path, folders: set[str]) -> Iterator[Path]:
-    """The files in ``folders`` and those at the top that tests may read."""
+    """Yield the files in ``folders``, and a conftest.py at the top, that modules and tests may need."""
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root)
         wanted = inside.parts[0] in folders or (len(inside.parts) == 1 and path.name == "conftest.py")
-        kept = path.suffix in KEPT or "test" in str(inside)
-        if wanted and kept and path.is_file() and not path.is_symlink() and path.stat().st_size <= MOST_FILE_BYTES:
+        kept = path.suffix in KEPT_SUFFIXES or "test" in str(inside)
+        if wanted and kept and path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_FILE_BYTES:
             yield path

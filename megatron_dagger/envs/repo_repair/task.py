@@ -1,7 +1,7 @@
-"""A repair task: a row in SWE-bench's schema, and the files it starts from.
+"""A repair task: a row in SWE-bench's schema, and the files of its repository.
 
-On disk, ``<folder>/<side>.jsonl`` holds the rows and ``<folder>/repos/<instance_id>/`` the git
-repository of each task: one commit, the bug in it, no history that could show the repair.
+On disk, ``<folder>/<side>.jsonl`` has the rows and ``<folder>/repos/<instance_id>/`` the git repository of each task,
+whose only commit contains the bug: no history could show the repair.
 """
 
 from __future__ import annotations
@@ -17,18 +17,14 @@ from megatron_dagger.store.atomic import write_text
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepairTask:
-    """One task. The fields up to ``eval_type`` are those of SWE-bench 5.x.
-
-    ``source_files`` are the modules under repair: only what is changed in them is judged.
-    ``patch`` is the gold patch; neither the agent nor the teacher ever sees it.
-    """
+    """One task. The fields up to ``eval_type`` are those of SWE-bench 5.x."""
 
     instance_id: str
     repo: str
     version: str
     base_commit: str
     problem_statement: str
-    patch: str
+    patch: str  # the gold patch; neither the agent nor the teacher sees it
     FAIL_TO_PASS: str  # a JSON list of pytest node ids, as in SWE-bench
     PASS_TO_PASS: str
     test_patch: str = ""
@@ -39,11 +35,11 @@ class RepairTask:
     eval_script: str = ""
     log_parser: str = "parse_log_pytest_v2"
     eval_type: str = "pass_and_fail"
-    source_files: tuple[str, ...] = ()
+    source_files: tuple[str, ...] = ()  # the modules under repair: only changes in them are judged
     python_paths: tuple[str, ...] = ()
     pytest_args: tuple[str, ...] = ()
     operator: str = ""  # the kind of bug, for statistics
-    suspects: int = 9  # lines that the fault localiser shows
+    suspects: int = 9  # number of lines that the fault localiser shows
 
     @property
     def fail_to_pass(self) -> list[str]:
@@ -58,7 +54,7 @@ class RepairTask:
         return self.fail_to_pass + self.pass_to_pass
 
     def tool_settings(self) -> dict[str, Any]:
-        """What the agent's tools in the sandbox are told (``.repair/task.json``)."""
+        """Return the settings of the agent's tools in the sandbox (``.repair/task.json``)."""
         return {
             "tests": self.tests,
             "test_files": sorted({test.partition("::")[0] for test in self.tests}),
@@ -70,20 +66,24 @@ class RepairTask:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
+        """Return the task of a row. Raises KeyError or TypeError if its fields are not those of a task."""
         lists = ("source_files", "python_paths", "pytest_args")
         return cls(**{**row, **{name: tuple(row[name]) for name in lists}})
 
 
 def read_tasks(path: Path) -> list[RepairTask]:
-    """The tasks of a jsonl file; ConfigError names a line that is none."""
+    """Return the tasks of a jsonl file. Raises ConfigError that names the first bad line."""
     tasks = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             tasks.append(RepairTask.from_row(json.loads(line)))
         except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path}:{number} is no repair task ({error}); remove it to have it made anew") from error
+            raise ConfigError(
+                f"{path}:{number} is not a repair task ({error}); delete the file to make its tasks again"
+            ) from error
     return tasks
 
 
 def write_tasks(path: Path, tasks: list[RepairTask]) -> None:
+    """Write tasks to a jsonl file, atomically."""
     write_text(path, "".join(json.dumps(asdict(task)) + "\n" for task in tasks))

@@ -1,4 +1,4 @@
-"""The tasks of a run: made once from a seed, kept in a cache, read from there ever after."""
+"""The tasks of a run: made once from a seed, then read from the cache."""
 
 from __future__ import annotations
 
@@ -6,30 +6,29 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_dagger.config import ConfigError, RepoRepairConfig, to_dict
+from megatron_dagger.envs.environment import Track
 from megatron_dagger.envs.repo_repair import sources
 from megatron_dagger.envs.repo_repair.generate import SourceTree, UnusablePackage, make_tasks
-from megatron_dagger.envs.repo_repair.packages import find, packages
+from megatron_dagger.envs.repo_repair.pinned_packages import find_package, packages
 from megatron_dagger.envs.repo_repair.sdists import fetch_all
 from megatron_dagger.envs.repo_repair.task import RepairTask, read_tasks, write_tasks
-from megatron_dagger.sandbox import SandboxPool
+from megatron_dagger.sandbox.local import SandboxPool
 
 logger = logging.getLogger(__name__)
 
-SPARE = 1.1  # tasks asked of each package over its share: some packages cannot give theirs
-MAKING = ("generate", "mutate", "repository", "sources", "task", "testing")  # modules that decide what a task is
-Track = Callable[..., Any]  # observability.progress.track
+SPARE = 1.1  # each package is asked for more than its share, because some packages yield too few tasks
+TASK_MODULES = ("generate", "mutate", "repository", "sources", "task", "testing")  # modules that decide what a task is
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSet:
-    """Training and held-out tasks, of different packages, and where their repositories lie."""
+    """Training and held-out tasks, from different packages, and the folder of their repositories."""
 
     train: tuple[RepairTask, ...]
     heldout: tuple[RepairTask, ...]
@@ -37,20 +36,24 @@ class TaskSet:
     trees: tuple[SourceTree, ...]  # of the training packages
 
     def repository(self, task: RepairTask) -> Path:
+        """Return the folder of a task's repository."""
         return self.repositories / task.instance_id
 
 
 def prepare_tasks(config: RepoRepairConfig, seed: int, cache_dir: Path, pool: SandboxPool, track: Track) -> TaskSet:
-    """The tasks of ``config``, made where the cache lacks them. The same arguments give the same tasks."""
+    """Return the tasks of ``config``; make those that the cache lacks. The same arguments give the same tasks.
+
+    Raises ConfigError if a package is unknown or a side gets no task, FetchError if a package cannot be downloaded.
+    """
     train_trees, heldout_trees = _trees(config, cache_dir)
     folder = cache_dir / "tasks" / _key(config, seed)
     quotas = [(tree, _quota(config.train_tasks, len(train_trees))) for tree in train_trees]
     quotas += [(tree, _quota(config.heldout_tasks, len(heldout_trees))) for tree in heldout_trees]
 
-    def made(tree: SourceTree, quota: int) -> list[RepairTask]:
+    def tasks_of(tree: SourceTree, quota: int) -> list[RepairTask]:
         path = folder / f"{tree.name}-{quota}.jsonl"
         if not path.exists():
-            write_tasks(path, _made_or_none(tree, quota, seed, config, pool, folder / "repos"))
+            write_tasks(path, _make_tasks(tree, quota, seed, config, pool, folder / "repos"))
         return read_tasks(path)
 
     by_package: dict[str, list[RepairTask]] = {}
@@ -58,7 +61,7 @@ def prepare_tasks(config: RepoRepairConfig, seed: int, cache_dir: Path, pool: Sa
         ThreadPoolExecutor(max_workers=2, thread_name_prefix="tasks") as workers,
         track("making repair tasks", len(quotas), unit="packages") as progress,
     ):
-        for (tree, _), tasks in zip(quotas, workers.map(lambda q: made(*q), quotas), strict=True):
+        for (tree, _), tasks in zip(quotas, workers.map(lambda quota: tasks_of(*quota), quotas), strict=True):
             by_package[tree.name] = tasks
             progress.advance(note=f"{sum(map(len, by_package.values()))} tasks")
     return TaskSet(
@@ -69,13 +72,14 @@ def prepare_tasks(config: RepoRepairConfig, seed: int, cache_dir: Path, pool: Sa
     )
 
 
-def _made_or_none(
+def _make_tasks(
     tree: SourceTree, quota: int, seed: int, config: RepoRepairConfig, pool: SandboxPool, repositories: Path
 ) -> list[RepairTask]:
+    """Return a package's tasks; none, with a warning, if its own tests do not pass."""
     try:
         return make_tasks(tree, quota, seed, config, pool, repositories)
     except UnusablePackage as error:
-        logger.warning("%s; it is left out", error)
+        logger.warning("%s; the package is skipped", error)
         return []
 
 
@@ -84,8 +88,8 @@ def _trees(config: RepoRepairConfig, cache_dir: Path) -> tuple[list[SourceTree],
         train = config.train_packages or sources.STDLIB_TRAIN
         heldout = config.heldout_packages or sources.STDLIB_HELDOUT
         return [sources.stdlib_tree(name) for name in train], [sources.stdlib_tree(name) for name in heldout]
-    train_sources = [find(name) for name in config.train_packages] or list(packages(heldout=False))
-    heldout_sources = [find(name) for name in config.heldout_packages] or list(packages(heldout=True))
+    train_sources = [find_package(name) for name in config.train_packages] or list(packages(heldout=False))
+    heldout_sources = [find_package(name) for name in config.heldout_packages] or list(packages(heldout=True))
     both = [*train_sources, *heldout_sources]
     trees = [sources.package_tree(source, root) for source, root in zip(both, fetch_all(both, cache_dir), strict=True)]
     return trees[: len(train_sources)], trees[len(train_sources) :]
@@ -98,20 +102,20 @@ def _quota(tasks: int, count: int) -> int:
 def _in_turn(
     by_package: dict[str, list[RepairTask]], trees: Sequence[SourceTree], count: int, side: str
 ) -> tuple[RepairTask, ...]:
-    """The first ``count`` tasks, one of each package in turn."""
+    """Return the first ``count`` tasks, taking one from each package in turn. Raises ConfigError if there are none."""
     lists = [by_package[tree.name] for tree in trees]
     turns = [tasks[turn] for turn in range(max(map(len, lists), default=0)) for tasks in lists if turn < len(tasks)]
     if not turns:
         raise ConfigError(f"no {side} task could be made from {', '.join(tree.name for tree in trees)}")
     if len(turns) < count:
-        logger.warning("tasks.%s_tasks=%d: only %d could be made", side, count, len(turns))
+        logger.warning("repo_repair.%s_tasks=%d: only %d could be made", side, count, len(turns))
     return tuple(turns[:count])
 
 
 def _key(config: RepoRepairConfig, seed: int) -> str:
-    """Names the cache entry: by what the tasks depend on, the code that makes them included."""
+    """Return the cache entry's name: a digest of everything the tasks depend on, including the code that makes them."""
     here = Path(__file__).parent
-    code = sorted([*(here / f"{name}.py" for name in MAKING), *(here / "tools").glob("*.py")])
+    code = sorted([*(here / f"{name}.py" for name in TASK_MODULES), *(here / "tools").glob("*.py")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code))
     settings = to_dict(replace(config, train_packages=(), heldout_packages=(), train_tasks=0, heldout_tasks=0))
     digest.update(json.dumps([settings, seed, platform.python_version()], sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""Real test runs of a tree of files in a fresh sandbox: for the judge and for the making of tasks."""
+"""Run a package's tests on a tree of files in a sandbox, for the judge and for making tasks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dagger.envs.base import EnvironmentBroken
-from megatron_dagger.sandbox import (
-    BubblewrapSandbox,
-    ProcessSandbox,
-    SandboxLimits,
-    SandboxPool,
-    bubblewrap_works,
-)
+from megatron_dagger.sandbox.base import EnvironmentBroken, SandboxLimits
+from megatron_dagger.sandbox.local import BubblewrapSandbox, ProcessSandbox, SandboxPool, bubblewrap_works
 
 TOOLS = Path(__file__).with_name("tools")
 TEST_RUN_TIMEOUT_S = 30.0
@@ -26,28 +20,29 @@ OUTCOMES_FILE = ".repair/outcomes.json"
 
 
 def repair_sandbox() -> ProcessSandbox:
-    """A sandbox with the repair agent's tools: bubblewrap's where it works."""
+    """Return a new sandbox with the repair agent's tools, isolated by bubblewrap if that works."""
     kind = BubblewrapSandbox if bubblewrap_works() else ProcessSandbox
     return kind(SandboxLimits(), tool_dir=TOOLS, preload=["testrun", "repair_tools"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestRun:
-    """Outcomes by test ("passed", "failed", "skipped"; absent: it was not reached), executed lines by test."""
+    """Outcomes by test ("passed", "failed", "skipped"; absent if it was not reached), and executed lines by test."""
 
     __test__ = False
 
     outcomes: Mapping[str, str]
     lines: Mapping[str, list[tuple[str, int]]]
-    suspects: tuple[tuple[str, int], ...]  # what ``locate`` would list; only of a traced run
+    suspects: tuple[tuple[str, int], ...]  # what ``locate`` would list; empty unless traced
     timed_out: bool
 
     def passed(self, tests: list[str]) -> bool:
+        """Return whether all ``tests`` passed, in time."""
         return not self.timed_out and all(self.outcomes.get(test) == "passed" for test in tests)
 
 
 class TestBench:
-    """One sandbox holding one tree, in which tests are run again and again."""
+    """A sandbox with one tree, in which tests are run repeatedly."""
 
     __test__ = False
 
@@ -56,13 +51,13 @@ class TestBench:
         sandbox.write(files)
 
     def write(self, files: Mapping[str, bytes]) -> None:
+        """Write files into the tree."""
         self._sandbox.write(files)
 
     def run(self, settings: dict[str, Any], *, trace: bool = False) -> TestRun:
-        """Run the tests that ``settings`` name (RepairTask.tool_settings).
+        """Run the tests that ``settings`` name (RepairTask.tool_settings); ``trace`` records executed lines.
 
-        Code that ends the test process or hangs it is a run in which no test passed. Raises
-        EnvironmentBroken where the sandbox failed.
+        If the code ends or hangs the test process, no test passed. Raises EnvironmentBroken if the sandbox fails.
         """
         self._sandbox.write({SETTINGS_FILE: json.dumps(settings).encode(), OUTCOMES_FILE: None})
         command = ["outcomes", *(["trace"] if trace else [])]
@@ -80,6 +75,6 @@ class TestBench:
 
 
 def run_tests(pool: SandboxPool, files: Mapping[str, bytes], settings: dict[str, Any]) -> TestRun:
-    """Run tests once on a fresh copy of ``files``; see TestBench.run."""
+    """Run tests once on a fresh copy of ``files``. See TestBench.run."""
     with pool.lend() as sandbox:
         return TestBench(sandbox, files).run(settings)

@@ -1,1 +1,1 @@
-"""SWE-bench and the datasets like it: tasks, the agent's tools, the judge."""
+"""Software-engineering tasks in Docker: the data sets of SWE-bench's kind, the agent's tools, the judge."""

@@ -1,4 +1,4 @@
-"""All tasks of a dataset, and which of its rows cannot be used and why."""
+"""Read the tasks of a data set; rows that cannot be used are reported with the reason."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from megatron_dagger.envs.swe.swegym import swegym_task
 from megatron_dagger.envs.swe.swesmith import swesmith_task
 from megatron_dagger.envs.swe.task import SweTask
 
+# A row to a task, for every data set format in config.swe.Dataset.
 DATASETS: dict[str, Callable[[Row], SweTask]] = {
     "swe-bench": swebench_task,
     "swe-gym": swegym_task,
@@ -24,11 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def read_tasks(dataset: str, source: str, *, split: str = "test") -> tuple[list[SweTask], dict[str, str]]:
-    """The tasks of ``source`` (see rows.read_rows), and why each other row cannot be used, by its number from 1.
+    """Return the tasks of ``source`` (see rows.read_rows), and the reason why each other row is refused.
 
-    ConfigError where none can, or where two have the same id.
+    ``dataset`` is the format, a key of DATASETS; the refused rows are named ``row N``, from 1. Raises ConfigError if no
+    row can be used or two tasks have the same id.
     """
-    require(dataset in DATASETS, f"dataset: {dataset!r} is none of {', '.join(DATASETS)}")
+    require(dataset in DATASETS, f"dataset={dataset!r} is unknown; choose one of {', '.join(DATASETS)}")
     tasks: dict[str, SweTask] = {}
     refused: dict[str, str] = {}
     for number, row in enumerate(read_rows(source, split=split), 1):
@@ -38,13 +40,13 @@ def read_tasks(dataset: str, source: str, *, split: str = "test") -> tuple[list[
             refused[f"row {number}"] = str(error)
             continue
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            refused[f"row {number}"] = f"a field is not what it should be: {type(error).__name__}: {error}"
+            refused[f"row {number}"] = f"a field has a wrong value: {type(error).__name__}: {error}"
             continue
-        require(task.instance_id not in tasks, f"{source}: two rows are called {task.instance_id}")
+        require(task.instance_id not in tasks, f"{source}: two rows have the id {task.instance_id}")
         tasks[task.instance_id] = task
     if not tasks:
         first = next(iter(refused.values()), "it has no rows")
-        raise ConfigError(f"{source}: no task of {dataset} can be made of it: {first}")
+        raise ConfigError(f"{source}: no row is a usable {dataset} task: {first}")
     if refused:
-        logger.warning("%s: %d rows are no tasks, such as %s", source, len(refused), next(iter(refused.values())))
+        logger.warning("%s: %d rows cannot be used, such as %s", source, len(refused), next(iter(refused.values())))
     return list(tasks.values()), refused

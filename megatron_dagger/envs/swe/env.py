@@ -1,17 +1,18 @@
-"""One episode of a software-engineering task: tool calls in a container, judged in a fresh one."""
+"""One episode of a software-engineering task: tool calls in a container, a patch judged in a fresh one."""
 
 from __future__ import annotations
 
 import shlex
 from typing import Self
 
-from megatron_dagger.envs.base import CommandResult, EnvironmentBroken, Observation
+from megatron_dagger.config import SweConfig
+from megatron_dagger.envs.base import Observation, truncate
 from megatron_dagger.envs.swe.judge import OpenSandbox, Verdict, judge
 from megatron_dagger.envs.swe.repository import changes, prepare
 from megatron_dagger.envs.swe.task import SweTask
 from megatron_dagger.envs.swe.tool_calls import FormatError, parse_tool_call, tool_response, tools_message
-from megatron_dagger.envs.swe.tools import BASH, EDITOR, SUBMIT, TOOLS, Editor
-from megatron_dagger.sandbox.docker.sandbox import DockerSandbox
+from megatron_dagger.envs.swe.tools import EDITOR, SUBMIT, TOOLS, Editor
+from megatron_dagger.sandbox.base import CommandResult, EnvironmentBroken, FileSandbox
 
 SYSTEM_MESSAGE = f"""\
 You are a software engineer at work in a Linux container. Solve the issue that you are given by changing the
@@ -27,26 +28,29 @@ The repository is in {workdir}. Solve this issue:
 
 Change what has to be changed outside of the tests. The issue's tests, which you do not see, decide.
 Call submit when you are done."""
-MOST_OBSERVATION_CHARACTERS = 12_000
 
 
 class SweEnv:
-    """The Env of one SweTask. ``open_sandbox`` makes a fresh container of the task's image."""
+    """The Env of one SweTask.
+
+    ``open_sandbox`` opens a new sandbox with the task's image, for the episode and again for the judge. Longer
+    observations than ``observation_characters`` are truncated in the middle.
+    """
 
     def __init__(
         self,
         task: SweTask,
         open_sandbox: OpenSandbox,
         *,
-        most_observation_characters: int = MOST_OBSERVATION_CHARACTERS,
+        observation_characters: int = SweConfig.observation_characters,
     ):
         self.task_id = task.instance_id
         self.task = task
         self.format_errors = 0
         self.verdict: Verdict | None = None
         self._open_sandbox = open_sandbox
-        self._most_characters = most_observation_characters
-        self._sandbox: DockerSandbox | None = None
+        self._observation_characters = observation_characters
+        self._sandbox: FileSandbox | None = None
         self._base = ""
         self._patch: str | None = None
 
@@ -60,7 +64,7 @@ class SweEnv:
         return SYSTEM_MESSAGE, message
 
     def step(self, command: str) -> Observation:
-        sandbox = self._opened()
+        sandbox = self._require_sandbox()
         try:
             call = parse_tool_call(command, TOOLS)
         except FormatError as error:
@@ -71,13 +75,12 @@ class SweEnv:
         if call.name == EDITOR.name:
             text = Editor(sandbox).answer(call.arguments)
         else:
-            assert call.name == BASH.name
             text = _describe(sandbox.run(call.arguments["command"]), sandbox.limits.timeout_s)
-        return Observation(text=tool_response(clip(text, self._most_characters)))
+        return Observation(text=tool_response(truncate(text, self._observation_characters)))
 
     def patch(self) -> str | None:
-        """What the agent changed, as git's patch; None where it left no repository to tell it."""
-        return changes(self._opened(), self.task, self._base)
+        """Return the agent's changes as a git patch; None if git cannot tell them (see repository.changes)."""
+        return changes(self._require_sandbox(), self.task, self._base)
 
     def judge(self) -> bool:
         self._patch = patch = self.patch()
@@ -88,12 +91,13 @@ class SweEnv:
         return self.verdict.resolved
 
     def report(self) -> dict[str, object]:
-        """The patch, and why it does not resolve the task."""
-        assert self.verdict is not None, "asked after judge"
+        """Return the patch, and why it does not resolve the task. Raises RuntimeError before ``judge``."""
+        if self.verdict is None:
+            raise RuntimeError(f"{self.task_id}: the episode is not judged yet, so there is nothing to report")
         return {"patch": self._patch or "", "verdict": self.verdict.reason}
 
     def close(self) -> None:
-        """Remove the container. May be called twice."""
+        """Close the sandbox. May be called twice."""
         sandbox, self._sandbox = self._sandbox, None
         if sandbox is not None:
             sandbox.close()
@@ -104,18 +108,10 @@ class SweEnv:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _opened(self) -> DockerSandbox:
+    def _require_sandbox(self) -> FileSandbox:
         if self._sandbox is None:
             raise EnvironmentBroken("the episode has not been reset, or is closed")
         return self._sandbox
-
-
-def clip(text: str, limit: int) -> str:
-    """The head and the tail of a text of more than ``limit`` characters, and how much was cut between."""
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]}\n... {len(text) - 2 * half} characters cut ...\n{text[-half:]}"
 
 
 def _describe(result: CommandResult, timeout_s: float) -> str:

@@ -1,7 +1,7 @@
-"""The judge of a patch: applied in a fresh container, the task's tests run there, their log graded.
+"""Judge a patch: apply it in a fresh container, run the task's tests there, and grade their log.
 
-Scripts, log parsers and grading are swebench 5.x's own; R2E-Gym's rows are compared as R2E-Gym does. Only
-the patch reaches that container: files of tests are put in place after it, so it cannot change them.
+Scripts, log parsers and grading are those of swebench 5.x; R2E-Gym's rows are compared as R2E-Gym does. Only the patch
+reaches that container, and test files are put in place after it, so it cannot change them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dagger.config.base import ConfigError
-from megatron_dagger.envs.base import EnvironmentBroken
 from megatron_dagger.envs.swe.r2e_gym import LOG_PARSER as R2E_GYM
 from megatron_dagger.envs.swe.task import SweTask
-from megatron_dagger.sandbox.docker.sandbox import DockerSandbox
+from megatron_dagger.sandbox.base import EnvironmentBroken, FileSandbox
 
 TEST_TIMEOUT_S = 1800.0
 APPLY_TIMEOUT_S = 120.0
 LOG_BYTES = 32 << 20
 PATCH_FILE, SCRIPT_FILE, ASIDE = "/tmp/patch.diff", "/eval.sh", "/.judge"
-# Tried one after the other, each on a clean tree: as in swebench's harness.
+# Tried in this order, each on a clean tree, as in swebench's harness.
 APPLY = (
     "git apply --verbose",
     "git apply --verbose --3way",
@@ -36,18 +35,19 @@ IDENTITY = (
     "git config --global --add safe.directory '*'; "
     "git config --global user.name judge; git config --global user.email judge@localhost"
 )
-# Committed, for between two attempts at the agent's patch the tree is brought back to the last commit.
+# Committed: between two attempts to apply the agent's patch, the tree is reset to the last commit.
 SET_UP = "commit() { git apply $1 && git add -A && git commit -q --no-verify -m setup; }; commit"
 
-# None of these can be a changed line: those begin with a blank, a plus or a minus, and "@@" ends the header.
+# No changed line matches: those begin with a blank, a plus or a minus, and only a header is followed by "@@".
 _HEADER = re.compile(r"^--- (.+)\n\+\+\+ (.+)\n@@|^diff --git (\S+) (\S+)$|^(?:rename|copy) to (.+)$", re.MULTILINE)
 
-OpenSandbox = Callable[[SweTask], DockerSandbox]
+# Opens a sandbox with the task's image, whose directory and exported variables persist from command to command.
+OpenSandbox = Callable[[SweTask], FileSandbox]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """Whether a patch resolves its task, why not, and the tests' log."""
+    """Whether a patch resolves its task, the reason if not, and the tests' log."""
 
     resolved: bool
     reason: str = ""
@@ -55,7 +55,10 @@ class Verdict:
 
 
 def judge(open_sandbox: OpenSandbox, task: SweTask, patch: str, *, reverse: bool = False) -> Verdict:
-    """Judge a patch; an empty one leaves the task as it is. Raises EnvironmentBroken where the sandbox fails."""
+    """Run the task's tests with a patch (empty: without one; ``reverse``: the patch undone) and grade their log.
+
+    Raises EnvironmentBroken if the sandbox fails, ConfigError if swebench is not installed.
+    """
     with open_sandbox(task) as sandbox:
         workdir = shlex.quote(task.workdir)
         sandbox.run(f"cd {workdir}; {IDENTITY}")
@@ -77,7 +80,7 @@ def judge(open_sandbox: OpenSandbox, task: SweTask, patch: str, *, reverse: bool
 
 
 def grade(task: SweTask, log: str) -> Verdict:
-    """Read the log of the tests."""
+    """Grade the log of a task's tests. Raises ConfigError if swebench is needed and not installed."""
     if task.log_parser == R2E_GYM:
         return _grade_r2e_gym(task, log)
     get_eval_report, make_test_spec = _harness()
@@ -96,7 +99,7 @@ def grade(task: SweTask, log: str) -> Verdict:
 
 
 def _harness() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """swebench's get_eval_report and make_test_spec."""
+    """Return swebench's get_eval_report and make_test_spec. Raises ConfigError if it is not installed."""
     try:
         from swebench.harness.grading import get_eval_report
         from swebench.harness.utils import make_test_spec
@@ -106,9 +109,9 @@ def _harness() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _grade_r2e_gym(task: SweTask, log: str) -> Verdict:
-    _, found, summary = re.sub(r"\x1b\[[0-9;]*m", "", log).partition("short test summary info")
+    _, header, summary = re.sub(r"\x1b\[[0-9;]*m", "", log).partition("short test summary info")
     outcomes = {}
-    for line in summary.splitlines() if found else ():
+    for line in summary.splitlines() if header else ():
         status = next((word for word in ("PASSED", "FAILED", "ERROR") if word in line), None)
         if status:
             outcomes[".".join(line.split("::")[1:]).partition(" - ")[0]] = status
@@ -121,17 +124,18 @@ def _grade_r2e_gym(task: SweTask, log: str) -> Verdict:
 
 
 def _script(task: SweTask) -> str:
-    """The task's script, which also records the exit code of the tests where it has swebench's marks."""
+    """Return the task's script; swebench's marks in it are extended to record the exit code of the tests."""
     if task.log_parser == R2E_GYM:
         return task.eval_script
     _, make_test_spec = _harness()
     return str(make_test_spec(task.harness_row()).eval_script)
 
 
-def _apply(sandbox: DockerSandbox, patch: str, commands: tuple[str, ...]) -> bool:
+def _apply(sandbox: FileSandbox, patch: str, commands: tuple[str, ...]) -> bool:
+    """Apply a patch by the first command that succeeds; return whether it is applied."""
     sandbox.write_file(PATCH_FILE, patch.encode(errors="surrogateescape"))
     for number, command in enumerate(commands):
-        if number:  # what failed may have left half of the patch behind
+        if number:  # a failed command may have applied half of the patch
             sandbox.run("git checkout -- . ; git clean -fdq", timeout_s=APPLY_TIMEOUT_S)
         if sandbox.run(f"{command} {PATCH_FILE}", timeout_s=APPLY_TIMEOUT_S).exit_code == 0:
             return True
@@ -139,14 +143,14 @@ def _apply(sandbox: DockerSandbox, patch: str, commands: tuple[str, ...]) -> boo
 
 
 def _reaches_beyond(patch: str) -> bool:
-    """Whether a file's name leads out of the tree or into .git: git refuses those, ``patch`` not all of them."""
+    """Return whether a patch names a file outside the tree or in .git. Git refuses those, ``patch`` not all of them."""
     names = [name.strip('"').partition("\t")[0] for header in _HEADER.findall(patch) for name in header if name]
     parts = [part for name in names if name != "/dev/null" for part in name.split("/")]
     return any(part in ("", "..", ".git") for part in parts)
 
 
-def _set_aside(sandbox: DockerSandbox, task: SweTask) -> list[tuple[str, str]]:
-    """Move the hidden files out of the patch's way: (where they are now, where they belong)."""
+def _set_aside(sandbox: FileSandbox, task: SweTask) -> list[tuple[str, str]]:
+    """Move the hidden files out of the patch's way; return pairs of (where a file is now, where it belongs)."""
     moves = []
     for number, name in enumerate(task.hidden):
         place, source = f"{ASIDE}/{number}", shlex.quote(name)
@@ -155,7 +159,8 @@ def _set_aside(sandbox: DockerSandbox, task: SweTask) -> list[tuple[str, str]]:
     return moves
 
 
-def _put_back(sandbox: DockerSandbox, moves: list[tuple[str, str]]) -> None:
+def _put_back(sandbox: FileSandbox, moves: list[tuple[str, str]]) -> None:
+    """Undo ``_set_aside``. Raises EnvironmentBroken if a file cannot be moved."""
     for place, name in moves:
         target = shlex.quote(name)
         result = sandbox.run(f'rm -rf {target}; mkdir -p "$(dirname {target})" && mv {place} {target}')

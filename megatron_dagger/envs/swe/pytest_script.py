@@ -1,4 +1,4 @@
-"""Eval scripts in SWE-bench 5.x's form for datasets that come without, where the tests are pytest's."""
+"""Write eval scripts in SWE-bench 5.x's form, for data sets with pytest tests and no scripts of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILE = re.compile(r"^diff --git a/(.*) b/(.*)$", re.MULTILINE)
 def eval_script(
     test_command: str, *, workdir: str, base_commit: str = "", test_patch: str = "", activate: str = CONDA
 ) -> str:
-    """A script that puts the tests of ``test_patch`` in place, runs the command between marks, and cleans up."""
+    """Return a script that applies ``test_patch``, runs the command between swebench's marks, and cleans up."""
     restore = _restore(test_patch, base_commit)
     lines = ["#!/bin/bash", "set -uxo pipefail", activate, f"cd {workdir}"]
     lines += ["git config --global --add safe.directory '*'", *restore]
@@ -28,16 +28,17 @@ def eval_script(
 
 
 def patched_files(patch: str) -> list[str]:
-    """The files that a patch touches, as they are called after it."""
+    """Return the names of the files that a patch touches, as they are after it."""
     return list(dict.fromkeys(match[2] for match in _FILE.finditer(patch)))
 
 
-def quoted(words: Sequence[str]) -> str:
-    return " ".join(shlex.quote(word) for word in words)
+def quoted(arguments: Sequence[str]) -> str:
+    """Return the arguments quoted for a shell, separated by blanks."""
+    return " ".join(shlex.quote(argument) for argument in arguments)
 
 
 def _restore(test_patch: str, base_commit: str) -> list[str]:
-    """Commands that bring the files of the test patch to the base commit: those it adds are removed."""
+    """Return commands that reset the files of the test patch to the base commit and remove those it adds."""
     if not test_patch:
         return []
     parts = re.split(r"^(?=diff --git )", test_patch, flags=re.MULTILINE)

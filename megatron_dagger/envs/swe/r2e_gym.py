@@ -1,6 +1,6 @@
-"""R2E-Gym's rows: a commit of a repository; the image holds its parent, and the tests outside git.
+"""R2E-Gym's rows: a task is a commit of a repository. The image has the commit's parent, and the tests outside git.
 
-Judged as R2E-Gym does: every test must end as it did for the real commit, passed or failed.
+A patch is judged as in R2E-Gym: every test must end, passed or failed, as it did for the real commit.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _ISSUE = re.compile(r"\[ISSUE\](.*)\[/ISSUE\]", re.DOTALL)
 
 
 def r2e_gym_task(row: Row) -> SweTask:
-    """The task of a row. ConfigError says why a row cannot be used."""
+    """Return a row's task. Raises ConfigError with the reason if the row cannot be used."""
     fields = ("repo_name", "docker_image", "commit_hash", "problem_statement", "expected_output_json")
-    require_fields(row, fields, "it is no row of R2E-Gym")
+    require_fields(row, fields, "it is not a row of R2E-Gym")
     issue = _ISSUE.search(row["problem_statement"])
     try:
         outcomes = json.loads(row["expected_output_json"])
@@ -62,7 +62,7 @@ def r2e_gym_task(row: Row) -> SweTask:
 
 
 def _gold_patch(content: Any) -> str:
-    """What the commit changed outside the tests; empty where the row does not tell."""
+    """Return the commit's changes outside the tests as a patch; empty if the row does not contain them."""
     if not content:
         return ""
     parsed = json.loads(content) if isinstance(content, str) else content

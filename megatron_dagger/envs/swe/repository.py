@@ -1,22 +1,21 @@
-"""The repository in an agent's container: its history without the future, and what the agent changed.
+"""The repository in an agent's container: its history without the future, and the agent's changes.
 
-What leaks the repair (later commits, tags, other branches, reflog, stashes, remotes, unreachable objects)
-is not searched for: a new repository is made that is given only what HEAD reaches, and replaces the old.
-The state the agent starts from, changes that the image itself has included, is committed on top; where a
-setup patch put the bug in, it is the only commit, for any before it would show the repair.
+Later commits, tags, other branches, the reflog, stashes, remotes and unreachable objects could reveal the repair. They
+are not searched for: a new repository, with only what HEAD reaches, replaces the old one. The agent's starting state,
+including the image's own uncommitted changes, is committed on top. If a setup patch adds the bug, this is the only
+commit, because an earlier one would show the repair.
 """
 
 from __future__ import annotations
 
 import shlex
 
-from megatron_dagger.envs.base import EnvironmentBroken
 from megatron_dagger.envs.swe.task import SweTask
-from megatron_dagger.sandbox.docker.sandbox import DockerSandbox
+from megatron_dagger.sandbox.base import EnvironmentBroken, FileSandbox
 
 PREPARE_TIMEOUT_S = 600.0
 PATCH_TIMEOUT_S = 120.0
-MOST_PATCH_BYTES = 4 << 20
+MAX_PATCH_BYTES = 4 << 20
 PATCH_FILE = "/tmp/patch.diff"
 BRANCH = "main"
 _EXCLUDED = (".venv/", "__pycache__/", "*.pyc")
@@ -51,10 +50,10 @@ git gc -q --prune=now
 _BASE = 'echo "base $(git rev-parse HEAD)"'
 
 
-def prepare(sandbox: DockerSandbox, task: SweTask) -> str:
-    """Bring the image's repository to the state that the agent starts from; the commit of that state.
+def prepare(sandbox: FileSandbox, task: SweTask) -> str:
+    """Bring the image's repository to the agent's starting state; return that state's commit.
 
-    Raises EnvironmentBroken where the image does not fit the task.
+    Raises EnvironmentBroken if the image does not fit the task.
     """
     script = f"cd {shlex.quote(task.workdir)} {_FORGET}"
     if task.setup_patch:
@@ -64,14 +63,17 @@ def prepare(sandbox: DockerSandbox, task: SweTask) -> str:
         script += f"rm -rf -- {' '.join(map(shlex.quote, task.hidden))}\n"
     script += _COMMIT + (_ONLY_COMMIT if task.setup_patch else "") + _BASE
     result = sandbox.run(f"( {script} )", timeout_s=PREPARE_TIMEOUT_S)
-    _, found, base = result.output.rpartition("base ")
-    if result.exit_code or not found:
+    _, marker, base = result.output.rpartition("base ")
+    if result.exit_code or not marker:
         raise EnvironmentBroken(f"{task.instance_id}: the repository cannot be prepared: {result.output[-500:]}")
     return base.strip()
 
 
-def changes(sandbox: DockerSandbox, task: SweTask, base: str) -> str | None:
-    """What the agent changed since ``base``, as git's patch; None where it left no repository to tell it."""
+def changes(sandbox: FileSandbox, task: SweTask, base: str) -> str | None:
+    """Return the agent's changes since the commit ``base`` as a git patch.
+
+    None if git fails (the agent may have damaged the repository) or the patch exceeds MAX_PATCH_BYTES.
+    """
     workdir = shlex.quote(task.workdir)
     flags = "--cached --binary --no-color --no-ext-diff --no-textconv --no-renames --src-prefix=a/ --dst-prefix=b/"
     command = f"( cd {workdir} && {_GIT} add -A && {_GIT} diff {flags} {base} > {PATCH_FILE} )"
@@ -79,9 +81,9 @@ def changes(sandbox: DockerSandbox, task: SweTask, base: str) -> str | None:
     if result.exit_code:
         return None
     try:
-        content = sandbox.read_file(PATCH_FILE, limit=MOST_PATCH_BYTES + 1)
+        content = sandbox.read_file(PATCH_FILE, limit=MAX_PATCH_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError):
         return None
-    if len(content) > MOST_PATCH_BYTES:
+    if len(content) > MAX_PATCH_BYTES:
         return None
     return content.decode(errors="surrogateescape")

@@ -1,4 +1,4 @@
-"""Rows of a dataset: out of json, jsonl (gzip as well) and parquet files, or from the Hugging Face hub by id."""
+"""Read the rows of a data set: a json, jsonl (both also gzipped) or parquet file, or a Hugging Face hub id."""
 
 from __future__ import annotations
 
@@ -12,30 +12,45 @@ from megatron_dagger.config.base import ConfigError
 
 Row = Mapping[str, Any]
 
+_SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet")
+_HUB = "hub"
+
 
 def read_rows(source: str, *, split: str = "test") -> list[dict[str, Any]]:
-    """All rows of ``source``: a file, or a dataset's id on the hub. ConfigError says what is wrong with it."""
+    """Return all rows of ``source``, a file or a data set's id on the hub; ``split`` applies to the hub only.
+
+    Raises ConfigError if it cannot be read.
+    """
+    kind = check_source(source)
+    if kind == _HUB:
+        return _hub(source, split)
+    path = Path(source)
+    return _parquet(path) if kind == ".parquet" else _json(path, lines=kind.startswith(".jsonl"))
+
+
+def check_source(source: str) -> str:
+    """Return the kind of a data set: a file's suffix, or ``hub``. Raises ConfigError if the file cannot be read."""
     path = Path(source)
     suffixes = path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]
     kind = "".join(suffixes).lower()
-    if kind in (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet"):
+    if kind in _SUFFIXES:
         if not path.is_file():
-            raise ConfigError(f"{source}: there is no such file")
-        return _parquet(path) if kind == ".parquet" else _json(path, lines=kind.startswith(".jsonl"))
+            raise ConfigError(f"{source}: no such file")
+        return kind
     if path.exists():
-        raise ConfigError(f"{source}: expected a .json, .jsonl or .parquet file, or the id of a dataset on the hub")
-    return _hub(source, split)
+        raise ConfigError(f"{source}: expected a .json, .jsonl or .parquet file, or the id of a data set on the hub")
+    return _HUB
 
 
-def require_fields(row: Row, names: Iterable[str], way_out: str) -> None:
-    """Raise ConfigError unless the row has all of ``names``; it ends with the ``way_out``."""
+def require_fields(row: Row, names: Iterable[str], explanation: str) -> None:
+    """Raise ConfigError, ending with ``explanation``, unless the row has a value for each of ``names``."""
     absent = [name for name in names if row.get(name) in (None, "")]
     if absent:
-        raise ConfigError(f"{row.get('instance_id', 'a row')} has no {', '.join(absent)}: {way_out}")
+        raise ConfigError(f"{row.get('instance_id', 'a row')} has no {', '.join(absent)}: {explanation}")
 
 
 def ids_of(value: Any) -> tuple[str, ...]:
-    """A list of tests, which some datasets keep as JSON text."""
+    """Return a list of test ids, which some data sets store as JSON text."""
     return tuple(json.loads(value) if isinstance(value, str) else value or ())
 
 
@@ -70,5 +85,5 @@ def _hub(name: str, split: str) -> list[dict[str, Any]]:
         raise ConfigError(f"{name}: reading from the hub needs datasets: pip install datasets") from error
     try:
         return [dict(row) for row in datasets.load_dataset(name, split=split)]
-    except Exception as error:  # the border to the hub: its client raises whatever it met
-        raise ConfigError(f"{name}, split {split}: neither a file nor to be had from the hub ({error})") from error
+    except Exception as error:  # the hub's client raises errors of many kinds
+        raise ConfigError(f"{name}, split {split}: not a file, and not readable from the hub ({error})") from error

@@ -1,8 +1,7 @@
 """SWE-bench's own rows (full, Lite, Verified, Multilingual), in the schema of swebench 5.x.
 
-A row of the older schema has no eval script and no log parser: they were derived from tables of each
-repository's versions which swebench 5.x no longer has. It is refused, for a script that is only nearly the
-official one would give numbers that are nearly SWE-bench's.
+A row of the older schema has no eval script and no log parser; swebench 5.x no longer has the tables that they were
+derived from. Such a row is refused: scores from a script that only resembles the official one would not be SWE-bench's.
 """
 
 from __future__ import annotations
@@ -11,17 +10,17 @@ from megatron_dagger.config.base import ConfigError
 from megatron_dagger.envs.swe.rows import Row, ids_of, require_fields
 from megatron_dagger.envs.swe.task import SweTask
 
-MADE_BY_5 = ("eval_script", "log_parser", "eval_type")
+FIELDS_SINCE_5 = ("eval_script", "log_parser", "eval_type")
 
 
 def swebench_task(row: Row) -> SweTask:
-    """The task of a row. ConfigError says why a row cannot be used."""
-    require_fields(row, ("instance_id", "repo", "base_commit", "problem_statement"), "it is no row of SWE-bench")
-    absent = [name for name in MADE_BY_5 if not row.get(name)]
+    """Return a row's task. Raises ConfigError with the reason if the row cannot be used."""
+    require_fields(row, ("instance_id", "repo", "base_commit", "problem_statement"), "it is not a row of SWE-bench")
+    absent = [name for name in FIELDS_SINCE_5 if not row.get(name)]
     if absent:
         raise ConfigError(
-            f"{row['instance_id']} is of SWE-bench's older schema, without {', '.join(absent)}: take the dataset's "
-            "present release (SWE-bench/SWE-bench_Verified and the like), which swebench 5.x reads"
+            f"{row['instance_id']} has SWE-bench's older schema, without {', '.join(absent)}: use the data set's "
+            "current release, such as SWE-bench/SWE-bench_Verified"
         )
     return SweTask(
         instance_id=row["instance_id"],
@@ -40,5 +39,5 @@ def swebench_task(row: Row) -> SweTask:
 
 
 def swebench_image(instance_id: str) -> str:
-    """Where swebench publishes an instance's image: a name cannot hold two underscores in a row."""
+    """Return the image that swebench publishes for an instance; image names have no two underscores in a row."""
     return f"swebench/sweb.eval.x86_64.{instance_id.replace('__', '_1776_')}:latest".lower()

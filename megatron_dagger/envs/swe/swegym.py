@@ -1,9 +1,8 @@
-"""SWE-Gym's rows (full and Lite): SWE-bench's older schema, with images and test commands of their own.
+"""SWE-Gym's rows (full and Lite): SWE-bench's older schema, with SWE-Gym's own images and test commands.
 
-The test commands by repository, their set-up and the log parsers are those of SWE-Gym's fork of the SWE-bench
-harness (harness/constants, make_eval_script_list, log_parsers), but for its installation of each package again,
-which would need a network. Whether a script made of them judges a task rightly shows in its admission, by gold
-patch and no-op.
+Test commands by repository, their set-up and the log parsers are those of SWE-Gym's fork of the SWE-bench harness
+(harness/constants, make_eval_script_list, log_parsers), except that packages are not installed again, which would need
+a network. `megatron-dagger validate` shows whether such a script judges its task correctly.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ TEST_COMMANDS = {
     "python/mypy": "pytest -n0 -rA",
 }
 SET_UP = {"conan-io/conan": "export PYTHONPATH=${PYTHONPATH:-}:$(pwd)"}
-# Its plugin prints a line a test, with colours, and no summary; the fork has a variant of this parser for it.
+# Its pytest plugin prints one coloured line per test and no summary; the fork has a variant of this parser for it.
 LOG_PARSERS = {"pydantic/pydantic": "parse_log_pytest_v2"}
-_CASE = re.compile(r"\[case ([^\]]+)\]")  # of mypy's data files, whose tests are chosen by name, not by file
+_CASE = re.compile(r"\[case ([^\]]+)\]")  # in mypy's data files, whose tests are selected by name, not by file
 WORKDIR = "/testbed"
-HELD_OUT = 100  # of its 2,438 tasks, in published runs
+HELD_OUT = 100  # of SWE-Gym's 2,438 tasks, as in published runs
 
 
 def swegym_task(row: Row) -> SweTask:
-    """The task of a row. ConfigError says why a row cannot be used."""
+    """Return a row's task. Raises ConfigError with the reason if the row cannot be used."""
     fields = ("instance_id", "repo", "base_commit", "problem_statement", "test_patch", "FAIL_TO_PASS")
-    require_fields(row, fields, "it is no row of SWE-Gym")
+    require_fields(row, fields, "it is not a row of SWE-Gym")
     repo = row["repo"].lower()
     if repo not in TEST_COMMANDS:
         known = ", ".join(sorted(TEST_COMMANDS))
-        raise ConfigError(f"{row['instance_id']}: no test command is known for {row['repo']}; there are: {known}")
+        raise ConfigError(f"{row['instance_id']}: no test command is known for {row['repo']}, only for {known}")
     fail_to_pass = ids_of(row["FAIL_TO_PASS"])
     cases = list(dict.fromkeys(_CASE.findall(row["test_patch"]))) if repo == "python/mypy" else []
     if cases:
@@ -71,5 +70,5 @@ def swegym_task(row: Row) -> SweTask:
 
 
 def swegym_image(instance_id: str) -> str:
-    """Where SWE-Gym publishes an instance's image."""
+    """Return the image that SWE-Gym publishes for an instance."""
     return f"xingyaoww/sweb.eval.x86_64.{instance_id.replace('__', '_s_')}:latest".lower()

@@ -1,8 +1,8 @@
-"""SWE-smith's rows: ``patch`` is the bug, put into a repository that is well; to undo it is the repair.
+"""SWE-smith's rows: ``patch`` puts a bug into a working repository; the task is to undo it.
 
-The image holds the repository without the bug. The files with the failing tests are hidden from the agent,
-as in SWE-smith's own branches. Judged are the tests of those files; other than in SWE-smith's own
-grading, a test that did not run counts as failed: a module that cannot be imported is no repair.
+The image has the repository without the bug. The files with the failing tests are hidden from the agent, as in
+SWE-smith's own branches, and the tests of those files are judged. Unlike in SWE-smith's grading, a test that did not
+run counts as failed: a module that cannot be imported is no repair.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ WORKDIR = "/testbed"
 
 
 def swesmith_task(row: Row) -> SweTask:
-    """The task of a row. ConfigError says why a row cannot be used."""
+    """Return a row's task. Raises ConfigError with the reason if the row cannot be used."""
     fields = ("instance_id", "repo", "patch", "image_name", "FAIL_TO_PASS", "problem_statement")
-    require_fields(row, fields, "no task can be made of it (SWE-smith has bugs without an issue text)")
+    require_fields(row, fields, "it cannot be used (SWE-smith has bugs without an issue text)")
     fail_to_pass, pass_to_pass = ids_of(row["FAIL_TO_PASS"]), ids_of(row.get("PASS_TO_PASS"))
     files = tuple(dict.fromkeys(test.partition("::")[0] for test in fail_to_pass))
     if not all(name.endswith(".py") for name in files):
-        raise ConfigError(f"{row['instance_id']}: only pytest's tests are run, not such as {fail_to_pass[0]}")
+        raise ConfigError(f"{row['instance_id']}: only pytest tests are supported, not {fail_to_pass[0]}")
     _, _, commit = row["repo"].rpartition(".")
     return SweTask(
         instance_id=row["instance_id"],
@@ -43,7 +43,7 @@ def swesmith_task(row: Row) -> SweTask:
 
 
 def swesmith_image(name: str) -> str:
-    """Where an image of that name is published; rows of the first release have it without the publisher."""
+    """Return the published image of that name; rows of the first release name it without its publisher."""
     if "/" not in name:
         name = f"jyangballin/{name.replace('__', '_1776_')}"
     return (name if ":" in name else f"{name}:latest").lower()

@@ -1,7 +1,7 @@
-"""A software-engineering task of any of the known datasets, and the wall between training and evaluation.
+"""A software-engineering task of any supported data set, and the separation of training from evaluation tasks.
 
-A task is what its row says, brought to one form: the image, what to do in it before the agent comes,
-the issue, the gold patch, and SWE-bench 5.x's way to judge a patch (a script and the parser of its log).
+Every row becomes the same kind of task: an image, preparations in it before the agent starts, the issue, the gold
+patch, and SWE-bench 5.x's way to judge a patch (a script and the parser of its log).
 """
 
 from __future__ import annotations
@@ -19,14 +19,7 @@ CONDA_IF_THERE = f"[ ! -f /opt/miniconda3/bin/activate ] || {{ {CONDA}; }}"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweTask:
-    """One task. ``eval_script`` to ``eval_type`` are SWE-bench 5.x's fields of these names.
-
-    ``setup_patch`` is applied to the image's tree first (SWE-smith's bug). ``hidden`` are files that the
-    agent must not see and the judge needs, relative to ``workdir`` or absolute. ``startup`` prepares the
-    agent's shell. ``patch`` is the gold patch, empty where none is known; with ``patch_reversed`` it is
-    to be applied in reverse. ``expected_outcomes``, where there are any, replace the lists of tests: each
-    test must end as it says (R2E-Gym).
-    """
+    """One task. ``eval_script`` to ``eval_type`` are SWE-bench 5.x's fields of these names."""
 
     instance_id: str
     repo: str
@@ -37,18 +30,18 @@ class SweTask:
     log_parser: str
     eval_type: str = "pass_and_fail"
     version: str = ""
-    patch: str = ""
-    patch_reversed: bool = False
-    setup_patch: str = ""
+    patch: str = ""  # the gold patch; empty if none is known
+    patch_reversed: bool = False  # the gold patch is ``patch`` in reverse
+    setup_patch: str = ""  # applied to the image's tree first (SWE-smith's bug)
     fail_to_pass: tuple[str, ...] = ()
     pass_to_pass: tuple[str, ...] = ()
-    expected_outcomes: tuple[tuple[str, str], ...] = ()
-    hidden: tuple[str, ...] = ()
-    startup: str = CONDA_IF_THERE
+    expected_outcomes: tuple[tuple[str, str], ...] = ()  # (test, outcome), instead of the two lists (R2E-Gym)
+    hidden: tuple[str, ...] = ()  # files that only the judge may see, absolute or relative to ``workdir``
+    startup: str = CONDA_IF_THERE  # run in the agent's shell before its first command
     workdir: str = "/testbed"
 
     def not_for_the_harness(self) -> str:
-        """Why SWE-bench's harness, which knows an image, a patch and a script, cannot grade it; empty where it can."""
+        """Return why SWE-bench's harness cannot grade the task by image, patch and script alone; empty if it can."""
         if self.expected_outcomes:
             return "its tests' outcomes are compared with a list, which the harness does not do"
         if self.setup_patch or self.hidden:
@@ -56,7 +49,7 @@ class SweTask:
         return "" if self.workdir == "/testbed" else f"its repository is in {self.workdir}, not in /testbed"
 
     def harness_row(self) -> dict[str, Any]:
-        """The row that swebench 5.x reads."""
+        """Return the task as a row for swebench 5.x."""
         return {
             "instance_id": self.instance_id,
             "repo": self.repo,
@@ -74,11 +67,10 @@ class SweTask:
 
 
 def held_out(tasks: Iterable[SweTask], count: int, seed: int = 0) -> list[SweTask]:
-    """``count`` tasks to evaluate on and never to train on, for datasets that name no such split.
+    """Return ``count`` tasks (or all, if there are fewer) to evaluate on, for data sets without a split for it.
 
-    Drawn by a hash of seed and id: the same ones whatever the order of the rows and however many of them are
-    refused. All tasks where there are no more than ``count``. Of SWE-Gym's 2,438 tasks the published split
-    holds out 100 and trains on 2,338 (``swegym.HELD_OUT``).
+    Drawn by a hash of seed and id, so the draw depends neither on the order of the rows nor on how many are refused.
+    The published split of SWE-Gym holds out 100 of 2,438 tasks (``swegym.HELD_OUT``).
     """
     return sorted(tasks, key=lambda task: hashlib.sha256(f"{seed}:{task.instance_id}".encode()).digest())[:count]
 
@@ -101,10 +93,10 @@ class _Tasks(Sequence[SweTask]):
 
 
 class EvaluationSet(_Tasks):
-    """The tasks that are only ever evaluated on, and what must therefore stay out of training.
+    """The evaluation tasks, which must stay out of training.
 
-    That is each of them by its id, by its repository's name and commit, and by what its gold patch
-    changes; with ``whole_repositories`` everything of their repositories.
+    A task conflicts with them by its id, by its repository's name and commit, or by the changes of its gold patch;
+    with ``whole_repositories``, by its repository alone.
     """
 
     def __init__(self, tasks: Iterable[SweTask], *, whole_repositories: bool = False):
@@ -115,7 +107,7 @@ class EvaluationSet(_Tasks):
         self._repositories = {_name(task) for task in self._tasks} if whole_repositories else frozenset[str]()
 
     def conflict(self, task: SweTask) -> str:
-        """Why a task may not be trained on; empty where it may."""
+        """Return why a task may not be trained on; empty if it may."""
         if task.instance_id.lower() in self._ids:
             return "it is in the evaluation set"
         if _commit(task) in self._commits:
@@ -128,7 +120,7 @@ class EvaluationSet(_Tasks):
 
 
 class TrainingTasks(_Tasks):
-    """Tasks that may be trained on: none of them is of the evaluation set, or there is no such object."""
+    """Tasks that may be trained on. Raises ConfigError if one conflicts with the evaluation set ``never``."""
 
     def __init__(self, tasks: Iterable[SweTask], *, never: EvaluationSet):
         super().__init__(tasks)
@@ -137,20 +129,20 @@ class TrainingTasks(_Tasks):
         if conflicts:
             shown = "; ".join(f"{name}: {why}" for name, why in list(conflicts.items())[:5])
             raise ConfigError(
-                f"{len(conflicts)} training tasks may not be trained on ({shown}); "
-                "leave them out with TrainingTasks.allowed"
+                f"{len(conflicts)} training tasks conflict with the evaluation set ({shown}); "
+                "drop them with TrainingTasks.allowed"
             )
 
     @classmethod
     def allowed(cls, tasks: Iterable[SweTask], *, never: EvaluationSet) -> tuple[TrainingTasks, dict[str, str]]:
-        """The tasks that may be trained on, and why each of the others may not, by id."""
+        """Return the tasks that may be trained on, and for every other task's id the reason why it may not."""
         reasons = [(task, never.conflict(task)) for task in tasks]
         refused = {task.instance_id: why for task, why in reasons if why}
         return cls([task for task, why in reasons if not why], never=never), refused
 
 
 def _name(task: SweTask) -> str:
-    """The repository's own name, whoever keeps the copy: SWE-smith's swesmith/owner__name.commit, R2E-Gym's name."""
+    """Return the repository's name without its owner, also for SWE-smith's copies (swesmith/owner__name.commit)."""
     repo = task.repo.lower().rpartition("/")[2]
     if task.repo.lower().startswith("swesmith/"):
         repo = repo.rpartition(".")[0].rpartition("__")[2]
@@ -162,6 +154,6 @@ def _commit(task: SweTask) -> tuple[str, str]:
 
 
 def _changes(patch: str) -> str:
-    """A digest of the changed lines alone."""
+    """Return a digest of a patch's changed lines, whatever their place."""
     lines = [line for line in patch.splitlines() if line[:1] in "+-" and line[:4] not in ("+++ ", "--- ")]
     return hashlib.sha256("\n".join(line.strip() for line in lines).encode()).hexdigest()

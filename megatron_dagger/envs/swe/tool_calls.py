@@ -1,8 +1,8 @@
-"""Tool calls in Qwen3's chat format: the tools as the system message shows them, and the strict parser.
+"""Tool calls in Qwen3's chat format: the tools in the system message, and the strict parser.
 
-A reply is any text, then exactly one ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, and
-nothing after it. What stands in a thinking block is no call. Whatever else is answered with a FormatError,
-which says what was wrong; nothing is guessed.
+A reply is any text followed by exactly one ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>`` and nothing
+else. Text in a thinking block is no call. Any other reply raises a FormatError that says what is wrong; nothing is
+guessed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 THINK, THOUGHT = "<think>", "</think>"
 _TYPES: dict[str, tuple[type, ...]] = {"string": (str,), "integer": (int,), "array": (list,)}
-# As in the chat template of Qwen3, word for word.
+# Verbatim from Qwen3's chat template.
 _HEAD = """\
 # Tools
 
@@ -34,12 +34,12 @@ For each function call, return a json object with function name and arguments wi
 
 
 class FormatError(ValueError):
-    """The reply is no single, well-formed tool call; the message tells the agent what is wrong."""
+    """A reply is not a single, well-formed tool call; the message tells the agent what is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tool:
-    """A tool's name, purpose and parameters: each a JSON schema with ``type``, by name."""
+    """A tool's name and purpose, and by name the JSON schema of each parameter (``type``, ``enum``, ``items``)."""
 
     name: str
     description: str
@@ -47,12 +47,12 @@ class Tool:
     required: tuple[str, ...] = ()
 
     def signature(self) -> dict[str, Any]:
-        """As OpenAI's API and Qwen3's chat template have it."""
+        """Return the tool's schema, in the form of OpenAI's API and Qwen3's chat template."""
         schema = {"type": "object", "properties": dict(self.parameters), "required": list(self.required)}
         return {"type": "function", "function": {**_described(self), "parameters": schema}}
 
     def check(self, arguments: Mapping[str, Any]) -> None:
-        """Raise FormatError unless the arguments are those of this tool."""
+        """Raise FormatError unless the arguments fit the tool's parameters."""
         unknown = sorted(arguments.keys() - self.parameters.keys())
         absent = [name for name in self.required if name not in arguments]
         if unknown or absent:
@@ -71,33 +71,33 @@ class Tool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolCall:
-    """One call, checked against its tool."""
+    """One call of a tool."""
 
     name: str
     arguments: dict[str, Any]
 
     def text(self) -> str:
-        """As an agent writes it."""
+        """Return the call as an agent writes it."""
         return f"{OPEN}\n{json.dumps({'name': self.name, 'arguments': self.arguments}, ensure_ascii=False)}\n{CLOSE}"
 
 
 def tools_message(tools: tuple[Tool, ...]) -> str:
-    """The part of the system message that shows the tools."""
+    """Return the part of the system message that describes the tools."""
     return _HEAD + "\n".join(json.dumps(tool.signature(), ensure_ascii=False) for tool in tools) + _TAIL
 
 
 def tool_response(text: str) -> str:
-    """A tool's answer as the user message that carries it."""
+    """Return the user message with a tool's response."""
     return f"<tool_response>\n{text}\n</tool_response>"
 
 
 def parse_tool_call(reply: str, tools: tuple[Tool, ...]) -> ToolCall:
-    """The one tool call of a reply; FormatError says why there is none."""
-    said = _after_thinking(reply)
-    if said.count(OPEN) != 1 or said.count(CLOSE) != 1:
-        count = max(said.count(OPEN), said.count(CLOSE))
+    """Return the one tool call of a reply. Raises FormatError."""
+    answer = _after_thinking(reply)
+    if answer.count(OPEN) != 1 or answer.count(CLOSE) != 1:
+        count = max(answer.count(OPEN), answer.count(CLOSE))
         raise FormatError(f"a reply must hold exactly one {OPEN}...{CLOSE}, this one holds {count}")
-    _, _, rest = said.partition(OPEN)
+    _, _, rest = answer.partition(OPEN)
     body, closed, after = rest.partition(CLOSE)
     if not closed:
         raise FormatError(f"{CLOSE} stands before {OPEN}")
@@ -117,7 +117,7 @@ def parse_tool_call(reply: str, tools: tuple[Tool, ...]) -> ToolCall:
 
 
 def _after_thinking(reply: str) -> str:
-    """What follows the thinking block. The opening tag may be missing: some templates write it themselves."""
+    """Return the text after the thinking block, whose opening tag may be part of the prompt instead of the reply."""
     if THOUGHT in reply:
         return reply.rpartition(THOUGHT)[2]
     if THINK in reply:

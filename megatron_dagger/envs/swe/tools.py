@@ -1,4 +1,4 @@
-"""The agent's tools: bash, a string-replace editor, submit. They act through a sandbox, never on the host."""
+"""The agent's tools: bash, a string-replace editor, submit. They act in a sandbox, never on the host."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from megatron_dagger.envs.swe.tool_calls import Tool
-from megatron_dagger.sandbox.docker.sandbox import DockerSandbox
+from megatron_dagger.sandbox.base import FileSandbox
 
-MOST_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 20
 CONTEXT_LINES = 4  # shown around an edit
 
 BASH = Tool(
@@ -48,17 +48,17 @@ TOOLS = (BASH, EDITOR, SUBMIT)
 
 
 class EditError(ValueError):
-    """The edit cannot be made; the message tells the agent why."""
+    """An edit cannot be made; the message tells the agent why."""
 
 
 class Editor:
     """The string-replace editor, over the files of one sandbox."""
 
-    def __init__(self, sandbox: DockerSandbox):
+    def __init__(self, sandbox: FileSandbox):
         self._sandbox = sandbox
 
     def answer(self, arguments: dict[str, Any]) -> str:
-        """What the agent reads of one call; raises EnvironmentBroken."""
+        """Execute one call and return the text that the agent reads. Raises EnvironmentBroken."""
         path = arguments["path"]
         actions: dict[str, Callable[..., str]] = {
             "view": self._view,
@@ -94,7 +94,7 @@ class Editor:
         return self._sandbox.run(f"find '{quoted}' -maxdepth 2 -not -path '*/.*' | sort").output.rstrip("\n")
 
     def _create(self, path: str, arguments: dict[str, Any]) -> str:
-        text = _needed(arguments, "file_text")
+        text = _require(arguments, "file_text")
         try:
             self._sandbox.read_file(path, limit=1)
         except FileNotFoundError:
@@ -103,7 +103,7 @@ class Editor:
         raise EditError(f"{path} is there already: edit it with str_replace, or remove it first")
 
     def _str_replace(self, path: str, arguments: dict[str, Any]) -> str:
-        old, new = _needed(arguments, "old_str"), arguments.get("new_str", "")
+        old, new = _require(arguments, "old_str"), arguments.get("new_str", "")
         text = self._text(path)
         count = text.count(old) if old else 0
         if count != 1:
@@ -113,7 +113,7 @@ class Editor:
         return _around(text.replace(old, new), before.count("\n") + 1, new.count("\n") + 1)
 
     def _insert(self, path: str, arguments: dict[str, Any]) -> str:
-        number, new = _needed(arguments, "insert_line"), _needed(arguments, "new_str")
+        number, new = _require(arguments, "insert_line"), _require(arguments, "new_str")
         lines = self._text(path).splitlines(keepends=True)
         if not 0 <= number <= len(lines):
             raise EditError(f"insert_line must lie between 0 and {len(lines)}, it is {number}")
@@ -124,9 +124,9 @@ class Editor:
         return _around("".join(lines), number + 1, new.rstrip("\n").count("\n") + 1)
 
     def _text(self, path: str) -> str:
-        content = self._sandbox.read_file(path, limit=MOST_FILE_BYTES + 1)
-        if len(content) > MOST_FILE_BYTES:
-            raise EditError(f"{path} is larger than {MOST_FILE_BYTES} bytes: use bash")
+        content = self._sandbox.read_file(path, limit=MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise EditError(f"{path} is larger than {MAX_FILE_BYTES} bytes: use bash")
         return content.decode()
 
     def _lines(self, path: str) -> list[str]:
@@ -136,18 +136,18 @@ class Editor:
         self._sandbox.write_file(path, text.encode(errors="surrogatepass"))
 
 
-def _needed(arguments: dict[str, Any], name: str) -> Any:
+def _require(arguments: dict[str, Any], name: str) -> Any:
     if name not in arguments:
         raise EditError(f"{arguments['command']} needs {name}")
     return arguments[name]
 
 
-def _range(wanted: list[Any], count: int) -> tuple[int, int]:
-    if len(wanted) != 2 or not all(type(number) is int for number in wanted):
+def _range(view_range: list[Any], count: int) -> tuple[int, int]:
+    if len(view_range) != 2 or not all(type(number) is int for number in view_range):
         raise EditError("view_range is two numbers: the first and the last line")
-    first, last = wanted[0], count if wanted[1] == -1 else wanted[1]
+    first, last = view_range[0], count if view_range[1] == -1 else view_range[1]
     if not 1 <= first <= last or first > count:
-        raise EditError(f"view_range must lie between 1 and {count}, it is {wanted}")
+        raise EditError(f"view_range must lie between 1 and {count}, it is {view_range}")
     return first, min(last, count)
 
 
@@ -156,6 +156,6 @@ def _numbered(lines: list[str], first: int, last: int) -> str:
 
 
 def _around(text: str, first: int, count: int) -> str:
-    """The edited lines among their neighbours."""
+    """Return the edited lines and CONTEXT_LINES on either side, numbered."""
     lines = text.splitlines()
     return _numbered(lines, max(1, first - CONTEXT_LINES), min(len(lines), first + count - 1 + CONTEXT_LINES))

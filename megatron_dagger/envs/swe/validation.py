@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dagger.config.base import require
-from megatron_dagger.envs.base import EnvironmentBroken
 from megatron_dagger.envs.swe.judge import OpenSandbox, judge
 from megatron_dagger.envs.swe.task import SweTask
+from megatron_dagger.sandbox.base import EnvironmentBroken
 from megatron_dagger.store.atomic import read_json, write_json
 
 

@@ -1,7 +1,7 @@
-"""What a paid-for teacher has answered: kept on disk, so that a resumed round asks nothing twice.
+"""Responses of a paid endpoint, cached on disk so that a resumed round asks nothing twice.
 
-One append-only file of JSON lines for each process that writes; all are read at the start. A line that
-a crash cut short is ignored. No key and no header is ever written.
+Each writing process appends JSON lines to a file of its own; all files are read when the cache is opened. A line that
+a crash cut short is ignored. Neither API keys nor headers are written.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import IO, Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
-    """An endpoint's answer: its text, its tool calls as (name, JSON text of the arguments), and what was counted."""
+class Response:
+    """An endpoint's response: text, tool calls as (name, arguments as JSON text), and the tokens it was billed for."""
 
     text: str
     tool_calls: tuple[tuple[str, str], ...] = ()
@@ -28,37 +28,41 @@ class Reply:
 
 
 class MalformedResponse(ValueError):
-    """A reply holds no action; raised by what reads replies."""
+    """A response contains no action; raised by the functions that read actions from responses."""
 
 
 def request_key(request: dict[str, Any]) -> str:
-    """The name of a request: equal requests, equal names."""
+    """Return the SHA-256 of a request's JSON: equal requests have equal keys."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 class ResponseCache:
-    """The replies in a directory, by ``request_key``. Safe to use from several threads and processes."""
+    """The responses in a directory, by ``request_key``. Safe to use from several threads and processes.
+
+    ``prompt_tokens`` and ``completion_tokens`` count the tokens of all responses.
+    """
 
     def __init__(self, directory: Path):
         self._directory = directory
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
-        self._replies: dict[str, Reply] = {}
-        self.prompt_tokens = self.completion_tokens = 0  # of all replies
+        self._responses: dict[str, Response] = {}
+        self.prompt_tokens = self.completion_tokens = 0
         for path in sorted(directory.glob("*.jsonl")):
             self._read(path)
 
     def __len__(self) -> int:
-        return len(self._replies)
+        return len(self._responses)
 
-    def get(self, key: str) -> Reply | None:
-        return self._replies.get(key)
+    def get(self, key: str) -> Response | None:
+        """Return the cached response, or None."""
+        return self._responses.get(key)
 
-    def put(self, key: str, reply: Reply) -> None:
-        """Keep a reply; it is on the disk when this returns."""
-        line = json.dumps({"key": key, **asdict(reply)}).encode() + b"\n"
+    def put(self, key: str, response: Response) -> None:
+        """Cache a response; it is on disk when this returns."""
+        line = json.dumps({"key": key, **asdict(response)}).encode() + b"\n"
         with self._lock:
-            self._keep(key, reply)
+            self._add(key, response)
             if self._file is None:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
@@ -67,15 +71,16 @@ class ResponseCache:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file this process writes to."""
         with self._lock:
             if self._file is not None:
                 self._file.close()
                 self._file = None
 
-    def _keep(self, key: str, reply: Reply) -> None:
-        self.prompt_tokens += reply.prompt_tokens  # also where two processes have asked the same
-        self.completion_tokens += reply.completion_tokens
-        self._replies[key] = reply
+    def _add(self, key: str, response: Response) -> None:
+        self.prompt_tokens += response.prompt_tokens  # twice if two processes asked the same: both were billed
+        self.completion_tokens += response.completion_tokens
+        self._responses[key] = response
 
     def _read(self, path: Path) -> None:
         for line in path.read_bytes().splitlines():
@@ -83,6 +88,6 @@ class ResponseCache:
                 values = json.loads(line)
                 key = values.pop("key")
                 calls = tuple((name, arguments) for name, arguments in values.pop("tool_calls"))
-                self._keep(key, Reply(**values, tool_calls=calls))
+                self._add(key, Response(**values, tool_calls=calls))
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # cut short

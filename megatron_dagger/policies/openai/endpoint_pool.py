@@ -1,19 +1,21 @@
-"""The replicas of an OpenAI-compatible endpoint: the load shared, failures waited out, a budget kept.
+"""Requests to the servers of one OpenAI-compatible endpoint: balanced, retried, and stopped by a budget.
 
-A replica that fails is left alone for a while, longer each time. What the endpoint has read and written is
-counted by the ResponseCache; a spent budget ends the run cleanly.
+A server that fails is left alone for a while, longer after each failure. Tokens are counted by the ResponseCache.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,103 +27,140 @@ from megatron_dagger.policies.openai.cache import ResponseCache
 
 logger = logging.getLogger(__name__)
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0  # that a failing replica is left alone, doubled each time
-_LONGEST_AWAY_S = 10.0  # the same where nobody answers: one that is starting is to be found soon
-_WORTH_ANOTHER_TRY = {408, 409, 425, 429, 500, 502, 503, 504}
-_REFUSES_ALL = {401, 402, 404}  # the key, the account or the model's name is wrong
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 60.0  # after a server's first failure, doubled with each further one
+_MAX_PAUSE_UNREACHABLE_S = 10.0  # the same if it cannot be reached: one that is starting is noticed soon
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+_FATAL = {401, 402, 404}  # wrong key, no credit, wrong model name: every request would be refused
 _TOO_LONG = re.compile(r"context[ _](length|window)|maximum model length|too long", re.IGNORECASE)
 T = TypeVar("T")
-Parse = Callable[[str, dict[str, Any]], T]  # what the replica at an address answered
+Parse = Callable[[str, dict[str, Any]], T]  # (url of the server, body of its response) -> result
 
 
 @dataclass
-class _Replica:
+class _Server:
     url: str
-    waiting: int = 0
+    waiting: int = 0  # requests that wait for its response
     failures: int = 0  # in a row
     closed_until: float = 0.0
 
 
 class EndpointPool:
-    """All that is asked of one endpoint. The key is read from the environment when a request is sent."""
+    """All requests to one endpoint, at most ``concurrent_requests`` at a time.
 
-    def __init__(self, config: TeacherConfig, replies: ResponseCache):
-        self._config, self._replies = config, replies
-        self._replicas = [_Replica(url.rstrip("/")) for url in config.urls]
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._answered = -math.inf  # when a request was last answered
+    The stages of a run each have an event loop, so connections live on a loop of their own, in a background thread
+    that the first request starts. ``close`` ends both; the pool is also a context manager. The API key is read
+    from the environment when a request is sent.
+    """
 
-    async def ask(self, path: str, request: dict[str, Any], parse: Parse[T]) -> T:
-        """What ``parse`` makes of the first answer of a replica to a POST of ``request`` to its ``path``.
+    def __init__(self, config: TeacherConfig, cache: ResponseCache):
+        self._config, self._cache = config, cache
+        self._servers = [_Server(url.rstrip("/")) for url in config.urls]
+        self._last_success = -math.inf  # on the monotonic clock
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
 
-        Raises PolicyGone if no replica answers anything within ``patience_s`` or one refuses whatever it is asked,
-        NoAction if the request is too long for the model, PolicyError if it alone is not answered, is refused for
-        another reason or ``parse`` raises one; BudgetSpent if nothing may be asked any more.
+    async def request(self, path: str, body: dict[str, Any], parse: Parse[T]) -> T:
+        """POST ``body`` to ``path`` on a server, and return what ``parse`` makes of the response.
+
+        Raises PolicyGone if no server answers any request within ``patience_s`` or one refuses all requests (401, 402,
+        404); NoAction if the request is too long for the model; PolicyError if only this request fails, or if
+        ``parse`` raises it; BudgetSpent if a budget is used up.
         """
-        self._open()
-        async with self._places:
-            self._check_budget()
-            return await self._ask(path, request, parse)
+        loop = self._running_loop()
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._request(path, body, parse), loop))
 
-    def _open(self) -> None:
-        """The connections and places belong to one event loop; a stage has its own."""
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._loop = loop
-            most = self._config.concurrent_requests  # the places are what is waited for, never a connection
-            timeout = httpx.Timeout(self._config.request_timeout_s, pool=None)
-            limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
-            self._client = httpx.AsyncClient(timeout=timeout, limits=limits)
-            self._places = asyncio.Semaphore(most)
+    def close(self) -> None:
+        """Close all connections. Running requests are cancelled. May be called twice."""
+        with self._lock:
+            if self._thread is not None:
+                self._loop.call_soon_threadsafe(self._closing.set)
+                self._thread.join()
+                self._thread = None
+
+    def __enter__(self) -> EndpointPool:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        """Return the pool's event loop; start it if it does not run."""
+        with self._lock:
+            if self._thread is None:
+                limit = self._config.concurrent_requests
+                timeout = httpx.Timeout(self._config.request_timeout_s, pool=None)  # a request waits for its slot only
+                limits = httpx.Limits(max_connections=limit, max_keepalive_connections=limit)
+                self._client = httpx.AsyncClient(timeout=timeout, limits=limits)
+                self._slots, self._closing = asyncio.Semaphore(limit), asyncio.Event()
+                ready: Future[asyncio.AbstractEventLoop] = Future()
+                target = functools.partial(asyncio.run, self._keep_open(ready))
+                self._thread = threading.Thread(target=target, name="endpoint-pool", daemon=True)
+                self._thread.start()
+                self._loop = ready.result()
+            return self._loop
+
+    # The methods below run on the pool's event loop.
+
+    async def _keep_open(self, ready: Future[asyncio.AbstractEventLoop]) -> None:
+        async with self._client:
+            ready.set_result(asyncio.get_running_loop())
+            await self._closing.wait()
+
+    async def _request(self, path: str, body: dict[str, Any], parse: Parse[T]) -> T:
+        async with self._slots:
+            self._check_budget()
+            return await self._request_until_answered(path, body, parse)
 
     def _check_budget(self) -> None:
-        config, prompt, completion = self._config, self._replies.prompt_tokens, self._replies.completion_tokens
+        config, prompt, completion = self._config, self._cache.prompt_tokens, self._cache.completion_tokens
         if config.token_budget is not None and prompt + completion >= config.token_budget:
             raise BudgetSpent(
                 f"the teacher has read and written {prompt + completion:,} tokens, teacher.token_budget is "
-                f"{config.token_budget:,}; {_more('teacher.token_budget')}"
+                f"{config.token_budget:,}; {_how_to_raise('teacher.token_budget')}"
             )
-        money = (
+        cost = (
             prompt * config.price_per_million_prompt_tokens + completion * config.price_per_million_completion_tokens
         ) / 1e6
-        if config.money_budget is not None and money >= config.money_budget:
+        if config.money_budget is not None and cost >= config.money_budget:
             raise BudgetSpent(
-                f"the teacher has cost {money:.2f}, teacher.money_budget is {config.money_budget:.2f}; "
-                f"{_more('teacher.money_budget')}"
+                f"the teacher has cost {cost:.2f}, teacher.money_budget is {config.money_budget:.2f}; "
+                f"{_how_to_raise('teacher.money_budget')}"
             )
 
-    async def _ask(self, path: str, request: dict[str, Any], parse: Parse[T]) -> T:
-        """Ask the replicas until one answers."""
+    async def _request_until_answered(self, path: str, body: dict[str, Any], parse: Parse[T]) -> T:
         end = time.monotonic() + self._config.patience_s
-        problem = "none was asked"
+        problem = "no request was sent"
         while (now := time.monotonic()) < end:
-            replica = min(self._replicas, key=lambda r: (max(r.closed_until, now), r.waiting))
-            if replica.closed_until > now:
-                await asyncio.sleep(min(replica.closed_until, end) - now)
+            server = min(self._servers, key=lambda s: (max(s.closed_until, now), s.waiting))
+            if server.closed_until > now:
+                await asyncio.sleep(min(server.closed_until, end) - now)
                 continue
-            replica.waiting += 1
-            failures, longest_s = replica.failures, _LONGEST_PAUSE_S
+            server.waiting += 1
+            failures, max_pause_s = server.failures, _MAX_PAUSE_S
             try:
-                response = await self._client.post(f"{replica.url}/{path}", json=request, headers=self._headers())
-                if response.status_code not in _WORTH_ANOTHER_TRY:
-                    answer = parse(replica.url, _body(replica.url, response))
-                    replica.failures, self._answered = 0, time.monotonic()
-                    return answer
-                problem = f"{replica.url} answered {response.status_code}"
+                response = await self._client.post(f"{server.url}/{path}", json=body, headers=self._headers())
+                if response.status_code not in _RETRIED:
+                    result = parse(server.url, _json(server.url, response))
+                    server.failures, self._last_success = 0, time.monotonic()
+                    return result
+                problem = f"{server.url} answered {response.status_code}"
             except httpx.TransportError as error:
-                problem, longest_s = f"{replica.url}: {type(error).__name__} {error}".rstrip(), _LONGEST_AWAY_S
+                problem = f"{server.url}: {type(error).__name__} {error}".rstrip()
+                max_pause_s = _MAX_PAUSE_UNREACHABLE_S
             finally:
-                replica.waiting -= 1
-            if replica.failures == failures:  # else another request that was under way with it has failed first
-                self._leave_alone(replica, problem, longest_s)
-        alive = self._answered > end - self._config.patience_s / 2  # others were answered: it is this request
-        why = f"no teacher answered within {self._config.patience_s:.0f} s; the last: {problem}"
-        raise PolicyError(why) if alive else PolicyGone(why)
+                server.waiting -= 1
+            if server.failures == failures:  # otherwise a concurrent request has recorded this outage already
+                self._pause(server, problem, max_pause_s)
+        message = f"no teacher answered within {self._config.patience_s:.0f} s; the last problem: {problem}"
+        # A success in the second half of the wait shows that the endpoint works and this request is at fault. One in
+        # the first half shows little: every request may have failed since.
+        endpoint_works = self._last_success > end - self._config.patience_s / 2
+        raise PolicyError(message) if endpoint_works else PolicyGone(message)
 
-    def _leave_alone(self, replica: _Replica, problem: str, longest_s: float) -> None:
-        pause = min(_FIRST_PAUSE_S * 2**replica.failures, longest_s) * random.uniform(0.5, 1.0)
-        replica.failures += 1
-        replica.closed_until = time.monotonic() + pause
+    def _pause(self, server: _Server, problem: str, max_pause_s: float) -> None:
+        pause = min(_FIRST_PAUSE_S * 2**server.failures, max_pause_s) * random.uniform(0.5, 1.0)
+        server.failures += 1
+        server.closed_until = time.monotonic() + pause
         logger.warning("teacher: %s; next try in %.1f s", problem, pause)
 
     def _headers(self) -> dict[str, str]:
@@ -129,21 +168,21 @@ class EndpointPool:
         return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def _more(name: str) -> str:
-    return f"what it answered is kept, and `megatron-dagger run RUN {name}=VALUE` goes on from here with more"
+def _how_to_raise(name: str) -> str:
+    return f"raise it and resume with `megatron-dagger run RUN {name}=VALUE` (cached responses are not paid for again)"
 
 
-def _body(url: str, response: httpx.Response) -> dict[str, Any]:
-    """The JSON object in an answer that is final; raises as ``EndpointPool.ask`` where it is something else."""
+def _json(url: str, response: httpx.Response) -> dict[str, Any]:
+    """Return the JSON object of a response. Raises as ``EndpointPool.request`` if there is none."""
     if response.status_code != 200:
-        refused = f"{url} refused the request with {response.status_code}: {response.text[:500]}"
-        if response.status_code in _REFUSES_ALL:
-            raise PolicyGone(refused)
-        raise NoAction(refused) if _TOO_LONG.search(response.text) else PolicyError(refused)
+        message = f"{url} refused the request with {response.status_code}: {response.text[:500]}"
+        if response.status_code in _FATAL:
+            raise PolicyGone(message)
+        raise NoAction(message) if _TOO_LONG.search(response.text) else PolicyError(message)
     try:
         body = response.json()
     except ValueError as error:
-        raise PolicyError(f"{url} answered something that is no JSON ({error})") from None
+        raise PolicyError(f"{url} answered with invalid JSON ({error})") from None
     if not isinstance(body, dict):
-        raise PolicyError(f"{url} answered something that is no JSON object")
+        raise PolicyError(f"{url} answered with JSON that is not an object")
     return body

@@ -1,8 +1,7 @@
-"""A policy behind an OpenAI-compatible endpoint: the teacher as a language model.
+"""A policy behind an OpenAI-compatible endpoint: a language model as the teacher.
 
-It has its own tokenizer and chat template: it is sent the conversation as messages, and its answer is read
-as an action and written in the student's format. Every answer is kept, so that a killed round asks nothing
-twice.
+The teacher has its own tokenizer and chat template. It gets the conversation as messages; an action is read from its
+response and written in the student's format. Responses are cached, so a restarted round never pays twice.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 
 from megatron_dagger.config import TeacherConfig
 from megatron_dagger.policies.base import NoAction, PolicyError
-from megatron_dagger.policies.openai.cache import MalformedResponse, Reply, ResponseCache, request_key
+from megatron_dagger.policies.openai.cache import MalformedResponse, Response, ResponseCache, request_key
 from megatron_dagger.policies.openai.endpoint_pool import EndpointPool
 from megatron_dagger.types import Action, State
 
@@ -25,8 +24,8 @@ _SEEDS = 2**31  # endpoints take a seed below this
 class EndpointPolicy:
     """The teacher as a Policy.
 
-    ``read``: the action's text, in the student's format, in a Reply; raises MalformedResponse. ``encode``: an action's
-    tokens (``ChatRenderer.action``).
+    ``read`` returns the text of the action in a response, in the student's format, or raises MalformedResponse.
+    ``encode`` turns that text into the action's tokens (``ChatRenderer.action``).
     """
 
     name = "teacher"
@@ -34,32 +33,33 @@ class EndpointPolicy:
     def __init__(
         self,
         config: TeacherConfig,
-        replies: ResponseCache,
+        pool: EndpointPool,
+        cache: ResponseCache,
         *,
-        read: Callable[[Reply], str],
+        read: Callable[[Response], str],
         encode: Callable[[str], np.ndarray],
     ):
-        self._config, self._replies, self._read, self._encode = config, replies, read, encode
-        self.replicas = EndpointPool(config, replies)
+        self._config, self._pool, self._cache = config, pool, cache
+        self._read, self._encode = read, encode
 
     async def act(self, state: State) -> Action:
-        """The teacher's action in a state.
+        """Return the teacher's action in ``state``.
 
-        Raises NoAction if its answers hold none, which is kept, so that it is the same after a restart; else as
-        EndpointPool.ask.
+        A malformed response is requested again, with another seed, up to ``malformed_retries`` times; then raises
+        NoAction. Malformed responses are cached as well, so a restart gives the same result. Otherwise raises as
+        EndpointPool.request.
         """
+        attempts = self._config.malformed_retries + 1
         problem: MalformedResponse | None = None
-        for attempt in range(self._config.malformed_retries + 1):
-            reply = await self._reply(self._request(state, attempt))
+        for attempt in range(attempts):
+            response = await self._respond(self._request(state, attempt))
             try:
-                text = self._read(reply)
+                text = self._read(response)
             except MalformedResponse as error:
                 problem = error
                 continue
             return Action(text=text, tokens=self._encode(text))
-        raise NoAction(
-            f"the teacher gave no action in {self._config.malformed_retries + 1} answers, the last time: {problem}"
-        )
+        raise NoAction(f"the teacher gave no action in {attempts} answers; the last problem: {problem}")
 
     def _request(self, state: State, attempt: int) -> dict[str, Any]:
         sampling = self._config.sampling
@@ -72,26 +72,26 @@ class EndpointPolicy:
             "seed": (state.seed + attempt) % _SEEDS,
         }
 
-    async def _reply(self, request: dict[str, Any]) -> Reply:
+    async def _respond(self, request: dict[str, Any]) -> Response:
         key = request_key(request)
-        known = self._replies.get(key)
-        if known is not None:
-            return known
-        reply = await self.replicas.ask("chat/completions", request, _parse)
-        await asyncio.to_thread(self._replies.put, key, reply)
-        return reply
+        cached = self._cache.get(key)
+        if cached is not None:
+            return cached
+        response = await self._pool.request("chat/completions", request, _parse)
+        await asyncio.to_thread(self._cache.put, key, response)
+        return response
 
 
-def _parse(url: str, body: dict[str, Any]) -> Reply:
-    """The reply in a chat completion; PolicyError where it is none."""
+def _parse(url: str, body: dict[str, Any]) -> Response:
+    """Return the response in a chat completion. Raises PolicyError if ``body`` is none."""
     try:
         message, usage = body["choices"][0]["message"], body.get("usage") or {}
         calls = [call["function"] for call in message.get("tool_calls") or []]
-        return Reply(
+        return Response(
             text=message.get("content") or "",
             tool_calls=tuple((str(call["name"]), str(call["arguments"])) for call in calls),
             prompt_tokens=int(usage.get("prompt_tokens", 0)),
             completion_tokens=int(usage.get("completion_tokens", 0)),
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise PolicyError(f"{url} answered something that is no chat completion ({error!r})") from None
+        raise PolicyError(f"{url} answered with something other than a chat completion ({error!r})") from None

@@ -1,7 +1,7 @@
-"""A vLLM engine in this process, in the few words that the student needs.
+"""A vLLM engine in this process, reduced to what the student needs.
 
-With ``vllm_imports.py``, ``weights/vllm_transfer.py`` and ``vllm_target.py`` the only module that touches vLLM.
-Nothing here depends on CPU or CUDA: vLLM's build decides. All methods belong to one thread (``engine_thread``).
+Only this module, ``preload.py`` and ``weights/vllm/`` touch vLLM. The code is the same for vLLM's CPU and CUDA builds.
+All methods must be called on one thread (``engine_thread``).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from megatron_dagger.weights.verify.digest import compare, merge
 
 logger = logging.getLogger(__name__)
 
-_PREFILL_TOKENS = 2048  # tokens of a step, on the CPU
+_PREFILL_TOKENS = 2048  # per step, on the CPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one request is sampled; ``prompt_logprobs`` asks for those of the prompt's tokens as well."""
+    """The sampling parameters of one request. ``prompt_logprobs`` requests those of the prompt's tokens as well."""
 
     temperature: float
     top_p: float = 1.0
@@ -42,10 +42,11 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What was sampled: ids (n,) int32, the stop token included, and their log-probs (n,) float32.
+    """The sampled ids, (n,) int32 with the stop token, and their log-probs, (n,) float32.
 
     Log-probs are of the model's own distribution (temperature 1, no top-p). ``prompt_logprobs`` is
-    (prompt length - 1,) float32 or None. ``weight_version`` is what the engine served with.
+    (prompt length - 1,) float32 or None. ``weight_version`` names the weights that sampled the tokens,
+    ``cached_tokens`` counts the prompt's tokens that came from the prefix cache.
     """
 
     tokens: np.ndarray
@@ -56,7 +57,7 @@ class Completion:
 
 
 def quantization_settings(config: VllmEngineConfig) -> dict[str, Any]:
-    """What a published FP8 checkpoint's config.json says (Qwen3's; the output layer is not quantised)."""
+    """Return the config.json entries of an FP8 checkpoint, as Qwen3's have them; lm_head is not quantised."""
     if config.quantization == "none":
         return {}
     block = [BLOCK, BLOCK]
@@ -65,10 +66,10 @@ def quantization_settings(config: VllmEngineConfig) -> dict[str, Any]:
 
 
 class VllmEngine:
-    """vLLM started on ``model_dir`` (config.json).
+    """vLLM, started on the config.json in ``model_dir``.
 
-    It starts with the weights of ``start``, to be confirmed by ``accept``, or with dummy weights, which
-    ``load`` replaces by real ones.
+    It loads ``weights``, which ``accept`` then verifies. Without, it starts with dummy weights, which ``load``
+    replaces. ``intact`` says whether all workers hold the same version of real weights.
     """
 
     def __init__(
@@ -78,32 +79,32 @@ class VllmEngine:
         config: VllmEngineConfig,
         *,
         seed: int,
-        start: WeightSource | None = None,
+        weights: WeightSource | None = None,
     ):
-        self.intact = False  # the dummy weights are nobody's
+        self.intact = False
         import_vllm(config)
         import torch
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from megatron_dagger.weights.vllm import plugin as vllm_transfer
+        from megatron_dagger.weights.vllm import plugin
 
         prefill: dict[str, Any] = {}
         if not torch.cuda.is_available():
             torch.set_num_threads(config.threads)  # of this thread; later vLLM makes it a no-op
-            # Where a prompt is computed in pieces, vLLM winds a seeded request's generator back after each;
-            # torch's CPU generator cannot do that, and the engine dies. So a prompt is never cut there.
+            # With chunked prefill vLLM rewinds a seeded request's generator after each chunk. torch's CPU
+            # generator cannot do that, and the engine dies. So on the CPU a prompt is never chunked.
             budget = max(config.max_model_len, _PREFILL_TOKENS)
             prefill = {"enable_chunked_prefill": False, "max_num_batched_tokens": budget}
-        vllm_transfer.register()
-        weights = {"checkpoint": None} if start is None else {"offer": to_dict(start), "model": to_dict(model)}
+        plugin.register()
+        loader = {"checkpoint": None} if weights is None else {"source": to_dict(weights), "model": to_dict(model)}
         memory = config.kv_cache_memory_mib
-        arguments = EngineArgs(
+        args = EngineArgs(
             model=str(model_dir),
             skip_tokenizer_init=True,  # ids in, ids out
-            generation_config="vllm",  # nothing is read beside config.json
-            load_format=vllm_transfer.LOAD_FORMAT,
-            model_loader_extra_config=weights,
+            generation_config="vllm",  # config.json is the only file it reads
+            load_format=plugin.LOAD_FORMAT,
+            model_loader_extra_config=loader,
             dtype=config.dtype,
             hf_overrides=quantization_settings(config),
             seed=seed,
@@ -117,10 +118,10 @@ class VllmEngine:
             **prefill,
             logprobs_mode="raw_logprobs",
             disable_log_stats=True,
-            weight_transfer_config={"backend": vllm_transfer.BACKEND},  # type: ignore[arg-type]
-            worker_extension_cls=vllm_transfer.WORKER_EXTENSION,
+            weight_transfer_config={"backend": plugin.BACKEND},  # type: ignore[arg-type]
+            worker_extension_cls=plugin.WORKER_EXTENSION,
         )
-        self._engine = LLMEngine.from_engine_args(arguments)
+        self._engine = LLMEngine.from_engine_args(args)
         self._model, self._max_model_len = model, config.max_model_len
         self._precision = config.dtype if config.quantization == "none" else config.quantization
         self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"model": to_dict(model)}})
@@ -147,28 +148,26 @@ class VllmEngine:
             raise PolicyError(f"vLLM refused the request: {error}") from error
 
     def step(self) -> list[tuple[str, Completion | PolicyError]]:
-        """Compute one token for every running request; return the requests that ended."""
-        ended: list[tuple[str, Completion | PolicyError]] = []
-        for output in self._engine.step():
-            if output.finished:
-                ended.append((output.request_id, _completion(output)))
-        return ended
+        """Compute one token for every running request, and return the requests that finished."""
+        return [(output.request_id, _completion(output)) for output in self._engine.step() if output.finished]
 
     def abort(self, name: str) -> None:
-        """Give up a request."""
+        """Cancel a request."""
         self._engine.abort_request([name])
 
-    def load(self, offer: WeightSource, version: str, digests: Mapping[str, str], canary: Canary | None = None) -> None:
-        """Take over new weights while nothing runs.
+    def load(
+        self, source: WeightSource, version: str, digests: Mapping[str, str], canary: Canary | None = None
+    ) -> None:
+        """Replace the weights while no request runs.
 
-        Raises WeightSyncError if a worker could not, if what the workers then hold is not exactly what
-        ``digests`` say, or if they compute something else than the trainer for the ``canary``. Afterwards
-        ``intact`` says whether all workers' weights are of one version, be it the one before.
+        Raises WeightSyncError if a worker fails, if the workers' weights differ from ``digests``, or if their
+        log-probs of the ``canary`` differ from the trainer's. ``intact`` then says whether all workers still hold
+        the previous version.
         """
         was_intact, self.intact = self.intact, False
         rpc = self._engine.collective_rpc
         rpc("start_weight_update")
-        rpc("update_weights", kwargs={"update_info": {"offer": to_dict(offer)}})
+        rpc("update_weights", kwargs={"update_info": {"source": to_dict(source)}})
         rpc("finish_weight_update")
         states = rpc("transfer_state")
         self.intact = was_intact and all(state.error and not state.touched for state in states)
@@ -176,12 +175,12 @@ class VllmEngine:
             if state.error is not None:
                 raise WeightSyncError(state.error if len(states) == 1 else f"worker {rank}: {state.error}")
         self._check(states, digests)
-        if not self._engine.reset_prefix_cache():  # what it holds was computed with the old weights
+        if not self._engine.reset_prefix_cache():  # it was computed with the old weights
             raise WeightSyncError("the prefix cache could not be emptied: requests are still running")
         self._serve(version, canary)
 
     def accept(self, version: str, digests: Mapping[str, str], canary: Canary | None = None) -> None:
-        """Confirm what it was started with, as ``load`` does."""
+        """Verify the weights the engine was started with, as ``load`` does."""
         self._check(self._engine.collective_rpc("transfer_state"), digests)
         self._serve(version, canary)
 
@@ -189,12 +188,12 @@ class VllmEngine:
         if canary is not None and len(canary.tokens) < self._max_model_len:
             sampling = Sampling(temperature=0.0, max_tokens=1, prompt_logprobs=True)
             self.add("canary", list(canary.tokens), sampling)
-            ended: list[tuple[str, Completion | PolicyError]] = []
-            while not ended:
-                ended = self.step()
-            outcome = ended[0][1]
+            finished: list[tuple[str, Completion | PolicyError]] = []
+            while not finished:
+                finished = self.step()
+            outcome = finished[0][1]
             if isinstance(outcome, PolicyError):
-                raise WeightSyncError(f"the canary could not be tried: {outcome}")
+                raise WeightSyncError(f"the canary's log-probs could not be computed: {outcome}")
             problem = canary.problem(outcome.prompt_logprobs, self._precision)
             if problem is not None:
                 raise WeightSyncError(problem)
@@ -207,13 +206,10 @@ class VllmEngine:
         except WeightMapError as error:
             problem = str(error)
         if problem is not None:
-            raise WeightSyncError(f"what the workers hold is not the trainer's: {problem}")
-
-    def weight_version(self) -> str:
-        return self._engine.get_weight_version()
+            raise WeightSyncError(f"the workers' weights are not the trainer's: {problem}")
 
     def close(self) -> None:
-        """End the workers and free their memory."""
+        """Stop the workers and free their memory."""
         import torch
 
         set_num_threads = torch._C.set_num_threads

@@ -1,9 +1,9 @@
-"""One background thread that owns an engine and serves many callers at once.
+"""A background thread that owns an engine and serves many callers at once.
 
-It takes requests from a queue, steps the engine while any runs (continuous batching: a request joins
-at the next step), and resolves the callers' futures. A call (``run``) waits until no request runs
-and holds new ones back meanwhile, so weights never change under a request. If the engine fails, every
-caller gets a PolicyError, now and later; nobody waits for ever.
+The thread takes requests from a queue, steps the engine while any request runs (continuous batching: a new request
+joins at the next step) and resolves the callers' futures. A call (``run``) waits until no request runs and holds
+back new ones, so weights never change under a request. If the engine fails, every present and future caller gets a
+PolicyError; nobody waits forever.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megatron_dagger.policies.vllm.engine import Completion, Sampling, VllmEngin
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Build = Callable[[], VllmEngine]
 
 
 @dataclass(kw_only=True)
@@ -46,18 +47,16 @@ class _Abort:
 
 
 class EngineThread:
-    """Builds an engine with ``build`` on its own thread and serves until ``close``.
+    """Builds an engine on a thread of its own and serves requests until ``close``.
 
-    ``ahead`` is what the thread can do before an engine is wanted; it is given what says that none will be.
+    ``preload(cancelled)`` runs on the thread before an engine is needed, for example to import vLLM early. It should
+    return soon after ``cancelled()`` becomes true.
     """
 
-    def __init__(
-        self, build: Callable[[], VllmEngine], ahead: Callable[[Callable[[], bool]], None] = lambda given_up: None
-    ):
+    def __init__(self, preload: Callable[[Callable[[], bool]], None] = lambda cancelled: None):
         self.busy_s = 0.0  # time inside the engine's steps
-        self.started = False
-        self._build, self._ahead = build, ahead
-        self._wanted: Future[bool] = Future()  # whether an engine is
+        self._preload = preload
+        self._build: Future[Build | None] = Future()  # None: closed before an engine was needed
         self._ready: Future[None] = Future()
         self._queue: queue.Queue[_Request | _Call | _Abort | None] = queue.Queue()
         self._names = itertools.count()
@@ -65,25 +64,28 @@ class EngineThread:
         self._failure: BaseException | None = None
         self._running: dict[str, _Request] = {}
         self._arrived: deque[_Request | _Call] = deque()  # taken from the queue, not yet given to the engine
-        self._lock = threading.Lock()  # nothing is queued after the thread has looked for the last time
+        self._lock = threading.Lock()  # keeps requests out of the queue after the thread has emptied it at its end
 
-    def prepare(self) -> None:
-        """Do what can be done before an engine is wanted, in the background."""
+    @property
+    def started(self) -> bool:
+        """Whether ``start`` was called."""
+        return self._build.done() and self._build.result() is not None
+
+    def preload(self) -> None:
+        """Run ``preload`` in the background, before it is known whether an engine is needed."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._main, name="vllm-engine", daemon=True)
             self._thread.start()
 
-    def begin(self) -> None:
-        """Start the engine in the background; what it is asked meanwhile waits, and fails if the start does."""
-        if self.started:
-            raise PolicyError("the engine was started before")
-        self.started = True
-        self.prepare()
-        self._wanted.set_result(True)
+    def start(self, build: Build) -> None:
+        """Build the engine in the background. Requests wait for it, and fail if it cannot be built."""
+        if self._build.done():
+            raise PolicyError("an engine thread starts once: it was started or closed before")
+        self._build.set_result(build)
+        self.preload()
 
-    def start(self, *, timeout_s: float) -> None:
-        """Start the engine; PolicyError if it fails or is not ready in time."""
-        self.begin()
+    def wait_until_ready(self, *, timeout_s: float) -> None:
+        """Wait until the engine is built. Raises PolicyError if that fails or takes longer."""
         try:
             self._ready.result(timeout_s)
         except TimeoutError:
@@ -93,19 +95,19 @@ class EngineThread:
             raise PolicyError(f"the engine did not start: {error}") from error
 
     def submit(self, prompt: Sequence[int], sampling: Sampling) -> tuple[str, Future[Completion]]:
-        """Queue a request; returns its name (for ``abort``) and its future."""
+        """Queue a request, and return its name (for ``abort``) and its future."""
         request = _Request(name=str(next(self._names)), prompt=prompt, sampling=sampling)
         self._put(request)
         return request.name, request.future
 
     def abort(self, name: str) -> None:
-        """Give up a request; nothing happens if it has ended."""
+        """Cancel a request. Nothing happens if it has finished."""
         self._queue.put(_Abort(name=name))
 
     def run(self, function: Callable[[VllmEngine], T], *, timeout_s: float) -> T:
-        """Call ``function(engine)`` on the engine's thread while no request runs, and wait for it.
+        """Call ``function(engine)`` on the engine's thread while no request runs, and return its result.
 
-        Raises what it raises, and PolicyError when it is not done in time.
+        Raises what ``function`` raises, and PolicyError if it is not done in time.
         """
         call = _Call(function=function)
         self._put(call)
@@ -113,15 +115,15 @@ class EngineThread:
             return call.future.result(timeout_s)
         except TimeoutError:
             if not call.future.done() and not call.future.cancel():  # it runs, and cannot be stopped
-                self._failure = PolicyError(f"a call took over {timeout_s:.0f} s")
-            raise PolicyError(f"the engine was not done within {timeout_s:.0f} s") from None
+                self._failure = PolicyError(f"a call took more than {timeout_s:.0f} s")
+            raise PolicyError(f"the engine did not finish a call within {timeout_s:.0f} s") from None
 
     def close(self, *, timeout_s: float = 60.0) -> None:
-        """End the engine; requests under way fail. May be called twice."""
+        """Stop the engine. Running requests fail. May be called twice."""
+        if not self._build.done():
+            self._build.set_result(None)
         if self._thread is None:
             return
-        if not self._wanted.done():
-            self._wanted.set_result(False)
         self._queue.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -135,23 +137,24 @@ class EngineThread:
                 raise PolicyGone(f"the engine is gone: {self._failure}") from self._failure
             self._queue.put(item)
 
-    # What follows runs on the engine's thread.
+    # The methods below run on the engine's thread.
 
     def _main(self) -> None:
         engine: VllmEngine | None = None
         failure: BaseException = PolicyError("it was closed")
         try:
             began = time.monotonic()
-            self._ahead(lambda: self._wanted.done() and not self._wanted.result())
-            spent_s = time.monotonic() - began
-            if not self._wanted.result():
+            self._preload(lambda: self._build.done() and self._build.result() is None)
+            preload_s = time.monotonic() - began
+            build = self._build.result()
+            if build is None:
                 return
             began = time.monotonic()
-            engine = self._build()
-            logger.info("vLLM is up after %.1f s", spent_s + time.monotonic() - began)
+            engine = build()
+            logger.info("vLLM is up after %.1f s", preload_s + time.monotonic() - began)
             self._ready.set_result(None)
             while self._take(engine):
-                self._admit(engine)
+                self._submit(engine)
                 if self._running:
                     self._step(engine)
         except BaseException as error:
@@ -162,7 +165,7 @@ class EngineThread:
                 self._ready.set_exception(error)
         with self._lock:
             self._failure = self._failure or failure
-        self._fail_everybody()
+        self._fail_all()
         if engine is not None:
             try:
                 engine.close()
@@ -170,7 +173,7 @@ class EngineThread:
                 logger.exception("the engine did not close")
 
     def _take(self, engine: VllmEngine) -> bool:
-        """Move what has come into ``_arrived``; wait for something if there is nothing to do."""
+        """Move queued items to ``_arrived``; wait for one if there is nothing to do. Return False to stop."""
         try:
             while True:
                 item = self._queue.get(block=not self._running and not self._arrived)
@@ -180,12 +183,12 @@ class EngineThread:
                     self._arrived.append(item)
                 elif item.name in self._running:
                     engine.abort(item.name)
-                    _fail(self._running.pop(item.name).future, PolicyError("the request was given up"))
+                    _fail(self._running.pop(item.name).future, PolicyError("the request was cancelled"))
         except queue.Empty:
             return True
 
-    def _admit(self, engine: VllmEngine) -> None:
-        """Give the engine what has arrived, in order; a call waits until nothing runs."""
+    def _submit(self, engine: VllmEngine) -> None:
+        """Pass what has arrived to the engine, in order. A call waits until no request runs."""
         while self._arrived:
             item = self._arrived[0]
             if isinstance(item, _Call) and self._running:
@@ -199,14 +202,14 @@ class EngineThread:
                 else:
                     engine.add(item.name, item.prompt, item.sampling)
                     self._running[item.name] = item
-            except Exception as error:  # belongs to the caller; the others go on
+            except Exception as error:  # concerns this caller only
                 item.future.set_exception(error)
 
     def _step(self, engine: VllmEngine) -> None:
         began = time.perf_counter()
-        ended = engine.step()
+        finished = engine.step()
         self.busy_s += time.perf_counter() - began
-        for name, outcome in ended:
+        for name, outcome in finished:
             request = self._running.pop(name, None)
             if request is None:
                 continue
@@ -215,7 +218,7 @@ class EngineThread:
             else:
                 request.future.set_result(outcome)
 
-    def _fail_everybody(self) -> None:
+    def _fail_all(self) -> None:
         waiting: list[_Request | _Call] = [*self._running.values(), *self._arrived]
         while not self._queue.empty():
             item = self._queue.get()
@@ -226,6 +229,6 @@ class EngineThread:
 
 
 def _fail(future: Future[Any], error: Exception) -> None:
-    """End a future that nobody has ended; one that was cancelled stays so."""
+    """Set a future's exception, unless it is done or cancelled."""
     if not future.done():
         future.set_exception(error)

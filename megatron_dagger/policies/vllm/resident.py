@@ -1,4 +1,4 @@
-"""The student beside a trainer that lives: it takes weights from the trainer's memory where it can."""
+"""The student next to a resident trainer: it takes weights from the trainer's memory where it can."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ logger = logging.getLogger(__name__)
 
 
 class ResidentStudent:
-    """A VllmStudent whose ``sync`` asks the run's trainer first, and then reads the checkpoint.
+    """A VllmStudent whose ``sync`` requests the weights from the run's trainer, and falls back to the checkpoint.
 
-    Its engine starts at once, in the background: dummy weights serve, since all come later.
+    Creating it starts the engine in the background, with dummy weights: the first ``sync`` replaces them.
     """
 
     def __init__(self, student: VllmStudent, run_dir: Path):
         self._student, self._run_dir = student, run_dir
-        student.begin()
+        student.start()
 
     def with_sampling(self, sampling: SamplingConfig) -> SampledStudent:
-        """The policy that samples so, from the weights served last."""
+        """Return a policy that samples with these parameters from the weights that are served."""
         return self._student.with_sampling(sampling)
 
     def sync(self, weights: Path, version: int, digests: Mapping[str, str], canary: Canary | None = None) -> SyncReport:
-        """As VllmStudent.sync; ``weights`` is the checkpoint of the version."""
+        """Serve ``version``, as VllmStudent.sync does; ``weights`` is its checkpoint."""
         if not self._student.serves(version, digests):
             try:
                 return self._student.sync(request_weights(self._run_dir, version), version, digests, canary)

@@ -1,4 +1,4 @@
-"""Files on their way into a container and out of it, as tar archives. What comes out is not trusted."""
+"""Tar archives of the files that enter and leave a container. An archive from a container is not trusted."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ import time
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
-from megatron_dagger.envs.base import EnvironmentBroken
+from megatron_dagger.sandbox.base import EnvironmentBroken
 
 
-def packed(files: Mapping[str, bytes]) -> bytes:
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
+def pack(files: Mapping[str, bytes]) -> bytes:
+    """Return a tar archive of ``files``, all with mode 0644."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size, member.mode, member.mtime = len(content), 0o644, int(time.time())
             archive.addfile(member, io.BytesIO(content))
-    return packed.getvalue()
+    return buffer.getvalue()
 
 
-def unpacked(packed: bytes, limit: int, root: str) -> dict[str, bytes]:
-    """The files of an archive that a container made: only regular ones, only names that stay inside."""
+def unpack(packed: bytes, limit: int, root: str) -> dict[str, bytes]:
+    """Return an archive's regular files whose names stay inside it; ``root`` is named in errors.
+
+    Raises EnvironmentBroken if the archive is damaged or its files exceed ``limit`` bytes.
+    """
     files, total = {}, 0
     try:
         with tarfile.open(fileobj=io.BytesIO(packed)) as archive:

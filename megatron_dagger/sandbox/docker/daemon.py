@@ -1,9 +1,9 @@
-"""The Docker daemon as sandboxes see it: a connection, the run that owns the containers, their removal.
+"""The Docker daemon: a connection, labels that say which process owns a container, and removal.
 
-Every container carries two labels: the run, and the process that made it (host, boot, process number
-and its start time, so that a number given out again is no mistake). ``reap`` removes what killed
-processes of this host left behind; containers of living processes and of other hosts are not touched.
-The docker SDK is imported here, when a DockerHost is made, and nowhere else.
+Every container carries two labels: its run, and the process that made it (host, boot id, process id and start time, so
+a reused process id is not mistaken for the owner). ``reap`` removes the containers of killed processes of this host.
+It leaves containers of living processes and of other hosts alone. The docker SDK is imported only here, when a
+DockerHost is made.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_dagger.envs.base import EnvironmentBroken
+from megatron_dagger.sandbox.base import EnvironmentBroken
 
 RUN_LABEL = "megatron-dagger.run"
 OWNER_LABEL = "megatron-dagger.owner"
 TIMEOUT_S = 120.0  # of a request to the daemon
-RESTART_S = 60.0  # as long a daemon may be away, being started again
+RESTART_S = 60.0  # how long a daemon that is being restarted may be away
 PAUSE_S = 0.5
-MOST_CONNECTIONS = 512  # each open sandbox holds one
+MAX_CONNECTIONS = 512  # each open sandbox holds one
 
 logger = logging.getLogger(__name__)
 
@@ -33,22 +33,22 @@ logger = logging.getLogger(__name__)
 class DockerHost:
     """A connection to a daemon, shared by the sandboxes of one run; safe to use from many threads.
 
-    ``url`` is the daemon's address; None takes DOCKER_HOST or the usual socket.
+    ``url`` is the daemon's address; None means DOCKER_HOST or the default socket.
     """
 
     def __init__(self, run: str, url: str | None = None, *, timeout_s: float = TIMEOUT_S):
         self.run = run
         self.labels = {RUN_LABEL: run, OWNER_LABEL: owner()}
-        options: dict[str, Any] = {"timeout": timeout_s, "max_pool_size": MOST_CONNECTIONS}
+        options: dict[str, Any] = {"timeout": timeout_s, "max_pool_size": MAX_CONNECTIONS}
         with broken_as("the Docker daemon cannot be reached"):
             docker = _sdk()
             self.client = docker.DockerClient(base_url=url, **options) if url else docker.from_env(**options)
             self.client.ping()
-        self._undead: set[str] = set()
+        self._unremoved: set[str] = set()
         self._lock = threading.Lock()
 
     def wait(self) -> None:
-        """Wait for a daemon that is being started again; EnvironmentBroken when it does not come back."""
+        """Wait for a daemon that is being restarted. Raises EnvironmentBroken if it stays away for RESTART_S."""
         deadline = time.monotonic() + RESTART_S
         while True:
             try:
@@ -60,66 +60,59 @@ class DockerHost:
                     raise
                 time.sleep(PAUSE_S)
         with self._lock:
-            again, self._undead = self._undead, set()
-        for container in again:
+            retry, self._unremoved = self._unremoved, set()
+        for container in retry:
             self.discard(container)
 
     def containers(self) -> list[str]:
-        """The ids of all containers of this run that are there, running or not."""
-        with broken_as("containers cannot be listed"):
-            found = self.client.api.containers(all=True, filters={"label": f"{RUN_LABEL}={self.run}"})
-        return [container["Id"] for container in found]
+        """Return the ids of this run's containers, running or not."""
+        return [container["Id"] for container in self._containers(label=f"{RUN_LABEL}={self.run}")]
 
     def reap(self) -> list[str]:
-        """Remove the containers, of any run, whose process is gone from this host; their ids."""
-        with broken_as("containers cannot be listed"):
-            found = self.client.api.containers(all=True, filters={"label": OWNER_LABEL})
-        doomed = [one["Id"] for one in found if is_gone(one["Labels"][OWNER_LABEL])]
-        for container in doomed:
+        """Remove the containers, of any run, whose process on this host has ended; return their ids."""
+        owned = self._containers(label=OWNER_LABEL)
+        orphans = [container["Id"] for container in owned if is_gone(container["Labels"][OWNER_LABEL])]
+        for container in orphans:
             self.remove(container)
-        if doomed:
-            logger.warning("removed %d containers that killed processes had left", len(doomed))
-        return doomed
+        if orphans:
+            logger.warning("removed %d containers that killed processes had left", len(orphans))
+        return orphans
 
     def remove_own(self) -> None:
-        """Remove what containers of this run this process has still: whoever works in one meets EnvironmentBroken."""
-        labels = [f"{name}={value}" for name, value in self.labels.items()]
-        with broken_as("containers cannot be listed"):
-            found = self.client.api.containers(all=True, filters={"label": labels})
-        for container in found:
+        """Remove this process's containers of this run; whoever still uses one gets EnvironmentBroken."""
+        for container in self._containers(label=[f"{name}={value}" for name, value in self.labels.items()]):
             self.discard(container["Id"])
 
     def remove_named(self, part: str) -> list[str]:
-        """Remove the containers with ``part`` in their name, which programs that set no labels made; their ids."""
-        with broken_as("containers cannot be listed"):
-            found = self.client.api.containers(all=True, filters={"name": part})
-        for container in found:
-            self.remove(container["Id"])
-        return [container["Id"] for container in found]
+        """Remove the containers whose name contains ``part``; return their ids. For programs that set no labels."""
+        removed = [container["Id"] for container in self._containers(name=part)]
+        for container in removed:
+            self.remove(container)
+        return removed
 
     def remove(self, container: str) -> None:
-        """Kill a container and remove it with its volumes; one that is gone already is well."""
+        """Kill a container and remove it with its volumes; do nothing if it is already gone."""
         with broken_as(f"container {container[:12]} cannot be removed"):
             try:
                 self.client.api.remove_container(container, force=True, v=True)
             except _sdk().errors.NotFound:
                 pass
             except _sdk().errors.APIError as error:
-                if error.status_code != 409:  # somebody else is removing it
+                if error.status_code != 409:  # its removal is already in progress
                     raise
 
     def discard(self, container: str) -> None:
-        """Remove a container, now or, where the daemon is away, when it is back; ``reap`` has the last word."""
+        """Remove a container; if the daemon is away, try again when it is back. ``reap`` removes what remains."""
         try:
             self.remove(container)
         except EnvironmentBroken as error:
-            logger.warning("%s; it will be tried again", error)
+            logger.warning("%s; trying again later", error)
             with self._lock:
-                self._undead.add(container)
+                self._unremoved.add(container)
 
     def close(self) -> None:
-        """Remove what could not be removed before, and end the connection."""
-        for container in self._undead:
+        """Remove what could not be removed before, and close the connection."""
+        for container in self._unremoved:
             with contextlib.suppress(EnvironmentBroken):
                 self.remove(container)
         self.client.close()
@@ -130,15 +123,21 @@ class DockerHost:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _containers(self, **filters: str | list[str]) -> list[dict[str, Any]]:
+        """Return the daemon's records of the containers that match its API's ``filters``, running or not."""
+        with broken_as("containers cannot be listed"):
+            records: list[dict[str, Any]] = self.client.api.containers(all=True, filters=filters)
+        return records
+
 
 def owner(pid: int | None = None) -> str:
-    """Names a process of this host for as long as the host runs, and no other one."""
+    """Return a name for a process (default: this one) that no other process of any host ever has."""
     pid = os.getpid() if pid is None else pid
     return f"{socket.gethostname()} {_boot()} {pid} {_start_time(pid)}"
 
 
 def is_gone(name: str) -> bool:
-    """Whether the process that ``owner`` named so has ended; False for those of other hosts."""
+    """Return whether the process with this ``owner`` name has ended; False for processes of other hosts."""
     host, boot, pid, started = name.rsplit(" ", 3)
     if host != socket.gethostname():
         return False
@@ -147,19 +146,19 @@ def is_gone(name: str) -> bool:
 
 
 def is_missing(error: Exception) -> bool:
-    """Whether the daemon said that a container or an image is not there."""
-    return any(isinstance(one, _sdk().errors.NotFound) for one in (error, error.__cause__))
+    """Return whether an error, or its cause, is the daemon's "no such container" or "no such image"."""
+    return any(isinstance(exception, _sdk().errors.NotFound) for exception in (error, error.__cause__))
 
 
 @contextlib.contextmanager
-def broken_as(what: str) -> Iterator[None]:
-    """Raise EnvironmentBroken, beginning with ``what``, for whatever the daemon or the way to it fails with."""
+def broken_as(message: str) -> Iterator[None]:
+    """Turn every error of the daemon or the connection into EnvironmentBroken; ``message`` begins its text."""
     try:
         yield
     except ImportError as error:
-        raise EnvironmentBroken(f"{what}: the docker package is missing (pip install 'docker>=7')") from error
+        raise EnvironmentBroken(f"{message}: the docker package is missing (pip install 'docker>=7')") from error
     except (_sdk().errors.DockerException, OSError) as error:  # requests' errors are OSErrors
-        raise EnvironmentBroken(f"{what}: {error}") from error
+        raise EnvironmentBroken(f"{message}: {error}") from error
 
 
 def _sdk() -> Any:
@@ -173,7 +172,7 @@ def _boot() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """In clock ticks since the boot; empty when there is no such process."""
+    """Return a process's start time in clock ticks since boot; empty if there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,8 +1,8 @@
-"""The images that a run's containers are made of: pulled ahead, a few at a time, and evicted under a disk budget.
+"""The images of a run's containers: pulled ahead of time, a few at a time, and evicted under a disk budget.
 
-An image that is there is not pulled. Evicted are only images that were asked of this store, the least
-recently used first, those that were pulled ahead and not used yet last, and none that a container is made of
-or that somebody holds. Nothing is pulled ahead while the budget is spent.
+An image that the daemon already has is not pulled. Only images requested from this store are evicted: the least
+recently used first, those prefetched but not yet used last, and never one that is held or that a container is made
+from. Nothing is prefetched while the budget is exceeded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
-from megatron_dagger.envs.base import EnvironmentBroken
+from megatron_dagger.sandbox.base import EnvironmentBroken
 from megatron_dagger.sandbox.docker.daemon import DockerHost, broken_as, is_missing
 
 PULL_ATTEMPTS = 3
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageStore:
-    """Images of one daemon; safe to use from many threads. ``disk_budget_mib`` is for all of its layers."""
+    """The images of one daemon; safe to use from many threads. ``disk_budget_mib`` covers all of its layers."""
 
     def __init__(self, host: DockerHost, *, disk_budget_mib: int = 200_000, concurrent_pulls: int = 4):
         self._host = host
@@ -36,22 +36,22 @@ class ImageStore:
         self._pulls: dict[str, Future[None]] = {}
         self._used: dict[str, float] = {}
         self._held: dict[str, int] = {}
-        self._awaited: set[str] = set()  # pulled ahead, and held by nobody since
+        self._awaited: set[str] = set()  # prefetched and not held since
 
     def prefetch(self, images: Iterable[str]) -> None:
-        """Begin to bring images here, and return at once; what fails is told to those who ask for the image."""
+        """Start to pull images and return at once; a failure is raised by ``hold``."""
         for image in dict.fromkeys(images):
             self._pull(image, ahead=True)
 
     @contextlib.contextmanager
     def hold(self, image: str) -> Iterator[str]:
-        """Have an image here for the length of a with block. EnvironmentBroken says why it cannot be had."""
+        """Keep an image on this machine during a with block. Raises EnvironmentBroken if it cannot be pulled."""
         with self._lock:
             self._held[image] = self._held.get(image, 0) + 1
             self._awaited.discard(image)
         try:
             self._pull(image).result()
-            if not is_here(self._host, image):  # evicted since it was pulled, or not pulled for want of room
+            if not is_here(self._host, image):  # evicted since, or not prefetched for lack of space
                 self._pull(image, again=True).result()
             yield image
         finally:
@@ -60,7 +60,7 @@ class ImageStore:
                 self._used[image] = time.monotonic()
 
     def close(self) -> None:
-        """Begin no more pulls; those under way go on in the daemon."""
+        """Start no more pulls; the daemon finishes those in progress."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -71,16 +71,16 @@ class ImageStore:
 
     def _pull(self, image: str, *, again: bool = False, ahead: bool = False) -> Future[None]:
         with self._lock:
-            known = self._pulls.get(image)
-            failed = known is not None and known.done() and known.exception() is not None
-            if known is None or again or (failed and not ahead):
+            pull = self._pulls.get(image)
+            failed = pull is not None and pull.done() and pull.exception() is not None
+            if pull is None or again or (failed and not ahead):
                 self._used[image] = time.monotonic()
                 if ahead:
                     self._awaited.add(image)
-                known = self._pulls[image] = self._threads.submit(self._bring, image, ahead)
-            return known
+                pull = self._pulls[image] = self._threads.submit(self._fetch, image, ahead)
+            return pull
 
-    def _bring(self, image: str, ahead: bool) -> None:
+    def _fetch(self, image: str, ahead: bool) -> None:
         if is_here(self._host, image) or (ahead and self._layers_bytes() > self._budget_bytes):
             return
         pause_s = FIRST_PAUSE_S
@@ -98,7 +98,7 @@ class ImageStore:
         self.evict()
 
     def evict(self) -> list[str]:
-        """Remove images until the budget is kept, or none is left that may go; their names."""
+        """Remove images until the budget is met or no image may be removed; return the removed images."""
         evicted = []
         while self._layers_bytes() > self._budget_bytes:
             with self._lock:
@@ -118,7 +118,7 @@ class ImageStore:
         try:
             with broken_as(f"image {image} cannot be removed"):
                 self._host.client.api.remove_image(image)
-        except EnvironmentBroken as error:  # it is gone, or a container is made of it
+        except EnvironmentBroken as error:  # it is gone, or a container uses it
             logger.info("%s", error)
             return False
         return True
@@ -130,14 +130,14 @@ class ImageStore:
                 with broken_as("the daemon's disk use cannot be read"):
                     usage: Mapping[str, Any] = self._host.client.api.df()
                 return int(usage["LayersSize"] or 0)
-            except EnvironmentBroken as error:  # the daemon answers one who asks for it at a time
+            except EnvironmentBroken as error:  # the daemon computes it for one caller at a time
                 if "already running" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(DISK_USE_PAUSE_S)
 
 
 def is_here(host: DockerHost, image: str) -> bool:
-    """Whether the daemon has the image."""
+    """Return whether the daemon has the image."""
     try:
         with broken_as(f"image {image} cannot be looked up"):
             host.client.api.inspect_image(image)
@@ -149,7 +149,7 @@ def is_here(host: DockerHost, image: str) -> bool:
 
 
 def _name_and_tag(image: str) -> tuple[str, str | None]:
-    """As the SDK wants them: a registry's port is no tag, and a digest stays with the name."""
+    """Split an image's name for the SDK's ``pull``: a registry's port is no tag, and a digest stays in the name."""
     name, colon, tag = image.rpartition(":")
     if "@" in image or not colon or "/" in tag:
         return image, None if "@" in image else "latest"

@@ -1,12 +1,12 @@
 """A sandbox in a Docker container.
 
-No network, no capabilities, no new privileges; limits on memory, processors, processes, disk and
-output. Commands run one at a time through a shell in the container (see container_shell.py) as its
-root user; working directory, environment and functions are kept from one to the next, processes are
-not: what a command leaves running is killed when it ends.
+No network, no capabilities, no new privileges; limits on memory, processors, processes, disk and output. Commands run
+one at a time, as the container's root user, through a shell in the container (see shell.py). Working directory,
+exported variables and functions persist from command to command. Processes do not: what a command leaves running is
+killed when it ends.
 
-A command that fails, hangs or prints without end is an observation. Memory or disk beyond the limit, a
-dead container and a lost daemon are EnvironmentBroken: what comes after them shows nothing of the agent.
+A command that fails, hangs or prints endlessly is an observation. Exceeded memory or disk limits, a dead container and
+a lost daemon raise EnvironmentBroken: what the agent would see afterwards says nothing about its actions.
 """
 
 from __future__ import annotations
@@ -19,36 +19,35 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Self
 
-from megatron_dagger.envs.base import CommandResult, EnvironmentBroken
+from megatron_dagger.sandbox.base import FILE_LIMIT, READ_LIMIT, CommandResult, EnvironmentBroken, SandboxLimits
 from megatron_dagger.sandbox.docker import scripts
-from megatron_dagger.sandbox.docker.archives import packed, unpacked
+from megatron_dagger.sandbox.docker.archives import pack, unpack
 from megatron_dagger.sandbox.docker.daemon import DockerHost, broken_as, is_missing
 from megatron_dagger.sandbox.docker.images import ImageStore
 from megatron_dagger.sandbox.docker.shell import (
     Answer,
-    Bounded,
+    BoundedSink,
+    BytesSink,
     ContainerShell,
     ShellLost,
     Sink,
-    TooMuch,
-    Whole,
+    TooMuchOutput,
 )
-from megatron_dagger.sandbox.local.process import SandboxLimits
-from megatron_dagger.sandbox.local.server import ClippedOutput
+from megatron_dagger.sandbox.local.server import TruncatedOutput
 from megatron_dagger.types import StopReason
 
-GRACE_S = 10.0  # beyond a command's own time, until its shell counts as lost
+GRACE_S = 10.0  # beyond a command's own timeout, until its shell counts as lost
 TRANSFER_TIMEOUT_S = 120.0
-MOST_OUTPUT_BYTES = 64 << 20  # a command that prints more is killed
+MAX_OUTPUT_BYTES = 64 << 20  # a command that prints more is killed
 DISK_CHECK_AFTER_S = 0.25  # a shorter command cannot have written much
-LIFETIME_S = 24 * 3600  # a container that nobody removes ends by itself
-SETTLE_S, SETTLE_PAUSE_S = 2.0, 0.1
-KEEPER = "65534:65534"  # the container's own process is nobody's: root without capabilities cannot kill it
+LIFETIME_S = 24 * 3600  # a container that nobody removes stops after this time
+SETTLE_S, SETTLE_PAUSE_S = 2.0, 0.1  # how long a busy daemon may show a dead container as running
+KEEPER = "65534:65534"  # user of the container's main process: root without capabilities cannot kill it
 
 
 @dataclass(frozen=True, kw_only=True)
 class DockerLimits(SandboxLimits):
-    """What a container may use. ``disk_mib`` is what it writes, looked at every second and after commands."""
+    """What a container may use. ``disk_mib`` limits what it writes, checked every second and after long commands."""
 
     timeout_s: float = 120.0
     memory_mib: int = 4096
@@ -58,9 +57,9 @@ class DockerLimits(SandboxLimits):
 
 
 class DockerSandbox:
-    """See the Sandbox protocol. ``root`` is the work tree in the container; it is made where it is missing.
+    """A FileSandbox. ``root`` is the work tree in the container, created if missing.
 
-    With an ImageStore the image is pulled where it is not here, and stays as long as the sandbox does.
+    With an ImageStore, a missing image is pulled, and kept as long as the sandbox is open.
     """
 
     def __init__(
@@ -89,22 +88,22 @@ class DockerSandbox:
             self._holding.close()
             raise
 
-    # -- the Sandbox protocol -----------------------------------------------------------------
+    # -- the FileSandbox protocol -------------------------------------------------------------
     def run(self, command: str, *, timeout_s: float | None = None, output_bytes: int | None = None) -> CommandResult:
-        """Run a shell command where the last one ended; see Sandbox.run.
+        """Run a shell command in the directory where the last one ended; see Sandbox.run.
 
-        A command that kills the shell it runs in has exit code 137, as one that prints too much.
+        A command that kills its own shell, or prints more than MAX_OUTPUT_BYTES, has exit code 137.
         """
         limit = timeout_s if timeout_s is not None else self.limits.timeout_s
-        output = Bounded(ClippedOutput(output_bytes or self.limits.output_bytes), MOST_OUTPUT_BYTES)
+        output = TruncatedOutput(output_bytes or self.limits.output_bytes)
         started = time.monotonic()
-        with self._alone():
+        with self._exclusively():
             try:
-                answer = self._ask(scripts.RUN, command, output, limit)
-            except (TooMuch, ShellLost) as error:
-                # Whether it is the command's fault shows in whether the container takes another shell.
-                if isinstance(error, TooMuch):
-                    output.clipped.add(f"\n[killed: {error}]\n".encode())
+                answer = self._ask(scripts.RUN, command, BoundedSink(output, MAX_OUTPUT_BYTES), limit)
+            except (TooMuchOutput, ShellLost) as error:
+                # It is the command's fault if the container accepts a new shell.
+                if isinstance(error, TooMuchOutput):
+                    output.add(f"\n[killed: {error}]\n".encode())
                 self._new_shell()
                 answer = Answer(exit_code=137, killed=self._killed)
             duration_s = time.monotonic() - started
@@ -112,41 +111,38 @@ class DockerSandbox:
                 self._check_disk()
         timed_out = answer.exit_code in (124, 137) and duration_s >= limit
         return CommandResult(
-            output=output.clipped.text(), exit_code=answer.exit_code, timed_out=timed_out, duration_s=duration_s
+            output=output.text(), exit_code=answer.exit_code, timed_out=timed_out, duration_s=duration_s
         )
 
     def write(self, files: Mapping[str, bytes | None]) -> None:
-        """Write files below the work tree (None removes one). Links are replaced, never followed."""
+        """Write files below the work tree; see FileSandbox.write."""
         for name in files:
             if "\n" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise EnvironmentBroken(f"{name!r} leads out of the work tree")
-        with self._alone():
+        with self._exclusively():
             self._transfer(scripts.CLEAR, "\n".join(files))
             content = {name: data for name, data in files.items() if data is not None}
             if content:
-                self._transfer(scripts.UNPACK, packed(content))
+                self._transfer(scripts.UNPACK, pack(content))
 
-    def read(self, root: str = ".", *, limit: int = 16 << 20) -> dict[str, bytes]:
-        """The regular files below ``root`` of the work tree, by relative path, at most ``limit`` bytes.
+    def read(self, root: str = ".", *, limit: int = READ_LIMIT) -> dict[str, bytes]:
+        """Return the files below ``root`` of the work tree; see FileSandbox.read."""
+        with self._exclusively():
+            return unpack(self._transfer(scripts.PACK, root, limit=2 * limit + (1 << 20)), limit, root)
 
-        Links, special files, ``.git`` and ``__pycache__`` are left out.
-        """
-        with self._alone():
-            return unpacked(self._transfer(scripts.PACK, root, limit=2 * limit + (1 << 20)), limit, root)
-
-    def read_file(self, path: str, *, limit: int = 1 << 20) -> bytes:
-        """Any file of the container, at most ``limit`` bytes of it. FileNotFoundError, IsADirectoryError."""
-        with self._alone():
+    def read_file(self, path: str, *, limit: int = FILE_LIMIT) -> bytes:
+        """Return the first ``limit`` bytes of any file; see FileSandbox.read_file."""
+        with self._exclusively():
             return self._transfer(scripts.READ, f"{limit} {path}", limit=limit)
 
     def write_file(self, path: str, content: bytes) -> None:
-        """Write any file of the container, links followed as the agent's own commands would."""
-        with self._alone():
+        """Write any file; see FileSandbox.write_file."""
+        with self._exclusively():
             self._transfer(scripts.WRITE, path.encode() + b"\n" + content)
 
     def reset(self) -> None:
-        """A new container of the same image, so that another episode can have it."""
-        with self._alone():
+        """Replace the container by a new one of the same image, for another episode."""
+        with self._exclusively():
             self._remove()
             self._start()
 
@@ -169,7 +165,7 @@ class DockerSandbox:
         self._host.wait()
         try:
             with broken_as(f"no container of image {self.image} can be started"):
-                made = api.create_container(
+                created = api.create_container(
                     self.image,
                     entrypoint=["sleep"],
                     command=[str(LIFETIME_S)],
@@ -193,7 +189,7 @@ class DockerSandbox:
                         ],
                     ),
                 )
-                self._container = made["Id"]
+                self._container = created["Id"]
                 api.start(self._container)
             self._killed = 0
             self._new_shell()
@@ -212,7 +208,7 @@ class DockerSandbox:
             self._host.discard(container)
 
     def _new_shell(self) -> None:
-        """Replace the shell, which kills what the old one ran; EnvironmentBroken says why where none starts."""
+        """Replace the shell, which kills what the old one ran. Raises EnvironmentBroken if none starts."""
         if self._shell is not None:
             self._shell.close()
         if self._closed or self._container is None:
@@ -225,7 +221,7 @@ class DockerSandbox:
         self._count_killed(self._shell.killed)
 
     def _cause(self, error: Exception) -> EnvironmentBroken:
-        """Why a container no longer takes commands."""
+        """Return the reason why the container no longer accepts commands."""
         if self._closed or self._container is None:
             return EnvironmentBroken("the sandbox is closed")
         with broken_as("the Docker daemon is lost"):
@@ -242,7 +238,7 @@ class DockerSandbox:
         return EnvironmentBroken(f"the container takes no command: {error}")
 
     def _settled_state(self, container: str) -> Mapping[str, Any]:
-        """The container's state, after the moment that a busy daemon needs to learn of its end."""
+        """Return the container's state. A busy daemon learns of a container's end late: wait up to SETTLE_S for it."""
         deadline = time.monotonic() + SETTLE_S
         while True:
             state: Mapping[str, Any] = self._host.client.api.inspect_container(container)["State"]
@@ -263,15 +259,15 @@ class DockerSandbox:
         if container is None:
             return
         with broken_as("the container's disk use cannot be read"):
-            found = self._host.client.api.containers(all=True, size=True, filters={"id": container})
-        used = max((one.get("SizeRw", 0) for one in found), default=0)
+            records = self._host.client.api.containers(all=True, size=True, filters={"id": container})
+        used = max((record.get("SizeRw", 0) for record in records), default=0)
         if used > self.limits.disk_mib << 20:
             raise EnvironmentBroken(f"{used >> 20} MiB were written where {self.limits.disk_mib} MiB are allowed")
 
-    # -- requests to its shell ----------------------------------------------------------------
+    # -- requests to the shell ----------------------------------------------------------------
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One request at a time: an episode that was cancelled is closed while its last command still runs."""
+    def _exclusively(self) -> Iterator[None]:
+        """Allow one request at a time: a cancelled episode is closed while its last command still runs."""
         if self._closed:
             raise EnvironmentBroken("the sandbox is closed")
         if not self._asking.acquire(blocking=False):
@@ -290,14 +286,14 @@ class DockerSandbox:
         return answer
 
     def _transfer(self, script: str, stdin: str | bytes, limit: int = 1 << 16) -> bytes:
-        """Run one of the scripts that move files, and return what it put out."""
-        output = Bounded(Whole(), limit)
+        """Run a script that reads or writes files, and return its output. Raises the exception of its exit code."""
+        output = BytesSink()
         try:
-            answer = self._ask(script, stdin, output, TRANSFER_TIMEOUT_S)
-        except (TooMuch, ShellLost) as error:
+            answer = self._ask(script, stdin, BoundedSink(output, limit), TRANSFER_TIMEOUT_S)
+        except (TooMuchOutput, ShellLost) as error:
             self._new_shell()
             raise EnvironmentBroken(f"files could not be moved: {error}") from error
-        content = bytes(output.clipped.data)
+        content = bytes(output.data)
         if answer.exit_code:
             raise scripts.failure(answer.exit_code, content.decode(errors="replace").strip())
         return content

@@ -1,20 +1,20 @@
-"""The bash scripts that a Docker sandbox runs in its container; each starts in the work tree's root.
+"""The bash scripts that a DockerSandbox runs in its container; each starts in the root of the work tree.
 
-The files they use lie in ``/.sandbox``. No process of the agent runs beside them, so what they check
-is still so when they act on it.
+Their own files are in ``/.sandbox``. No process of the agent runs at the same time, so a checked path cannot change
+before it is used.
 """
 
 from __future__ import annotations
 
-from megatron_dagger.envs.base import EnvironmentBroken
+from megatron_dagger.sandbox.base import EnvironmentBroken
 
 _LEADS_OUT, _MISSING, _IS_DIRECTORY = 81, 82, 83
 
-# The agent's command comes on stdin; directory, exported variables and functions outlive it. They are put in place
-# whole: a command that is cut short may be killed while they are written.
+# stdin: the agent's command. Its directory, exported variables and functions are saved for the next command, by an
+# atomic rename, because the command may be killed while they are written.
 RUN = r"""
 IFS= read -r -d ''
-set -- "$REPLY" # no variable of the agent has the name of this one
+set -- "$REPLY" # a positional parameter, which no variable of the agent can shadow
 exec < /dev/null
 [ -d /.sandbox ] || mkdir /.sandbox 2> /dev/null
 [ -r /.sandbox/state ] && . /.sandbox/state 2> /dev/null
@@ -25,12 +25,12 @@ eval "$1"
 
 _INSIDE = rf"""
 root=$(realpath .)
-inside() {{ # a path whose links lead out of the work tree ends the script
+inside() {{ # exit if the path, or a link in it, leads out of the work tree
     case $(realpath -m -- "$1")/ in "$root"/*) ;; *) echo "$2"; exit {_LEADS_OUT} ;; esac
 }}
 """
 
-# Names, one a line: their parents must lie in the work tree; whatever stands there is removed.
+# stdin: names, one per line. Their parents must be in the work tree; what exists under these names is removed.
 CLEAR = f"""{_INSIDE}
 mapfile -t names
 for name in "${{names[@]}}"; do inside "$(dirname -- "$name")" "$name"; done
@@ -39,7 +39,7 @@ rm -f -- "${{names[@]}}"
 
 UNPACK = "tar -x --no-same-owner -f -"
 
-# A folder's name; the archive of the regular files below it.
+# stdin: a folder's name; output: a tar archive of the regular files below it.
 PACK = f"""{_INSIDE}
 folder=$(cat)
 inside "$folder" "$folder"
@@ -47,7 +47,7 @@ find "$folder" \\( -name .git -o -name __pycache__ \\) -prune -o -type f -print0
     tar -c -f - --null --no-recursion --hard-dereference --verbatim-files-from -T - 2> /dev/null
 """
 
-# How many bytes, and a path.
+# stdin: a number of bytes, a space, and a path.
 READ = f"""
 read -r bytes path
 [ -d "$path" ] && exit {_IS_DIRECTORY}
@@ -55,7 +55,7 @@ read -r bytes path
 head -c "$bytes" -- "$path"
 """
 
-# A path on a line, then the content.
+# stdin: a path on the first line, then the content.
 WRITE = f"""
 IFS= read -r path
 [ -d "$path" ] && exit {_IS_DIRECTORY}
@@ -64,7 +64,7 @@ mkdir -p -- "$(dirname -- "$path")" && cat > "$path"
 
 
 def failure(exit_code: int, output: str) -> Exception:
-    """What a transfer script's exit code means."""
+    """Return the exception for the exit code of a file script."""
     if exit_code == _LEADS_OUT:
         return EnvironmentBroken(f"{output!r} leads out of the work tree")
     if exit_code == _MISSING:

@@ -1,8 +1,8 @@
 """A shell in a container, driven over one hijacked connection of the Docker API.
 
-Starting a process by the API costs a tenth of a second; this shell starts once and then answers a
-request in a few milliseconds. It holds no state: where an agent kills it, or it does not answer in
-time, it is replaced by a new one, which first kills whatever the old one left running.
+Starting a process through the API takes a tenth of a second; this shell starts once and then answers a request in a
+few milliseconds. It is stateless. If an agent kills it, or it does not answer in time, a new shell replaces it and
+first kills whatever the old one left running.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ SHELL = Path(__file__).with_name("container_shell.sh")
 START_TIMEOUT_S = 60.0
 POLL_S = 1.0
 _HEADER = 8  # bytes before each frame of an exec's output: its stream, three zeros, its length
-_TRAILER = 96  # no answer's last line is longer
+_TRAILER = 96  # bytes; no answer's last line is longer
 
 
 class ShellLost(RuntimeError):
-    """The shell ended, or did not answer in time; the container itself may be well."""
+    """The shell ended or did not answer in time; the container itself may be fine."""
 
 
 class Sink(Protocol):
-    """Takes output as it comes."""
+    """Receives output as it arrives."""
 
     def add(self, data: bytes) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """How a script ended. ``killed`` counts the container's processes that ran out of memory, ever."""
+    """A script's exit code, and how many processes the kernel has killed in this container for lack of memory."""
 
     exit_code: int
     killed: int
 
 
 class ContainerShell:
-    """One shell, started by exec in the container ``container``; ``api`` is docker's APIClient."""
+    """A shell started by exec in ``container``, an id; ``api`` is docker's APIClient."""
 
     def __init__(self, api: Any, container: str, workdir: str):
         command = ["bash", "-c", SHELL.read_text()]
-        made = api.exec_create(container, command, stdin=True, user="0:0", workdir=workdir)
-        self._stream = api.exec_start(made["Id"], socket=True)  # closes the connection when it is collected
+        created = api.exec_create(container, command, stdin=True, user="0:0", workdir=workdir)
+        self._stream = api.exec_start(created["Id"], socket=True)  # keep it: its finaliser closes the connection
         self._socket: socket.socket = self._stream._sock
         self._pending = b""
         self.killed = 0
-        self.killed = self.ask("", "", _Nothing(), timeout_s=5.0, grace_s=START_TIMEOUT_S).killed
+        self.killed = self.ask("", "", _NullSink(), timeout_s=5.0, grace_s=START_TIMEOUT_S).killed
 
     def ask(
         self,
@@ -65,14 +65,14 @@ class ContainerShell:
         grace_s: float,
         meanwhile: Callable[[], None] | None = None,
     ) -> Answer:
-        """Run a bash script with ``stdin``; its output goes to ``output``.
+        """Run a bash script with ``stdin`` and pass its output to ``output``.
 
-        ``meanwhile`` is called about once a second. Raises ShellLost when the shell is gone, or silent
-        ``grace_s`` beyond the script's own time. After this or any other exception, ``output``'s and
-        ``meanwhile``'s included, the shell can only be closed.
+        ``meanwhile`` is called about once a second. Raises ShellLost if the shell ends, or does not answer within
+        ``timeout_s + grace_s``. After any exception, also one of ``output`` or ``meanwhile``, the shell can only be
+        closed.
         """
         marker = secrets.token_hex(16).encode()
-        if isinstance(stdin, str):  # not even a shell's text holds zero bytes
+        if isinstance(stdin, str):  # bash reads no zero bytes
             kind, body = b"text", stdin.replace("\0", "").encode(errors="replace")
         else:
             kind, body = b"base64", base64.b64encode(stdin)
@@ -95,6 +95,7 @@ class ContainerShell:
                 next_call = time.monotonic() + POLL_S
 
     def close(self) -> None:
+        """Close the connection."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(OSError):
@@ -108,15 +109,15 @@ class ContainerShell:
             raise ShellLost(f"the shell takes no request: {error}") from error
 
     def _receive(self, deadline: float) -> bytes:
-        """What the next frames hold, empty where none came for about a second."""
+        """Return the content of the next frames; empty if none arrives within about a second."""
         content, self._pending = _frames(self._pending)
         if content:
             return content
-        left = deadline - time.monotonic()
-        if left <= 0:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
             raise ShellLost("the shell does not answer")
         try:
-            self._socket.settimeout(min(left, POLL_S))
+            self._socket.settimeout(min(remaining, POLL_S))
             data = self._socket.recv(1 << 16)
         except TimeoutError:
             return b""
@@ -128,24 +129,24 @@ class ContainerShell:
         return b""
 
 
-class TooMuch(RuntimeError):
-    """More output than any command may give."""
+class TooMuchOutput(RuntimeError):
+    """A command printed more than any command may."""
 
 
-class Bounded:
-    """Passes output on to ``clipped``; TooMuch beyond ``limit`` bytes."""
+class BoundedSink:
+    """Passes output on to ``sink``; raises TooMuchOutput beyond ``limit`` bytes."""
 
-    def __init__(self, clipped: Any, limit: int):
-        self.clipped, self._limit, self._seen = clipped, limit, 0
+    def __init__(self, sink: Sink, limit: int):
+        self._sink, self._limit, self._seen = sink, limit, 0
 
     def add(self, data: bytes) -> None:
         self._seen += len(data)
         if self._seen > self._limit:
-            raise TooMuch(f"more than {self._limit} bytes of output")
-        self.clipped.add(data)
+            raise TooMuchOutput(f"more than {self._limit} bytes of output")
+        self._sink.add(data)
 
 
-class Whole:
+class BytesSink:
     """Keeps all output."""
 
     def __init__(self) -> None:
@@ -155,13 +156,13 @@ class Whole:
         self.data += data
 
 
-class _Nothing:
+class _NullSink:
     def add(self, data: bytes) -> None:
         pass
 
 
 def _frames(data: bytes) -> tuple[bytes, bytes]:
-    """The contents of the whole frames in ``data``, stdout and stderr alike, and what is left."""
+    """Return the contents of the complete frames in ``data``, stdout and stderr together, and the remaining bytes."""
     contents, start = [], 0
     while len(data) - start >= _HEADER:
         end = start + _HEADER + int.from_bytes(data[start + 4 : start + _HEADER], "big")

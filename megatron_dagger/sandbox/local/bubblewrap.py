@@ -1,8 +1,8 @@
-"""A sandbox in namespaces of its own, by bubblewrap.
+"""A sandbox in its own Linux namespaces, made by bubblewrap.
 
-No network, no host files but the interpreter's (read-only), a work tree and a /tmp of limited size
-in memory that vanish with it, its own process numbers, no capabilities. Started by root, it runs
-as an unprivileged user number of its own, so that the limit on processes counts only its own.
+No network, no capabilities, its own process ids, and no files of the host but the interpreter's (read-only). The work
+tree and /tmp are in memory, of limited size, and vanish with the sandbox. Started by root, every sandbox runs under
+its own unprivileged user id, so the limit on processes counts only its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _uids = itertools.count(_FIRST_UID + os.getpid() % 10_000 * 1000)
 
 @functools.cache
 def bubblewrap_works() -> bool:
-    """Whether bwrap is installed and this kernel lets it make its namespaces."""
+    """Return whether bwrap is installed and this kernel lets it create namespaces."""
     if shutil.which(BWRAP) is None:
         return False
     probe = [BWRAP, "--unshare-all", "--ro-bind", "/", "/", "true"]
@@ -33,20 +33,20 @@ def bubblewrap_works() -> bool:
 
 
 class BubblewrapSandbox(ProcessSandbox):
-    """The Sandbox that isolates. Memory is limited per process, disk per sandbox."""
+    """A FileSandbox that isolates. Memory is limited per process, disk per sandbox."""
 
     def _start(self) -> subprocess.Popen[bytes]:
         work = _work_dir()
         options = self._server_options(work, ["/sandbox/tools"] if self._tool_dir else [], processes=-1)
         if os.geteuid() == 0:
-            # Real root sees paths that a mapped user could not, so no user namespace: the server
-            # takes an unprivileged number for itself before it reads a request.
+            # No user namespace: real root sees paths that a mapped user could not. The server switches to an
+            # unprivileged user id before it reads a request.
             command = [BWRAP, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
             command += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
             for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_CHOWN"):
                 command += ["--cap-add", capability]
             options += ["--uid", str(next(_uids)), "--processes", str(self.limits.processes)]
-        else:  # the limit on processes would count the caller's own: the namespace must do
+        else:  # a limit on processes would count the caller's too: no limit but the namespace
             command = [BWRAP, "--unshare-all", "--cap-drop", "ALL"]
         command += ["--die-with-parent", "--new-session"]
         size = str(self.limits.disk_mib << 20)
@@ -54,7 +54,7 @@ class BubblewrapSandbox(ProcessSandbox):
         command += ["--size", size, "--tmpfs", work, "--chdir", work]
         for path in _system_paths():
             for parent in reversed(Path(path).parents[:-1]):
-                command += ["--dir", str(parent)]  # made here, so that the unprivileged user may pass
+                command += ["--dir", str(parent)]  # with permissions that let the unprivileged user pass
             command += ["--ro-bind", path, path]
         for link in ("bin", "sbin", "lib", "lib64"):
             if os.path.islink(f"/{link}"):

@@ -1,19 +1,19 @@
-"""A sandbox server driven over a pipe, and the plain process form of it.
+"""A sandbox server driven over a pipe, started as a plain process.
 
-``ProcessSandbox`` limits time, memory, file sizes and output, and kills process groups, but it does
-not isolate: the command sees the host's files and network. It stands in where bubblewrap is absent
-and is the base of the one that isolates.
+ProcessSandbox limits time, memory, file sizes and output, and kills process groups, but it does not isolate: commands
+see the host's files and network. It is the fallback on machines without bubblewrap, and the base class of the
+sandbox that isolates.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,41 +23,31 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_dagger.envs.base import CommandResult, EnvironmentBroken
+from megatron_dagger.sandbox.base import FILE_LIMIT, READ_LIMIT, CommandResult, EnvironmentBroken, SandboxLimits
+from megatron_dagger.signals import parent_death_hook
 
 SERVER = Path(__file__).with_name("server.py")
 HOME_PREFIX = "megatron-dagger-sandbox-"
-UNHELD_S = 60.0  # so old must a folder be that nobody holds, to count as left behind
+ABANDONED_AFTER_S = 60.0  # an unlocked folder this old was left by a killed process
 START_TIMEOUT_S = 60.0
-GRACE_S = 10.0  # beyond a command's own time, until the server itself counts as broken
-PR_SET_PDEATHSIG = 1
-# A child that dies with its parent dies with the parent's thread that started it: this one lives on.
+GRACE_S = 10.0  # beyond a command's own timeout, until the server itself counts as broken
+TRANSFER_FILE = ".sandbox-transfer"  # in the work tree, while write_file runs
+_MISSING, _IS_DIRECTORY = 82, 83  # exit codes of the file scripts
+# A child that is killed with its parent is killed when the parent's thread that started it ends: this thread lives on.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sandbox-spawner")
-# -B is not a detail: two edits of one line in one second give files of the same size and time, and
-# Python would run the first one's bytecode for the second.
+# -B is essential: two edits of one line within a second give files of the same size and time, and Python would run
+# the bytecode of the first for the second.
 PYTHON_OPTIONS = ("-B", "-P", "-s")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SandboxLimits:
-    """What a command in a sandbox may use. Sizes in MiB, times in seconds."""
-
-    timeout_s: float = 20.0
-    memory_mib: int = 1024
-    disk_mib: int = 128  # the work tree, and /tmp
-    processes: int = 64
-    output_bytes: int = 8192
-
-
 class ProcessSandbox:
-    """Runs commands through a sandbox server; see the Sandbox protocol.
+    """A FileSandbox without isolation. Every command starts in the root of the work tree.
 
-    ``preload`` are modules in ``tool_dir`` that the server imports once; the functions in their
-    ``APPLETS`` run without starting an interpreter.
+    The server imports the ``preload`` modules in ``tool_dir`` once. The functions in their ``APPLETS`` then run in a
+    forked child, without starting an interpreter.
     """
 
     def __init__(
@@ -74,7 +64,7 @@ class ProcessSandbox:
         self._python = python
         self._home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX))
         self._holding = os.open(self._home, os.O_RDONLY)
-        fcntl.flock(self._holding, fcntl.LOCK_EX)  # until this process ends, however it does: see remove_left
+        fcntl.flock(self._holding, fcntl.LOCK_EX)  # held until this process ends: see remove_abandoned
         self._buffer = b""
         self._asking = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -85,7 +75,7 @@ class ProcessSandbox:
             self.close()
             raise
 
-    # -- how the server is started: what the isolating sandbox overrides ----------------------
+    # -- starting the server: overridden by the isolating sandbox -----------------------------
     def _start(self) -> subprocess.Popen[bytes]:
         root = self._home / "work"
         root.mkdir()
@@ -117,34 +107,55 @@ class ProcessSandbox:
             stderr=(self._home / "stderr").open("wb"),
             env=environment,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=parent_death_hook(),
         )
 
-    # -- the Sandbox protocol -----------------------------------------------------------------
-    def run(self, command: str | Sequence[str], *, timeout_s: float | None = None) -> CommandResult:
-        """Run a shell command, or the words of an applet without a shell; see Sandbox.run."""
+    # -- the FileSandbox protocol -------------------------------------------------------------
+    def run(
+        self, command: str | Sequence[str], *, timeout_s: float | None = None, output_bytes: int | None = None
+    ) -> CommandResult:
+        """Run a shell command, or an applet (its name and arguments) without a shell; see Sandbox.run."""
         limit = timeout_s if timeout_s is not None else self.limits.timeout_s
-        what = {"command": command} if isinstance(command, str) else {"argv": list(command)}
-        answer = self._ask({"op": "run", "timeout_s": limit, "output_limit": self.limits.output_bytes, **what}, limit)
+        request: dict[str, Any] = {"command": command} if isinstance(command, str) else {"argv": list(command)}
+        request |= {"op": "run", "timeout_s": limit, "output_limit": output_bytes or self.limits.output_bytes}
+        answer = self._ask(request, limit)
         fields = ("output", "exit_code", "timed_out", "duration_s")
         return CommandResult(**{name: answer[name] for name in fields})
 
     def write(self, files: Mapping[str, bytes | None]) -> None:
-        """Write files below the work tree (None removes one)."""
-        coded = {k: None if v is None else base64.b64encode(v).decode() for k, v in files.items()}
-        self._ask({"op": "write", "files": coded})
+        """Write files below the work tree; see FileSandbox.write."""
+        encoded = {k: None if v is None else base64.b64encode(v).decode() for k, v in files.items()}
+        self._ask({"op": "write", "files": encoded})
 
-    def read(self, root: str = ".", *, limit: int = 16 << 20) -> dict[str, bytes]:
-        """The regular files below ``root`` of the work tree, by relative path, at most ``limit`` bytes."""
+    def read(self, root: str = ".", *, limit: int = READ_LIMIT) -> dict[str, bytes]:
+        """Return the files below ``root`` of the work tree; see FileSandbox.read."""
         answer = self._ask({"op": "read", "root": root, "limit": limit})
         return {name: base64.b64decode(content) for name, content in answer["files"].items()}
 
+    def read_file(self, path: str, *, limit: int = FILE_LIMIT) -> bytes:
+        """Return the first ``limit`` bytes of any file; see FileSandbox.read_file."""
+        quoted = shlex.quote(path)
+        script = f"[ -d {quoted} ] && exit {_IS_DIRECTORY}; [ -f {quoted} ] || exit {_MISSING}; "
+        script += f"head -c {limit} -- {quoted} | base64 -w 0"
+        return base64.b64decode(self._run_file_script(script, path, output_bytes=2 * limit + 64))
+
+    def write_file(self, path: str, content: bytes) -> None:
+        """Write any file; see FileSandbox.write_file."""
+        quoted = shlex.quote(path)
+        script = f"[ -d {quoted} ] && exit {_IS_DIRECTORY}; "
+        script += f'mkdir -p -- "$(dirname -- {quoted})" && cat {TRANSFER_FILE} > {quoted}'
+        self.write({TRANSFER_FILE: content})
+        try:
+            self._run_file_script(script, path)
+        finally:
+            self.write({TRANSFER_FILE: None})
+
     def reset(self) -> None:
-        """Empty the sandbox, so that another episode can have it."""
+        """Empty the sandbox, for another episode."""
         self._ask({"op": "reset"})
 
     def close(self) -> None:
-        """End every process in the sandbox and remove its files. May be called twice."""
+        """End every process in the sandbox and remove its files. May be called twice, and during a command."""
         process, self._process = self._process, None
         if process is not None:
             try:
@@ -154,7 +165,7 @@ class ProcessSandbox:
             process.wait(timeout=GRACE_S)
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    with contextlib.suppress(OSError):  # what was not sent has no reader any more
+                    with contextlib.suppress(OSError):  # nobody reads what is still buffered
                         pipe.close()
         shutil.rmtree(self._home, ignore_errors=True)
         holding, self._holding = self._holding, -1
@@ -167,10 +178,20 @@ class ProcessSandbox:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _run_file_script(self, script: str, path: str, *, output_bytes: int | None = None) -> str:
+        result = self.run(script, output_bytes=output_bytes)
+        if result.exit_code == _MISSING:
+            raise FileNotFoundError(path)
+        if result.exit_code == _IS_DIRECTORY:
+            raise IsADirectoryError(path)
+        if result.exit_code or result.timed_out:
+            raise EnvironmentBroken(f"{path} cannot be read or written: exit code {result.exit_code} {result.output}")
+        return result.output
+
     # -- the pipe -----------------------------------------------------------------------------
     def _ask(self, request: dict[str, Any], timeout_s: float = 0.0) -> dict[str, Any]:
-        # An episode that was cancelled is closed while its last command still runs in another thread:
-        # the two must not share the pipe.
+        # A cancelled episode is closed while its last command still runs in another thread: the two must not share
+        # the pipe.
         if not self._asking.acquire(blocking=False):
             raise EnvironmentBroken("the sandbox is still busy with another request")
         try:
@@ -186,7 +207,7 @@ class ProcessSandbox:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
         except OSError as error:
-            raise EnvironmentBroken(f"the sandbox is gone: {error}{self._last_words()}") from error
+            raise EnvironmentBroken(f"the sandbox is gone: {error}{self._stderr_tail()}") from error
         answer = self._answer(timeout_s + GRACE_S)
         if not answer["ok"]:
             raise EnvironmentBroken(f"sandbox {request['op']} failed: {answer['error']}")
@@ -200,22 +221,22 @@ class ProcessSandbox:
         deadline = time.monotonic() + timeout_s
         parts = [self._buffer]
         while b"\n" not in parts[-1]:
-            left = deadline - time.monotonic()
+            remaining = deadline - time.monotonic()
             try:
-                if left <= 0 or not select.select([descriptor], [], [], left)[0]:
+                if remaining <= 0 or not select.select([descriptor], [], [], remaining)[0]:
                     self.close()
                     raise EnvironmentBroken(f"the sandbox did not answer within {timeout_s:.0f} s")
                 data = os.read(descriptor, 1 << 16)
             except OSError:  # closed by another thread
                 data = b""
             if not data:
-                raise EnvironmentBroken(f"the sandbox ended unexpectedly{self._last_words()}")
+                raise EnvironmentBroken(f"the sandbox ended unexpectedly{self._stderr_tail()}")
             parts.append(data)
         line, _, self._buffer = b"".join(parts).partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _last_words(self) -> str:
+    def _stderr_tail(self) -> str:
         try:
             text = (self._home / "stderr").read_text(errors="replace").strip()[-500:]
         except OSError:
@@ -223,11 +244,11 @@ class ProcessSandbox:
         return f": {text}" if text else ""
 
 
-def remove_left() -> None:
-    """Remove the folders of sandboxes whose process was killed: nobody holds their lock."""
+def remove_abandoned() -> None:
+    """Remove the folders of sandboxes whose process was killed: nobody holds their locks."""
     for home in Path(tempfile.gettempdir()).glob(f"{HOME_PREFIX}*"):
-        with contextlib.suppress(OSError):  # somebody else's, held, or just gone
-            if time.time() - home.stat().st_mtime < UNHELD_S:
+        with contextlib.suppress(OSError):  # another user's, locked, or just gone
+            if time.time() - home.stat().st_mtime < ABANDONED_AFTER_S:
                 continue
             holding = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -235,7 +256,3 @@ def remove_left() -> None:
                 shutil.rmtree(home, ignore_errors=True)
             finally:
                 os.close(holding)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

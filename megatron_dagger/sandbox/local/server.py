@@ -1,10 +1,10 @@
 """The process inside a sandbox that runs the agent's commands. Standard library only.
 
-It is started by a sandbox (the package's own code imports only ``ClippedOutput``), reads one JSON request a
-line from stdin and answers each with one JSON line on stdout. A command runs in a forked child
-with its own session and resource limits; when it ends or its time is over, everything it started
-is killed. Forking is also why this server exists: modules imported once (``--preload``) are there
-in every child, so a test run starts in milliseconds instead of half a second.
+A sandbox starts this file as a program; the package imports only ``TruncatedOutput`` from it. The server reads one
+JSON request per line from stdin and answers each with one JSON line on stdout. Every command runs in a forked child
+with its own session and resource limits. When the command ends or its time is over, everything it started is killed.
+The server forks because children inherit the modules it imported once (``--preload``): a test run then starts in
+milliseconds instead of half a second.
 
 Requests: {"op": "run", "argv": [...] | "command": "...", "timeout_s": 5.0, "output_limit": 8192},
 {"op": "write", "files": {path: base64 or null}}, {"op": "read", "root": path, "limit": bytes},
@@ -34,14 +34,14 @@ PR_SET_DUMPABLE = 4
 
 
 class Server:
-    """Runs commands one at a time, below ``root``, for a driver on the other end of a pipe."""
+    """Runs commands below ``root``, one at a time, for a driver at the other end of a pipe."""
 
     def __init__(self, options: argparse.Namespace):
         self.root: str = options.root
         self.memory_bytes: int = options.memory_mib << 20
         self.file_bytes: int = options.file_mib << 20
         self.processes: int = options.processes
-        # Only in a PID namespace of its own may "kill everything I can see" be said.
+        # kill(-1) kills every visible process: only safe in the server's own PID namespace.
         self.owns_namespace: bool = options.owns_pid_namespace and os.getppid() == 1
         self.applets: dict[str, Callable[[list[str]], int | None]] = {}
         for name in options.preload:
@@ -68,7 +68,7 @@ class Server:
         if child == 0:
             self._become(request, reader, writer)  # never returns
         os.close(writer)
-        output = ClippedOutput(request["output_limit"])
+        output = TruncatedOutput(request["output_limit"])
         timed_out = not _drain(reader, output, child, deadline)
         os.close(reader)
         status = self._end(child, deadline)
@@ -105,13 +105,13 @@ class Server:
                 os.execv(command[0], command)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
-        except BaseException as error:  # the child's last border: say it and leave
+        except BaseException as error:  # the child's outermost frame: report and exit
             with contextlib.suppress(OSError):
                 os.write(2, f"{type(error).__name__}: {error}\n".encode())
         os._exit(code & 0xFF)
 
     def _limit(self, timeout_s: float) -> None:
-        for what, value in (
+        for limit, value in (
             (resource.RLIMIT_AS, self.memory_bytes),
             (resource.RLIMIT_FSIZE, self.file_bytes),
             (resource.RLIMIT_NPROC, self.processes),
@@ -120,15 +120,15 @@ class Server:
             (resource.RLIMIT_NOFILE, 256),
         ):
             if value >= 0:
-                resource.setrlimit(what, (value, value))
+                resource.setrlimit(limit, (value, value))
 
     def _end(self, child: int, deadline: float) -> int | None:
-        """Kill what the command left behind; the child's wait status, None if it had to be killed."""
+        """Kill what the command left running; return the child's wait status, None if the child had to be killed."""
         status = None
         while True:
-            done, status_now = os.waitpid(child, os.WNOHANG)
-            if done:
-                status = status_now
+            pid, wait_status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                status = wait_status
                 break
             if time.monotonic() >= deadline:
                 break
@@ -153,11 +153,11 @@ class Server:
 
     # -- files ------------------------------------------------------------------------------
     def reset(self) -> dict:
-        """Empty the work tree and everything else a command can have written to."""
+        """Empty the work tree and every other place a command can write to."""
         for folder in (self.root, "/tmp") if self.owns_namespace else (self.root,):
             for entry in os.scandir(folder):
                 if entry.stat(follow_symlinks=False).st_uid != os.geteuid():
-                    continue  # not a command's work: a mount point of the sandbox
+                    continue  # a mount point of the sandbox, not written by a command
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path)
                 else:
@@ -173,13 +173,13 @@ class Server:
                 continue
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # a link put there by the agent is removed, not followed
+                os.unlink(path)  # remove a link of the agent's instead of following it
             with open(path, "xb") as file:
                 file.write(base64.b64decode(content))
         return {"ok": True}
 
     def read(self, root: str, limit: int) -> dict:
-        """Regular files below ``root``, links and special files left out, at most ``limit`` bytes."""
+        """Return the regular files below ``root``, at most ``limit`` bytes, without links and special files."""
         files, total = {}, 0
         for folder, names, leaves in os.walk(self._inside(root)):
             names[:] = sorted(n for n in names if n not in (".git", "__pycache__"))
@@ -203,8 +203,8 @@ class Server:
         return path
 
 
-class ClippedOutput:
-    """Output kept to ``limit`` bytes: its head and its tail, and a line that says what was cut."""
+class TruncatedOutput:
+    """At most ``limit`` bytes of output: its head, its tail, and between them a line that counts the cut bytes."""
 
     def __init__(self, limit: int):
         self.half = limit // 2
@@ -213,9 +213,9 @@ class ClippedOutput:
         self.cut = 0
 
     def add(self, data: bytes) -> None:
-        room = self.half - len(self.head)
-        self.head += data[:room]
-        self.tail += data[room:] if room > 0 else data
+        free = self.half - len(self.head)
+        self.head += data[:free]
+        self.tail += data[free:] if free > 0 else data
         if len(self.tail) > self.half:
             self.cut += len(self.tail) - self.half
             self.tail = self.tail[-self.half :]
@@ -225,17 +225,16 @@ class ClippedOutput:
         return (self.head + middle + self.tail).decode("utf-8", errors="replace")
 
 
-def _drain(reader: int, output: ClippedOutput, child: int, deadline: float) -> bool:
-    """Read until the end of output; False when the deadline came first.
+def _drain(reader: int, output: TruncatedOutput, child: int, deadline: float) -> bool:
+    """Read until the end of output; return False if the deadline came first.
 
-    A background process may hold the pipe open after the command itself has ended: then what has
-    been written is all there is to wait for.
+    A background process may hold the pipe open after the command has ended: then stop at what is written so far.
     """
     while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
             return False
-        ready, _, _ = select.select([reader], [], [], min(left, 0.05))
+        ready, _, _ = select.select([reader], [], [], min(remaining, 0.05))
         if ready:
             data = os.read(reader, 65536)
             if not data:
@@ -246,6 +245,7 @@ def _drain(reader: int, output: ClippedOutput, child: int, deadline: float) -> b
 
 
 def write_stubs(folder: str, paths: list[str], modules: list[str]) -> None:
+    """Write one executable per applet to ``folder``, for a shell to call."""
     for module in modules:
         for name in getattr(importlib.import_module(module), "APPLETS", {}):
             program = f"import sys; sys.path[:0] = {paths!r}; from {module} import APPLETS; "
@@ -277,7 +277,7 @@ def main() -> None:
         os.setgroups([])
         os.setresgid(options.uid, options.uid, options.uid)
         os.setresuid(options.uid, options.uid, options.uid)
-    # The agent's processes have this process's uid; undumpable, it cannot be traced or written to.
+    # The agent's processes have this process's uid, but cannot trace or modify an undumpable process.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     server = Server(options)
@@ -287,7 +287,7 @@ def main() -> None:
     for line in sys.stdin:
         try:
             answer = server.handle(json.loads(line))
-        except Exception as error:  # the border to the driver: every request is answered
+        except Exception as error:  # every request is answered
             answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

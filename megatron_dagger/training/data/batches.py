@@ -1,6 +1,6 @@
-"""Which rows make up which step: a pure function of (seed, round, step), so a resume is exact.
+"""The rows of each optimizer step: a pure function of (seed, round, step), which makes a resume exact.
 
-How a step's rows are shared out among data-parallel ranks changes no loss, only who waits for whom.
+How a step's rows are divided among data-parallel ranks changes no loss, only how long ranks wait for each other.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy as np
 from megatron_dagger.config import TrainingConfig
 from megatron_dagger.training.data.packing import padded_length
 
-EMPTY_ROW = -1  # fills up the last batch: no label token, so no gradient
+EMPTY_ROW = -1  # fills up the last batch; has no label token and so no gradient
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
     """The rows of every optimizer step of a round.
 
-    Each pass over the data has its own order; passes follow each other without a gap, so a
-    batch may hold the end of one and the start of the next.
+    Each pass over the data has its own order. Passes follow each other without a gap: a batch may hold the end of
+    one pass and the start of the next.
     """
 
     rows: int
@@ -34,11 +34,12 @@ class BatchPlan:
 
     @property
     def steps(self) -> int:
+        """The number of optimizer steps, at least 1."""
         steps = math.ceil(max(1, round(self.rows * self.epochs)) / self.rows_per_step)
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def rows_of(self, step: int) -> np.ndarray:
-        """(rows_per_step,) row indices of ``step``, EMPTY_ROW where the round's data have ended."""
+        """Return the row indices of ``step``, (rows_per_step,) int64; EMPTY_ROW after the end of the round's data."""
         end = max(1, round(self.rows * self.epochs))
         chosen = np.full(self.rows_per_step, EMPTY_ROW, np.int64)
         for place in range(self.rows_per_step):
@@ -50,27 +51,27 @@ class BatchPlan:
 
 
 def share_out(rows: np.ndarray, costs: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """The rows of each rank, as many for each and the sums of their costs as even as can be.
+    """Return each rank's rows: equally many, with sums of costs as even as a greedy rule makes them.
 
-    ``costs`` (all rows,); an EMPTY_ROW costs nothing. The costliest row goes first, to the rank with the
-    least so far that wants one (longest processing time first, Graham 1969), and a rank's rows come in that
-    order: what ranks do at the same time costs about the same.
+    ``costs`` has an entry per row of the dataset; an EMPTY_ROW costs nothing. The most expensive row goes first, to
+    the rank with the smallest sum that still needs one (longest processing time first, Graham 1969). Each rank's
+    rows keep that order, so rows that are computed at the same time cost about the same.
     """
-    price = np.where(rows >= 0, costs[rows], 0.0)
+    row_costs = np.where(rows >= 0, costs[rows], 0.0)
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = np.zeros(ranks)
-    for place in np.argsort(-price, kind="stable"):
+    for place in np.argsort(-row_costs, kind="stable"):
         open_ranks = [rank for rank in range(ranks) if len(shares[rank]) < len(rows) // ranks]
         chosen = min(open_ranks, key=lambda rank: loads[rank])
         shares[chosen].append(int(rows[place]))
-        loads[chosen] += price[place]
+        loads[chosen] += row_costs[place]
     return [np.array(share) for share in shares]
 
 
 def row_lengths(tokens: np.ndarray, training: TrainingConfig) -> list[int]:
-    """How long a rank's rows of so many tokens are made: no longer than need be.
+    """Return the padded lengths of a rank's rows of ``tokens`` tokens each, as short as the layout allows.
 
-    Pipeline stages hand over tensors of one shape, so with a pipeline all are as long as the longest.
+    Pipeline stages exchange tensors of one shape, so with a pipeline all rows get the length of the longest.
     """
     lengths = [padded_length(int(count), training.row_multiple, training.sequence_length) for count in tokens]
     one_shape = training.parallel.pipeline_model_parallel_size > 1

@@ -1,16 +1,16 @@
-"""Packing items of given lengths into bins of one capacity: as few bins as can be, always the same ones."""
+"""Packing items of given lengths into as few bins of one capacity as possible; deterministic."""
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
 
-_CANDIDATES = 128  # at most, for one bin
-_SLACKS = (0.02, 0.06)  # of a bin
+_MAX_CANDIDATES = 128  # items that are considered for one bin
+_SLACKS = (0.02, 0.06)  # shares of a bin that may stay empty
 
 
 def pack_bins(lengths: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
-    """Pack items into bins: by ``best_fit_decreasing``, or by ``subset_sum_fit`` where that needs fewer bins."""
+    """Return bins of item indices, by ``best_fit_decreasing`` or, if that needs fewer bins, by ``subset_sum_fit``."""
     bins = best_fit_decreasing(lengths, capacity)
     if (len(bins) - 1) * capacity < sum(lengths):
         return bins  # no packing needs fewer
@@ -18,34 +18,35 @@ def pack_bins(lengths: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
 
 
 def subset_sum_fit(lengths: Sequence[int], capacity: int, slack: int) -> list[tuple[int, ...]]:
-    """Pack items into bins: the longest one left, and then others that fill up its bin but for ``slack``.
+    """Return bins of item indices: the longest unpacked item, then a subset of the rest that fills the bin.
 
-    These are as long as can be, so that short items are left for the bins that need them. Deterministic.
+    At most ``slack`` of the bin stays free where the items allow it. The subset prefers long items, so short ones
+    remain for the bins that need them.
     """
-    left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    unpacked = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     bins: list[tuple[int, ...]] = []
-    while left:
-        longest = left.pop(0)
-        room = capacity - lengths[longest]
-        fitting = left[bisect.bisect_left(left, -room, key=lambda i: -lengths[i]) :]
-        candidates = fitting[:: -(-len(fitting) // _CANDIDATES) or 1]
-        chosen = _subset([lengths[i] for i in candidates], room, room - slack)
-        taken = {candidates[i] for i in chosen}
-        left = [i for i in left if i not in taken]
+    while unpacked:
+        longest = unpacked.pop(0)
+        free = capacity - lengths[longest]
+        fitting = unpacked[bisect.bisect_left(unpacked, -free, key=lambda i: -lengths[i]) :]
+        candidates = fitting[:: -(-len(fitting) // _MAX_CANDIDATES) or 1]
+        chosen = _subset([lengths[i] for i in candidates], free, free - slack)
+        packed = {candidates[i] for i in chosen}
+        unpacked = [i for i in unpacked if i not in packed]
         bins.append((longest, *(candidates[i] for i in chosen)))
     return bins
 
 
-def _subset(sizes: Sequence[int], room: int, enough: int) -> list[int]:
-    """Which of ``sizes`` sum up to at least ``enough``, else to as much as can be, but at most ``room``.
+def _subset(sizes: Sequence[int], limit: int, enough: int) -> list[int]:
+    """Return indices of ``sizes`` whose sum is as large as possible, at most ``limit``.
 
-    Of the first sizes that can.
+    Only as many of the first sizes are considered as it takes to reach ``enough``.
     """
-    sums = [1]  # bit n: some of the sizes so far have the sum n
+    sums = [1]  # bit n of sums[k]: some of the first k sizes add up to n
     for size in sizes:
         if sums[-1] >> max(enough, 0):
             break
-        sums.append((sums[-1] | sums[-1] << size) & ((2 << room) - 1))
+        sums.append((sums[-1] | sums[-1] << size) & ((2 << limit) - 1))
     total, chosen = sums[-1].bit_length() - 1, []
     for i in reversed(range(len(sums) - 1)):
         if not sums[i] >> total & 1:
@@ -55,21 +56,21 @@ def _subset(sizes: Sequence[int], room: int, enough: int) -> list[int]:
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
-    """Pack items into bins: longest first, each into the fullest bin that has room for it.
+    """Return bins of item indices: longest item first, each into the fullest bin that it fits into.
 
-    Deterministic, O(n log n) comparisons. At most 11/9 of the best number of bins, plus one.
+    O(n log n) comparisons. At most 11/9 of the optimal number of bins, plus a constant (Johnson, 1973).
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free places, bin), ascending
+    open_bins: list[tuple[int, int]] = []  # (free places, bin), ascending
     for item in order:
-        at = bisect.bisect_left(room, (lengths[item], -1))
-        if at < len(room):
-            free, chosen = room.pop(at)
+        at = bisect.bisect_left(open_bins, (lengths[item], -1))
+        if at < len(open_bins):
+            free, chosen = open_bins.pop(at)
         else:
             free, chosen = capacity, len(bins)
             bins.append([])
         bins[chosen].append(item)
         if free > lengths[item]:
-            bisect.insort(room, (free - lengths[item], chosen))
+            bisect.insort(open_bins, (free - lengths[item], chosen))
     return [tuple(items) for items in bins]

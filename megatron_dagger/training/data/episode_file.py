@@ -1,4 +1,4 @@
-"""Labelled episodes in one .npz file (plain arrays, no pickle): what tools and tests give to the ranks."""
+"""Labelled episodes in one .npz file of plain arrays, without pickle: how tools and tests hand data to the ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_dagger.types import LabelledEpisode, StateLabel
 
 
 def save_episodes(path: Path, episodes: Sequence[LabelledEpisode]) -> None:
-    """Write ``episodes``; all token arrays are concatenated, with their lengths beside them."""
+    """Write ``episodes`` to ``path``: all token arrays concatenated, with their lengths beside them."""
     labels = [label for episode in episodes for label in episode.labels]
     np.savez(
         path,
@@ -26,7 +26,7 @@ def save_episodes(path: Path, episodes: Sequence[LabelledEpisode]) -> None:
 
 
 def load_episodes(path: Path) -> list[LabelledEpisode]:
-    """Read what ``save_episodes`` wrote."""
+    """Return the episodes that ``save_episodes`` wrote to ``path``."""
     with np.load(path, allow_pickle=False) as file:
         texts = np.split(file["tokens"], np.cumsum(file["lengths"])[:-1])
         targets = np.split(file["label_tokens"], np.cumsum(file["label_lengths"])[:-1])

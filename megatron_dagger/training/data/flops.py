@@ -1,4 +1,4 @@
-"""What a packed row costs: the model's FLOPs of its forward and backward pass, nothing recomputed or padded."""
+"""The model's FLOPs for a packed row, forward and backward, without recomputation and padding."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from megatron_dagger.training.data.packing import PackedDataset
 
 
 def row_flops(data: PackedDataset, model: ModelConfig) -> np.ndarray:
-    """(rows,) float64: 6 FLOPs a token for each weight that it meets (2 forward, 4 backward) and attention's.
+    """Return the FLOPs of each row, (rows,) float64.
 
-    A pair of a token and one that it sees takes two products of a head's size in each head, 12 FLOPs with
-    the backward pass. The output layer counts for label tokens, for which alone it is computed.
+    A weight costs 6 FLOPs per token that it is applied to: 2 forward and 4 backward. Attention costs 12 FLOPs per
+    (query, key) pair, head and head dimension: two products (QK^T and PV) of 2 FLOPs each, forward plus twice that
+    backward. The output layer is computed for label tokens only.
     """
     queries, keys = (heads * model.kv_channels for heads in (model.num_attention_heads, model.num_query_groups))
     layer = model.hidden_size * (2 * queries + 2 * keys + _mlp_width(model))
@@ -23,7 +24,7 @@ def row_flops(data: PackedDataset, model: ModelConfig) -> np.ndarray:
 
 
 def _mlp_width(model: ModelConfig) -> int:
-    """The rows of gate, up and down that a token meets, and of the router."""
+    """Return the rows of gate, up and down projections, and of the router, that are applied to a token."""
     if model.num_moe_experts is None:
         return 3 * model.ffn_hidden_size
     return 3 * model.moe_router_topk * (model.moe_ffn_hidden_size or 0) + model.num_moe_experts

@@ -1,12 +1,12 @@
-"""Forks ranks off one process that has imported torch and Megatron-Core: those take seconds, and each rank did it anew.
+"""A server process that has imported torch and Megatron-Core, and forks ranks that need not import them again.
 
-``RankServer`` is the driver's end; ``python -m megatron_dagger.training.ranks.forkserver`` is the process. It has
-one thread, never computes, and ends with the driver; its ranks end with it. It is not multiprocessing's
-forkserver because there the children keep the server alive when the driver is killed, each runs the driver's
-main module again, a failed preload stays unsaid, and the driver's engine may want the one that there is.
+``RankServer`` is the driver's end; ``python -m megatron_dagger.training.ranks.forkserver`` is the process. It has one
+thread, never computes, and ends with the driver; its ranks end with it. multiprocessing's forkserver does not serve:
+its children keep the server alive when the driver is killed, each child runs the driver's main module again, a failed
+preload is silent, and there is only one per process, which the driver's rollout engine may need.
 
-What torch and OpenMP read from the environment while they are imported, they read from the server's; a rank
-gets its own environment, ``sys.path`` and directory before its module runs.
+Variables that torch and OpenMP read on import have the server's values. A rank gets its own environment, ``sys.path``
+and working directory before its module runs.
 """
 
 from __future__ import annotations
@@ -30,60 +30,65 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import IO
 
-from megatron_dagger.signals import STOP_SIGNALS, dies_with_this_process
+from megatron_dagger.signals import STOP_SIGNALS, parent_death_hook
 
 STORE_FD = "MEGATRON_DAGGER_STORE_FD"  # a listening socket that ``launch`` hands to rank 0
 
-# Or numpy starts its threads as it is imported. A rank sets torch's own number.
+# Else numpy starts threads on import. A rank sets the number of torch's threads itself.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _POLL_S = 0.05
 _IDLE_S = 1.0
-_END_S = 10.0  # a killed rank is gone long before
+_END_S = 10.0  # a killed rank is gone long before that
 _PR_SET_NAME = 15
 
 
 class RankServerError(RuntimeError):
-    """The server ended, and its ranks with it; says how, with the end of what it wrote."""
+    """The server ended, and its ranks with it; says how, with the end of its output."""
 
 
 class RankServer:
-    """A server that imports the modules ``preload`` in the background; ``fork`` need not wait for that."""
+    """A server that imports the modules ``preload`` in the background; ``fork`` may be called at once."""
 
     def __init__(self, preload: Sequence[str], environment: Mapping[str, str]):
-        self._requests, theirs = socket.socketpair()
+        self._requests, server_end = socket.socketpair()
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the server
-        with theirs:
+        with server_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid()), *preload],
+                [sys.executable, "-m", __name__, str(server_end.fileno()), str(os.getpid()), *preload],
                 env={**environment, **_ONE_THREAD, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[server_end.fileno()],
             )
         self.pid = self._process.pid
         atexit.register(self.close)
 
     @property
     def alive(self) -> bool:
+        """Whether the server runs."""
         return self._process.poll() is None
 
     def fork(
         self, module_args: Sequence[str], variables: Mapping[str, str], log: IO[bytes], store: socket.socket | None
     ) -> ForkedRank:
-        """A child that does what ``python -m *module_args`` does; ``store`` is handed to it in STORE_FD."""
-        ours, theirs = Pipe()
-        given = [theirs.fileno(), log.fileno(), *([store.fileno()] if store is not None else [])]
-        with theirs:
+        """Return a child that runs ``python -m *module_args`` with ``variables`` as its environment.
+
+        The child writes to ``log`` and inherits the listening socket ``store``, whose number it finds in STORE_FD.
+        Raises RankServerError if the server has ended.
+        """
+        connection, rank_end = Pipe()
+        descriptors = [rank_end.fileno(), log.fileno(), *([store.fileno()] if store is not None else [])]
+        with rank_end:
             try:
-                socket.send_fds(self._requests, [b"\0"], given)
+                socket.send_fds(self._requests, [b"\0"], descriptors)
             except OSError as error:
                 raise self.error() from error
-        return ForkedRank(self, ours, ([*module_args], {**variables}, os.getcwd()))
+        return ForkedRank(self, connection, ([*module_args], {**variables}, os.getcwd()))
 
     def error(self) -> RankServerError:
-        """Why the server answers no more."""
+        """Return an error that says why the server no longer answers."""
         try:
             code = self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -95,7 +100,7 @@ class RankServer:
         return RankServerError(f"the process that the ranks are forked from {how}" + (f":\n{text}" if text else ""))
 
     def close(self) -> None:
-        """End the server and its ranks. May be called twice."""
+        """Kill the server and its ranks. May be called twice."""
         atexit.unregister(self.close)
         self._process.kill()
         self._process.wait()
@@ -104,21 +109,21 @@ class RankServer:
 
 
 class ForkedRank:
-    """A rank as its driver sees it, like a Popen: a child of the server, which tells its exit code."""
+    """The driver's handle of a rank, like a Popen: a child of the server, which reports its exit code."""
 
     def __init__(self, server: RankServer, connection: Connection, job: tuple[list[str], dict[str, str], str]):
         self._server, self._connection, self._job = server, connection, job
-        self.pid: int | None = None  # of it and its process group, once it has told
+        self.pid: int | None = None  # of the rank and its process group, once reported
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit code (-N: killed by signal N), None while it runs. Raises RankServerError."""
+        """Return the exit code (-N: killed by signal N), None while it runs. Raises RankServerError."""
         try:
             while self.returncode is None and self._connection.poll():
-                what, number = self._connection.recv()
-                if what == "pid":
+                report, number = self._connection.recv()
+                if report == "pid":
                     self.pid = number
-                    with contextlib.suppress(ConnectionError):  # it was killed: its exit code follows
+                    with contextlib.suppress(ConnectionError):  # the rank was killed, and its exit code follows
                         self._connection.send(self._job)
                 else:
                     self.returncode = number
@@ -127,7 +132,7 @@ class ForkedRank:
         return self.returncode
 
     def end(self) -> None:
-        """Kill the rank and its process group, and wait for it; without its job it ends by itself."""
+        """Kill the rank and its process group, and wait for it; a rank that has not got its job yet ends by itself."""
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
@@ -137,13 +142,13 @@ class ForkedRank:
 
 
 def main() -> None:
-    """Import, then fork a rank for each request, until the driver is gone. In a rank: run its module."""
-    for number in STOP_SIGNALS:  # SLURM asks every process to stop; this one ends with the driver
+    """Import, then fork a rank for each request until the driver is gone. In a rank: run its module."""
+    for number in STOP_SIGNALS:  # SLURM signals every process; this one ends with the driver
         signal.signal(number, signal.SIG_IGN)
     requests = socket.socket(fileno=int(sys.argv[1]))
     driver = int(sys.argv[2])
     failures = _import(sys.argv[3:], driver)
-    gc.freeze()  # a rank's collector does not touch, and so copy, what is shared
+    gc.freeze()  # keeps a rank's collector from touching, and so copying, shared pages
     job = _serve(requests, driver)
     if job is not None:
         sys.stderr.write(failures)
@@ -152,36 +157,36 @@ def main() -> None:
 
 
 def _import(names: Sequence[str], driver: int) -> str:
-    """Import the modules, but not for a driver that is gone; returns the tracebacks of what failed."""
+    """Import the modules, exiting if the driver is gone; return the tracebacks of failed imports."""
 
     def find_spec(*_: object) -> None:
         if os.getppid() != driver:
             os._exit(1)
 
-    failures, watch = "", types.SimpleNamespace(find_spec=find_spec)
-    sys.meta_path.insert(0, watch)
+    failures, watcher = "", types.SimpleNamespace(find_spec=find_spec)
+    sys.meta_path.insert(0, watcher)  # asked before each import of a module
     for name in names:
         try:
             importlib.import_module(name)
         except Exception:
             failures += f"{name} could not be imported in advance:\n{traceback.format_exc()}"
-    sys.meta_path.remove(watch)
+    sys.meta_path.remove(watcher)
     return failures
 
 
 def _serve(requests: socket.socket, driver: int) -> list[str] | None:
-    """Returns in each rank, with its module and arguments, and at the end, with None."""
-    die_with_the_server = dies_with_this_process()
+    """Fork a rank per request. Return [module, *args] in each rank, and None in the server when the driver is gone."""
+    die_with_server = parent_death_hook()
     ranks: dict[int, Connection] = {}
     while os.getppid() == driver:
         if select.select([requests], [], [], _POLL_S if ranks else _IDLE_S)[0]:
-            _, given, _, _ = socket.recv_fds(requests, 1, 3, socket.MSG_CMSG_CLOEXEC)
-            if not given:
+            _, descriptors, _, _ = socket.recv_fds(requests, 1, 3, socket.MSG_CMSG_CLOEXEC)
+            if not descriptors:
                 break
-            connection, log, *store = Connection(given[0]), *given[1:]
+            connection, log, *store = Connection(descriptors[0]), *descriptors[1:]
             pid = os.fork()
             if pid == 0:
-                die_with_the_server()
+                die_with_server()
                 requests.close()
                 for other in ranks.values():
                     other.close()
@@ -190,8 +195,8 @@ def _serve(requests: socket.socket, driver: int) -> list[str] | None:
             for descriptor in (log, *store):
                 os.close(descriptor)
         for pid in list(ranks):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
+            exited, status = os.waitpid(pid, os.WNOHANG)
+            if exited:
                 with ranks.pop(pid) as connection, contextlib.suppress(ConnectionError):
                     connection.send(("exit code", os.waitstatus_to_exitcode(status)))
     for pid in ranks:
@@ -201,6 +206,7 @@ def _serve(requests: socket.socket, driver: int) -> list[str] | None:
 
 
 def _become_rank(connection: Connection, log: int, store: int | None = None) -> list[str]:
+    """Set up a forked child as a rank: signals, session, output, environment; return [module, *args]."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
@@ -212,7 +218,7 @@ def _become_rank(connection: Connection, log: int, store: int | None = None) -> 
             connection.send(("pid", os.getpid()))
             module_args, variables, directory = connection.recv()
         except (EOFError, OSError):
-            os._exit(1)  # the driver gave it up
+            os._exit(1)  # the driver gave the launch up
     ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank-{variables['RANK']}".encode(), 0, 0, 0)
     os.environ.clear()
     os.environ.update(variables)

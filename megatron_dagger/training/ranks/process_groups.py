@@ -1,7 +1,7 @@
-"""Starts and ends this process's part in the job: process groups, parallel layout, seeds, device.
+"""This rank's process groups, parallel layout, seeds and device.
 
-The rank comes from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), so
-one host or many, torchrun, SLURM or ``launch`` all look alike. Every collective has a deadline.
+The rank comes from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), whoever set them:
+``launch``, torchrun or SLURM, on one host or several. Every collective has a deadline.
 """
 
 from __future__ import annotations
@@ -19,28 +19,32 @@ from megatron_dagger.config import ConfigError, ParallelConfig
 from megatron_dagger.training import compat, cpu_shim
 from megatron_dagger.training.ranks.forkserver import STORE_FD
 
-_stores: list[torch.distributed.Store] = []  # the rendezvous, kept for the next block of this process
+_stores: list[torch.distributed.Store] = []  # the rendezvous, kept for the process's next block
 _joins = itertools.count()
 
 
 @contextmanager
 def process_groups(parallel: ParallelConfig, *, seed: int, deadline_s: float, threads: int) -> Iterator[torch.device]:
-    """Within the block, torch.distributed and Megatron's parallel state are up; yields this rank's device.
+    """Initialise torch.distributed and Megatron's parallel state for the block; yield this rank's device.
 
-    Raises ConfigError if the number of started processes is not ``parallel.world_size``.
+    ``deadline_s`` limits every collective, ``threads`` are torch's on the CPU. Raises ConfigError if the number of
+    started processes is not ``parallel.world_size``.
     """
     cpu = cpu_shim.install()
     compat.quiet()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != parallel.world_size:
-        raise ConfigError(f"{world} processes were started, but training.parallel.world_size={parallel.world_size}")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != parallel.world_size:
+        raise ConfigError(
+            f"{world_size} processes were started, but training.parallel.world_size={parallel.world_size}; "
+            "make the two equal"
+        )
     if cpu:
         torch.set_num_threads(threads)
         device = torch.device("cpu")
     else:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    _join(world, "gloo" if cpu else "nccl", deadline_s)
+    _join(world_size, "gloo" if cpu else "nccl", deadline_s)
     try:
         _lay_out(parallel, seed, deadline_s)
         yield device
@@ -49,26 +53,27 @@ def process_groups(parallel: ParallelConfig, *, seed: int, deadline_s: float, th
 
 
 def is_rank_zero() -> bool:
+    """Return whether this is the job's rank 0."""
     return torch.distributed.get_rank() == 0
 
 
-def _join(world: int, backend: str, deadline_s: float) -> None:
+def _join(world_size: int, backend: str, deadline_s: float) -> None:
     rank = int(os.environ.get("RANK", "0"))
     timeout = datetime.timedelta(seconds=deadline_s)
     if not _stores:
-        _stores.append(_rendezvous(rank, world, timeout))
+        _stores.append(_rendezvous(rank, world_size, timeout))
     store = torch.distributed.PrefixStore(f"join{next(_joins)}", _stores[0])
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _rendezvous(rank: int, world: int, timeout: datetime.timedelta) -> torch.distributed.Store:
-    if world == 1 and "MASTER_PORT" not in os.environ:
+def _rendezvous(rank: int, world_size: int, timeout: datetime.timedelta) -> torch.distributed.Store:
+    if world_size == 1 and "MASTER_PORT" not in os.environ:
         return torch.distributed.HashStore()
     descriptor = os.environ.get(STORE_FD) if rank == 0 else None
     return torch.distributed.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        world,
+        world_size,
         is_master=rank == 0,
         timeout=timeout,
         master_listen_fd=int(descriptor) if descriptor else None,

@@ -1,4 +1,4 @@
-"""Stopping between two steps when the cluster wants its machines back: SIGTERM or SIGUSR1, on any rank."""
+"""How ranks stop: a signal to any rank is remembered, and all ranks stop together between two steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_dagger.signals import STOP_SIGNALS
 
 
 class StopSignal:
-    """Within the block the signals are remembered instead of ending the process."""
+    """Context manager: within the block SIGTERM and SIGUSR1 are remembered instead of ending the process."""
 
     def __init__(self) -> None:
         self._came = False
@@ -27,7 +27,7 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def on_any_rank(self, device: torch.device) -> bool:
-        """Whether one has come to any rank; a collective, so that all stop after the same step."""
+        """Return whether a signal came to any rank. A collective: all ranks get the same answer."""
         came = torch.tensor([self._came], dtype=torch.int32, device=device)
         torch.distributed.all_reduce(came, torch.distributed.ReduceOp.MAX)
         return bool(came.item())

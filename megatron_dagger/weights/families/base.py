@@ -1,9 +1,7 @@
-"""A model family: its map between Megatron-Core, canonical (Hugging Face) tensors and vLLM.
+"""A family's weight map: how its tensors are named and laid out in Megatron-Core, Hugging Face and vLLM.
 
-Whole tensors are converted here, in both directions; ``layout.py`` and ``parameter.py`` say how the
-tables of a family are written, and which part of a tensor a rank holds.
-
-Works on torch tensors and numpy arrays alike; torch is imported only if the tensors are torch's.
+Full tensors are converted here, in both directions. ``megatron_tensor.py`` and ``vllm_tensor.py`` describe the entries
+of a map, and which blocks of a tensor a rank holds.
 """
 
 from __future__ import annotations
@@ -16,101 +14,102 @@ from typing import Any
 
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.weights.errors import WeightMapError
-from megatron_dagger.weights.families.megatron_tensor import Layout, Shape
-from megatron_dagger.weights.families.vllm_tensor import Parameter
+from megatron_dagger.weights.families.megatron_tensor import MegatronTensor, Shape
+from megatron_dagger.weights.families.vllm_tensor import VllmTensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
-    """A model family's map.
+class WeightMap:
+    """The weight map of a model family.
 
-    ``megatron`` gives, for a model, the layout of each global Megatron name; ``vllm`` the make-up of
-    each of vLLM's parameters. In both, the experts of a layer are one entry, with ``{}`` in its name
-    on Megatron's side. ``alternatives`` maps second spellings of Megatron's names (layer specs differ
-    in them) to those in ``megatron``: regular expressions, and what a match is replaced by.
+    ``megatron`` returns the model's Megatron tensors by global name, ``vllm`` the engine's parameters by name. In both
+    the experts of a layer are a single entry; on Megatron's side its name contains ``{}``. ``alternatives`` maps other
+    spellings of Megatron's names, which depend on the layer spec, to those in ``megatron``: regular expressions and
+    their replacements.
     """
 
-    name: str
-    megatron: Callable[[ModelConfig], dict[str, Layout]]
-    vllm: Callable[[ModelConfig], dict[str, Parameter]]
+    megatron: Callable[[ModelConfig], dict[str, MegatronTensor]]
+    vllm: Callable[[ModelConfig], dict[str, VllmTensor]]
     alternatives: Mapping[str, str]
 
-    def layouts(self, model: ModelConfig) -> dict[str, Layout]:
-        """The layout of each global Megatron name, every expert's on its own. Not to be changed."""
-        return _each_expert(self.megatron, model)
+    def megatron_tensors(self, model: ModelConfig) -> dict[str, MegatronTensor]:
+        """Return the entry of each global Megatron name, one per expert. The result is shared: do not change it."""
+        return _expand_experts(self.megatron, model)
 
-    def layout(self, name: str, model: ModelConfig) -> Layout:
-        """The layout of a Megatron tensor by its global name; WeightMapError if there is none."""
-        table = self.layouts(model)
+    def megatron_tensor(self, name: str, model: ModelConfig) -> MegatronTensor:
+        """Return the entry of a global Megatron name. Raises WeightMapError for an unknown name."""
+        table = self.megatron_tensors(model)
         spellings = [name, *(re.sub(this, that, name) for this, that in self.alternatives.items())]
         for spelling in spellings:
             if spelling in table:
                 return table[spelling]
         tied = "tied" if model.tie_embeddings else "untied"
         raise WeightMapError(
-            f"Megatron tensor {name!r} is unknown to family {self.name} with {model.num_layers} layers "
-            f"and {tied} embeddings; it knows {', '.join(_ends(self.megatron(model)))}"
+            f"Megatron tensor {name!r} is unknown to family {model.family} with {model.num_layers} layers "
+            f"and {tied} embeddings; the known tensors are {', '.join(_first_layer(self.megatron(model)))}"
         )
 
     def to_canonical(self, name: str, full_tensor: Any, model: ModelConfig) -> list[tuple[str, Any]]:
-        """Split a whole (unsharded) Megatron tensor into its canonical tensors.
+        """Split a full (unsharded) Megatron tensor into its canonical tensors.
 
-        The results are views where the layout allows it; use ``contiguous`` before handing out bytes.
+        The results are views where possible: call ``contiguous`` before using their bytes. Raises WeightMapError for
+        an unknown name or another shape.
         """
-        layout = self.layout(name, model)
+        entry = self.megatron_tensor(name, model)
         shape = tuple(full_tensor.shape)
         rows, *tail = shape or (0,)
-        fits = rows == layout.shape[0] or (layout.padded and rows > layout.shape[0])
-        if not fits or tuple(tail) != layout.tail:
+        fits = rows == entry.shape[0] or (entry.padded and rows > entry.shape[0])
+        if not fits or tuple(tail) != entry.tail:
             raise WeightMapError(
-                f"Megatron tensor {name!r} has shape {shape}, the model's settings give {layout.shape}"
-                f"{' (more rows are taken as padding)' if layout.padded else ''}"
+                f"Megatron tensor {name!r} has shape {shape}, but the model's settings give {entry.shape}"
+                f"{' (more rows would be taken as padding)' if entry.padded else ''}"
             )
-        grouped = full_tensor[: layout.shape[0]].reshape(layout.groups, -1, *layout.tail)
-        parts, start = [], 0
-        for part in layout.parts:
-            piece = grouped[:, start : start + part.rows]
-            parts.append((part.name, piece.reshape(layout.groups * part.rows, *layout.tail)))
+        grouped = full_tensor[: entry.shape[0]].reshape(entry.groups, -1, *entry.tail)
+        canonical, start = [], 0
+        for part in entry.parts:
+            rows_of_part = grouped[:, start : start + part.rows]
+            canonical.append((part.name, rows_of_part.reshape(entry.groups * part.rows, *entry.tail)))
             start += part.rows
-        return parts
+        return canonical
 
     def from_canonical(
         self, name: str, tensors: Mapping[str, Any], model: ModelConfig, *, padded_rows: int | None = None
     ) -> Any:
-        """Build the whole Megatron tensor ``name`` from canonical tensors.
+        """Build the full Megatron tensor ``name`` from canonical tensors.
 
-        ``padded_rows`` (for a padded vocabulary) appends zero rows up to that number.
+        ``padded_rows`` (for a padded vocabulary) appends zero rows up to that number. Raises WeightMapError if a
+        tensor is missing or has another shape.
         """
-        layout = self.layout(name, model)
-        pieces = []
-        for part in layout.parts:
+        entry = self.megatron_tensor(name, model)
+        grouped = []
+        for part in entry.parts:
             if part.name not in tensors:
                 raise WeightMapError(f"Megatron tensor {name!r} needs {part.name!r}, which is missing")
-            tensor, expected = tensors[part.name], (layout.groups * part.rows, *layout.tail)
+            tensor, expected = tensors[part.name], (entry.groups * part.rows, *entry.tail)
             if tuple(tensor.shape) != expected:
                 raise WeightMapError(f"{part.name!r} has shape {tuple(tensor.shape)}, not {expected}")
-            pieces.append(tensor.reshape(layout.groups, part.rows, *layout.tail))
-        whole = _concatenate(pieces, axis=1).reshape(layout.shape)
-        if padded_rows is None or padded_rows == layout.shape[0]:
-            return whole
-        if not layout.padded or padded_rows < layout.shape[0]:
-            raise WeightMapError(f"{name!r} of shape {layout.shape} cannot be padded to {padded_rows} rows")
-        padding = _zero_rows(whole, padded_rows - layout.shape[0])
-        return _concatenate([whole, padding], axis=0)
+            grouped.append(tensor.reshape(entry.groups, part.rows, *entry.tail))
+        full = _concatenate(grouped, axis=1).reshape(entry.shape)
+        if padded_rows is None or padded_rows == entry.shape[0]:
+            return full
+        if not entry.padded or padded_rows < entry.shape[0]:
+            raise WeightMapError(f"{name!r} of shape {entry.shape} cannot be padded to {padded_rows} rows")
+        padding = _zero_rows(full, padded_rows - entry.shape[0])
+        return _concatenate([full, padding], axis=0)
 
     def canonical_names(self, model: ModelConfig) -> dict[str, Shape]:
-        """Every canonical tensor of the model and its shape, in the model's order."""
+        """Return the name and shape of every canonical tensor, in the model's order."""
         shapes: dict[str, Shape] = {}
-        for layout in self.layouts(model).values():
-            shapes.update(layout.canonical_shapes())
+        for entry in self.megatron_tensors(model).values():
+            shapes.update(entry.canonical_shapes())
         return shapes
 
     def check_complete(self, names: Iterable[str], model: ModelConfig) -> None:
-        """Raise WeightMapError if canonical ``names`` miss a tensor of the model or hold another."""
-        expected, given = self.canonical_names(model), list(names)
-        known = set(given)
+        """Raise WeightMapError unless ``names`` are exactly the model's canonical tensors."""
+        expected, names = self.canonical_names(model), list(names)
+        known = set(names)
         missing = [name for name in expected if name not in known]
-        extra = [name for name in given if name not in expected]
+        extra = [name for name in names if name not in expected]
         if missing or extra:
             raise WeightMapError(
                 f"the weights do not cover the model: missing {missing[:5] or 'none'} ({len(missing)}), "
@@ -119,31 +118,33 @@ class Family:
 
 
 @lru_cache(maxsize=16)
-def _each_expert(megatron: Callable[[ModelConfig], dict[str, Layout]], model: ModelConfig) -> dict[str, Layout]:
+def _expand_experts(
+    megatron: Callable[[ModelConfig], dict[str, MegatronTensor]], model: ModelConfig
+) -> dict[str, MegatronTensor]:
     table = {}
-    for name, layout in megatron(model).items():
-        if not layout.experts:
-            table[name] = layout
-        for number in range(layout.experts):
-            table[name.format(number)] = layout.of_expert(number)
+    for name, entry in megatron(model).items():
+        if not entry.experts:
+            table[name] = entry
+        for number in range(entry.experts):
+            table[name.format(number)] = entry.of_expert(number)
     return table
 
 
-def _ends(table: Mapping[str, Layout]) -> list[str]:
-    """The names of a table with layer 0 standing for all layers."""
+def _first_layer(table: Mapping[str, MegatronTensor]) -> list[str]:
+    """Return a table's names without those of layers after layer 0."""
     return [name for name in table if ".layers." not in name or ".layers.0." in name]
 
 
-def _concatenate(pieces: list[Any], *, axis: int) -> Any:
-    if len(pieces) == 1:
-        return pieces[0]
-    if _is_numpy(pieces[0]):
+def _concatenate(arrays: list[Any], *, axis: int) -> Any:
+    if len(arrays) == 1:
+        return arrays[0]
+    if _is_numpy(arrays[0]):
         import numpy as np
 
-        return np.concatenate(pieces, axis=axis)
+        return np.concatenate(arrays, axis=axis)
     import torch
 
-    return torch.cat(pieces, dim=axis)
+    return torch.cat(arrays, dim=axis)
 
 
 def _zero_rows(like: Any, rows: int) -> Any:

@@ -1,12 +1,11 @@
-"""A family's tables where the engine holds its linear layers in block-wise FP8.
+"""A family's tables when the engine holds its linear layers in block-wise FP8.
 
-The format of Qwen3's published FP8 checkpoints and of vLLM's ``Fp8LinearMethod``: e4m3 values, and a
-float32 scale ``<name>_scale_inv`` for every block of 128 x 128 of a canonical tensor, by which the block's
-values are multiplied to get the weights back. Embedding, output layer, norms and biases stay as they are.
+The format is that of Qwen3's published FP8 checkpoints and vLLM's ``Fp8LinearMethod``: e4m3 values, and for every
+128 x 128 block of a canonical tensor a float32 scale in ``<name>_scale_inv``. Weight = value x scale. The embedding,
+the output layer, norms and biases are not quantised.
 
-Which rank has a scale does not follow from which rank has the block's values: a trainer's shard may end
-within a block. So the trainer's ranks first agree on all scales (``weights/quantise.py``), and on
-Megatron's side a table of scales is a tensor that every rank holds whole.
+A trainer's shard may end within a block. Therefore the trainer's ranks first agree on all scales
+(``weights/quantise.py``), and on Megatron's side every rank holds each tensor of scales whole.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from dataclasses import replace
 from typing import Literal
 
 from megatron_dagger.config.model import ModelConfig
-from megatron_dagger.weights.blocks import Cut, Shard
+from megatron_dagger.weights.blocks import Shard, ShardDim
 from megatron_dagger.weights.errors import WeightMapError
 from megatron_dagger.weights.families import lookup
-from megatron_dagger.weights.families.megatron_tensor import Layout, Part, Shape
-from megatron_dagger.weights.families.vllm_tensor import Parameter
+from megatron_dagger.weights.families.megatron_tensor import FusedPart, MegatronTensor, Shape
+from megatron_dagger.weights.families.vllm_tensor import VllmTensor
 
 Quantization = Literal["none", "fp8"]
 BLOCK = 128
@@ -28,100 +27,101 @@ VALUES = "float8_e4m3fn"
 SCALES = "_scale_inv"
 
 
-def vllm_table(model: ModelConfig, quantization: Quantization) -> dict[str, Parameter]:
-    """vLLM's parameters; the scales of one come right after it."""
+def vllm_table(model: ModelConfig, quantization: Quantization) -> dict[str, VllmTensor]:
+    """Return vLLM's parameters by name, each followed by its scales. Raises WeightMapError for experts in FP8."""
     table = lookup(model).vllm(model)
     if quantization == "none":
         return table
     if model.num_moe_experts is not None:
         raise WeightMapError(
-            f"family {model.family}: experts cannot be quantised on their way yet; set rollout.engine.quantization=none"
+            f"family {model.family}: experts cannot be quantised yet; set rollout.engine.quantization=none"
         )
-    found = {}
+    with_scales = {}
     for name, parameter in table.items():
-        found[name] = parameter
+        with_scales[name] = parameter
         if is_quantised(parameter):
-            found[scales_name(name)] = _scales(parameter)
-    return found
+            with_scales[scales_name(name)] = _scales(parameter)
+    return with_scales
 
 
-def megatron_table(model: ModelConfig, quantization: Quantization) -> dict[str, Layout]:
-    """Megatron's tensors, and the tables of scales that the trainer's ranks make."""
+def megatron_table(model: ModelConfig, quantization: Quantization) -> dict[str, MegatronTensor]:
+    """Return Megatron's tensors by global name, and the tensors of scales that the trainer's ranks compute."""
     table = dict(lookup(model).megatron(model))
     if quantization != "none":
         for name, (rows, *tail) in scales_shapes(model).items():
-            table[source_name(name)] = Layout(parts=(Part(name=name, rows=rows),), tail=tuple(tail))
+            table[source_name(name)] = MegatronTensor(parts=(FusedPart(name=name, rows=rows),), tail=tuple(tail))
     return table
 
 
-def wire_dtypes(model: ModelConfig, quantization: Quantization, dtype: str) -> dict[str, str]:
-    """What each of vLLM's parameters is held in; ``dtype`` is that of what is not quantised."""
+def parameter_dtypes(model: ModelConfig, quantization: Quantization, dtype: str) -> dict[str, str]:
+    """Return the dtype of each vLLM parameter, by torch's name. ``dtype`` is that of parameters without scales."""
     table = vllm_table(model, quantization)
 
-    def held(name: str) -> str:
+    def dtype_of(name: str) -> str:
         if name.endswith(SCALES):
             return "float32"
         return VALUES if scales_name(name) in table else dtype
 
-    return {name: held(name) for name in table}
+    return {name: dtype_of(name) for name in table}
 
 
-def is_quantised(parameter: Parameter) -> bool:
-    """Whether it is a linear layer's matrix: those are cut by tensor parallelism; the router is not."""
-    return bool(parameter.tail) and parameter.cut is not Cut.NONE and not parameter.padded
+def is_quantised(parameter: VllmTensor) -> bool:
+    """Return whether the parameter is a linear layer's matrix. Those are sharded; the router is not."""
+    return bool(parameter.tail) and parameter.shard_dim is not ShardDim.NONE and not parameter.padded
 
 
 def scales_name(name: str) -> str:
-    """The name of a parameter's, or a canonical tensor's, scales."""
+    """Return the name of the scales of a parameter or canonical tensor."""
     return name + SCALES
 
 
 def source_name(scales: str) -> str:
-    """What the trainer's ranks call the table of scales of this canonical name."""
+    """Return the trainer's name of the tensor of scales with this canonical name."""
     return "decoder." + scales.removeprefix("model.")
 
 
 def scales_shape(shape: Shape) -> Shape:
-    """The shape of the scales of a matrix."""
+    """Return the shape of a matrix's scales: one for each block, started ones included."""
     return tuple(math.ceil(extent / BLOCK) for extent in shape)
 
 
-def check_whole_blocks(name: str, parameter: Parameter, shard: Shard) -> None:
-    """Raise WeightMapError if a rank's share of a parameter cuts a block, which vLLM refuses as well."""
+def check_whole_blocks(name: str, parameter: VllmTensor, shard: Shard) -> None:
+    """Raise WeightMapError if a rank's shard of a parameter ends within a block, which vLLM rejects too."""
     for block in parameter.blocks(shard):
-        total = (next(piece.rows for piece in parameter.pieces if piece.name == block.name), *parameter.tail)
+        total = (next(part.rows for part in parameter.parts if part.name == block.name), *parameter.tail)
         for axis, (start, extent) in enumerate(zip(block.canonical.start, block.canonical.shape, strict=True)):
             end = start + extent
             if start % BLOCK or (end % BLOCK and end != total[axis]) or (axis == 0 and block.start[0] % BLOCK):
                 raise WeightMapError(
-                    f"{name!r}: elements {start} to {end} of {block.name!r} along dimension {axis} are no whole "
-                    f"FP8 blocks of {BLOCK}; use a smaller rollout.engine.tensor_parallel_size, or no quantization"
+                    f"{name!r}: elements {start} to {end} of {block.name!r} along dimension {axis} are not whole "
+                    f"FP8 blocks of {BLOCK}; use a smaller rollout.engine.tensor_parallel_size, or "
+                    "rollout.engine.quantization=none"
                 )
 
 
 def scales_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """The canonical tensors of scales, and their shapes."""
+    """Return the names and shapes of the canonical tensors of scales."""
     return {
-        piece.name: (piece.rows, *parameter.tail)
+        part.name: (part.rows, *parameter.tail)
         for name, parameter in vllm_table(model, "fp8").items()
         if name.endswith(SCALES)
-        for piece in parameter.pieces
+        for part in parameter.parts
     }
 
 
-def _scales(parameter: Parameter) -> Parameter:
-    """The parameter that holds another's scales: cut at the same places, as they are ends of blocks."""
-    pieces = []
+def _scales(parameter: VllmTensor) -> VllmTensor:
+    """Return the entry of a parameter's scales. It is sharded at the same places, which are block boundaries."""
+    parts = []
     heads = parameter.heads if parameter.heads and parameter.tail[0] // parameter.heads % BLOCK == 0 else None
-    for piece in parameter.pieces:
-        whole_heads = piece.heads is not None and piece.rows // piece.heads % BLOCK == 0
-        pieces.append(
+    for part in parameter.parts:
+        whole_heads = part.heads is not None and part.rows // part.heads % BLOCK == 0
+        parts.append(
             replace(
-                piece,
-                name=scales_name(piece.name),
-                rows=math.ceil(piece.rows / BLOCK),
-                heads=piece.heads if whole_heads else None,
-                replicated=piece.replicated and whole_heads,
+                part,
+                name=scales_name(part.name),
+                rows=math.ceil(part.rows / BLOCK),
+                heads=part.heads if whole_heads else None,
+                replicated=part.replicated and whole_heads,
             )
         )
-    return replace(parameter, pieces=tuple(pieces), tail=scales_shape(parameter.tail), heads=heads)
+    return replace(parameter, parts=tuple(parts), tail=scales_shape(parameter.tail), heads=heads)

@@ -1,15 +1,14 @@
-"""Llama (SmolLM2 too): no bias, no QK norm.
+"""Llama and SmolLM2.
 
-Checked against transformers ``LlamaForCausalLM``, vLLM ``models/llama.py``, Megatron ``GPTModel``.
+Sources: transformers ``LlamaForCausalLM``, vLLM ``models/llama.py``, Megatron ``GPTModel``.
 """
 
 from __future__ import annotations
 
 from megatron_dagger.weights.families import decoder
-from megatron_dagger.weights.families.base import Family
+from megatron_dagger.weights.families.base import WeightMap
 
-FAMILY = Family(
-    name="llama",
+WEIGHT_MAP = WeightMap(
     megatron=decoder.megatron,
     vllm=decoder.vllm,
     alternatives=decoder.INPUT_NORM | decoder.MLP_NORM,

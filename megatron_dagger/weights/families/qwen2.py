@@ -1,19 +1,15 @@
-"""Qwen2 and Qwen2.5 (dense): biases on Q, K and V, none elsewhere.
+"""Qwen2 and Qwen2.5 (dense).
 
-Checked against transformers ``Qwen2ForCausalLM``, vLLM ``models/qwen2.py``, Megatron ``GPTModel`` with
-``add_qkv_bias``.
+Sources: transformers ``Qwen2ForCausalLM``, vLLM ``models/qwen2.py``, Megatron ``GPTModel`` with ``add_qkv_bias``.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 from megatron_dagger.weights.families import decoder
-from megatron_dagger.weights.families.base import Family
+from megatron_dagger.weights.families.base import WeightMap
 
-FAMILY = Family(
-    name="qwen2",
-    megatron=partial(decoder.megatron, qkv_bias=True),
-    vllm=partial(decoder.vllm, qkv_bias=True),
+WEIGHT_MAP = WeightMap(
+    megatron=decoder.megatron,
+    vllm=decoder.vllm,
     alternatives=decoder.INPUT_NORM | decoder.MLP_NORM,
 )

@@ -1,7 +1,7 @@
-"""Where the bytes of a tensor lie in an archive that torch.save wrote, found without running any code.
+"""Locates a tensor's bytes in a torch.save archive without running any code from it.
 
-Such an archive is a zip file without compression: a pickle that says what the tensor is, and its bytes. The
-pickle is read by an unpickler that knows the few names of a plain tensor and refuses all others.
+Such an archive is an uncompressed zip file with a pickle that describes the tensor, and the tensor's bytes. The pickle
+is read by an unpickler that knows only the names a plain tensor needs and rejects all others.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _STORAGES = {
     "UntypedStorage": "uint8",
 }
 _DTYPES = {*_STORAGES.values(), "float8_e4m3fn", "float8_e5m2"}
-_LOCAL_HEADER = struct.Struct("<26xHH")  # the lengths of name and extra field, which the data follows
+_LOCAL_HEADER = struct.Struct("<26xHH")  # the lengths of the name and the extra field before the data
 
 
 class ArchiveError(ValueError):
-    """The archive is damaged, or holds something other than one contiguous tensor."""
+    """The archive is damaged or holds something other than a contiguous tensor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Archived:
-    """A contiguous tensor: its dtype by torch's name, its shape, and where its bytes begin."""
+    """A contiguous tensor: torch's name of its dtype, its shape, and the offset of its bytes in the archive."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class Archived:
 
 
 def locate(file: BinaryIO) -> Archived:
-    """The tensor of an archive that is all of ``file``; ArchiveError if there is none. Reads no values."""
+    """Locate the tensor in an archive that spans ``file``. Reads no values. Raises ArchiveError if it has none."""
     try:
         with zipfile.ZipFile(file) as archive:
             (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -61,12 +61,12 @@ def locate(file: BinaryIO) -> Archived:
         raise ArchiveError(f"{type(error).__name__}: {error}") from error
     start = entry.header_offset + _LOCAL_HEADER.size + sum(lengths)
     if first != 0:
-        raise ArchiveError("its tensor is a part of a larger one")
+        raise ArchiveError("its tensor is a view into a larger one")
     return Archived(dtype=dtype, shape=shape, start=start)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads a tensor as (dtype, shape, its storage's key, its first element)."""
+    """Reads a tensor as (dtype, shape, key of its storage, offset of its first element)."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
@@ -81,13 +81,13 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return name
         if (module, name) not in known:
-            raise ArchiveError(f"refused: it wants to load {module}.{name}, which is no part of a plain tensor")
+            raise ArchiveError(f"refused: it loads {module}.{name}, which is not part of a plain tensor")
         return known[module, name]
 
     def persistent_load(self, parts: Any) -> tuple[str, str]:
-        what, dtype, key, *_ = parts
-        if what != "storage" or dtype not in _DTYPES:
-            raise ArchiveError(f"it refers to {what!r}")
+        kind, dtype, key, *_ = parts
+        if kind != "storage" or dtype not in _DTYPES:
+            raise ArchiveError(f"it refers to {kind!r}")
         return dtype, str(key)
 
 

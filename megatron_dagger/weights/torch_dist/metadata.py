@@ -1,8 +1,8 @@
-"""The index of a torch_dist checkpoint (its ``.metadata`` file), read without trusting it.
+"""Reads the index of a torch_dist checkpoint (its ``.metadata`` file) without trusting it.
 
-The file is a pickle, and a pickle may run any code. Here every class in it is replaced by an inert
-record that was made for this one reading, so nothing of torch is imported, called or changed; a
-class that does not belong into such a file is refused by name.
+The file is a pickle, which may run any code when loaded. Here every class in it is replaced by an inert record created
+for this reading, so nothing of torch is imported, called or changed. A class that does not belong in such a file is
+refused by name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DTYPES = _INTEGERS | {"float16", "bfloat16", "float32", "float64", "float8_e4m3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
-    """A block of a tensor, stored as ``length`` bytes (a torch.save archive) at ``start`` in ``file``."""
+    """A block of a tensor, stored as a torch.save archive of ``length`` bytes at ``start`` in ``file``."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -49,7 +49,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
-    """A global tensor and the chunks that make it up. ``dtype`` is torch's name of it."""
+    """A global tensor and the chunks that make it up. ``dtype`` is torch's name."""
 
     name: str
     dtype: str
@@ -58,9 +58,9 @@ class StoredTensor:
 
 
 def read_metadata(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in ``directory`` by its stored name.
+    """Return every tensor of the checkpoint in ``directory`` by its stored name.
 
-    Raises CheckpointReadError if the index is missing, damaged, incomplete or holds a foreign class.
+    Raises CheckpointReadError if the index is missing, damaged or incomplete, or contains another class.
     """
     path = directory / METADATA_FILE
     try:
@@ -68,7 +68,7 @@ def read_metadata(directory: Path) -> dict[str, StoredTensor]:
             metadata = _Unpickler(file).load()
     except OSError as error:
         raise CheckpointReadError(
-            f"{directory} is no complete Megatron checkpoint: its {METADATA_FILE} cannot be read ({error.strerror})"
+            f"{directory} is not a complete Megatron checkpoint: its {METADATA_FILE} cannot be read ({error.strerror})"
         ) from None
     except CheckpointReadError as error:
         raise CheckpointReadError(f"{path}: {error}") from None
@@ -77,11 +77,11 @@ def read_metadata(directory: Path) -> dict[str, StoredTensor]:
     try:
         return _tensors(metadata)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointReadError(f"{path} does not describe its tensors: {error!r}") from error
+        raise CheckpointReadError(f"{path} does not describe the checkpoint's tensors: {error!r}") from error
 
 
 class _Record:
-    """Stands for an object of the file: how it was made, and its state."""
+    """Stands for an object in the file: its constructor's arguments and its state."""
 
     args: tuple[Any, ...]
     state: Any
@@ -117,8 +117,8 @@ class _Unpickler(pickle.Unpickler):
             return dict
         if name not in _RECORDS.get(module, ()):
             raise CheckpointReadError(
-                f"refused: the file wants to load {module}.{name}, which does not belong into the index of a "
-                "checkpoint; do not use this file unless you know who wrote it"
+                f"refused: the file loads {module}.{name}, which does not belong in the index of a checkpoint; "
+                "do not use this file unless you know who wrote it"
             )
         key = (module, name)
         if key not in self._classes:
@@ -135,43 +135,43 @@ def _layout(name: str) -> str:
 
 
 def _tensors(metadata: Any) -> dict[str, StoredTensor]:
-    places: dict[tuple[str, tuple[int, ...]], Any] = {}
-    for index, place in metadata["storage_data"].items():
+    storage: dict[tuple[str, tuple[int, ...]], Any] = {}
+    for index, info in metadata["storage_data"].items():
         offset = index.state.get("offset")  # entries of bytes (extra states) have none
         if offset is not None:
-            places[index["fqn"], offset] = place
+            storage[index["fqn"], offset] = info
     tensors = {}
     for name, entry in metadata["state_dict_metadata"].items():
         if type(entry).__name__ != "TensorStorageMetadata":
             continue
-        chunks = tuple(_chunk(name, chunk, places) for chunk in entry["chunks"])
+        chunks = tuple(_chunk(name, chunk, storage) for chunk in entry["chunks"])
         shape, stored = entry["size"], sum(math.prod(chunk.sizes) for chunk in chunks)
         if stored != math.prod(shape):
             raise ValueError(f"tensor {name!r} of shape {shape} has chunks for {stored} elements")
         dtype = entry["properties"].state[0]
-        tensors[name] = StoredTensor(name=name, dtype=_known(dtype), shape=shape, chunks=chunks)
+        tensors[name] = StoredTensor(name=name, dtype=_checked_dtype(dtype), shape=shape, chunks=chunks)
     return tensors
 
 
-def _chunk(name: str, chunk: Any, places: dict[tuple[str, tuple[int, ...]], Any]) -> Chunk:
-    place = places.get((name, chunk["offsets"]))
-    if place is None:
+def _chunk(name: str, chunk: Any, storage: dict[tuple[str, tuple[int, ...]], Any]) -> Chunk:
+    info = storage.get((name, chunk["offsets"]))
+    if info is None:
         raise ValueError(f"tensor {name!r} has no stored chunk at {chunk['offsets']}")
-    file = place["relative_path"]
+    file = info["relative_path"]
     if not isinstance(file, str) or Path(file).name != file:
-        raise ValueError(f"tensor {name!r} points outside of the checkpoint, to {file!r}")
-    if place.state.get("transform_descriptors"):
+        raise ValueError(f"tensor {name!r} points outside the checkpoint, to {file!r}")
+    if info.state.get("transform_descriptors"):
         raise ValueError(f"tensor {name!r} is stored compressed, which is not supported")
     return Chunk(
         offsets=chunk["offsets"],
         sizes=chunk["sizes"],
         file=file,
-        start=int(place["offset"]),
-        length=int(place["length"]),
+        start=int(info["offset"]),
+        length=int(info["length"]),
     )
 
 
-def _known(dtype: Any) -> str:
+def _checked_dtype(dtype: Any) -> str:
     if dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}")
     return str(dtype)

@@ -1,8 +1,7 @@
 """Reads the weights of a Megatron torch_dist checkpoint, without Megatron, a model or a process group.
 
-Weights only: index and chunks are read by unpicklers that run no code. Files are mapped into memory, so
-that only what is used is read. Whatever layout the checkpoint was saved under, the canonical tensors
-come out whole and in the model's order.
+The index and the chunks are read by unpicklers that run no code. Files are mapped into memory, so only the parts in use
+are read. The canonical tensors are whole and in the model's order, whatever layout the checkpoint was saved under.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _NOT_WEIGHTS = (*_OPTIMIZER, "opt_param_scheduler", "rng_state", "rerun_state_ma
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Where a Megatron tensor lies: in ``stored``, at index ``lead`` of its leading dimensions (``stacking``)."""
+    """The place of a Megatron tensor: index ``lead`` in the leading dimensions of ``stored`` (``stacking.py``)."""
 
     name: str
     stored: StoredTensor
@@ -47,66 +46,67 @@ class Source:
 
 
 class MegatronCheckpoint:
-    """A checkpoint directory, indexed. Opening it reads no weights."""
+    """An indexed checkpoint directory. Opening it reads no weights."""
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
         self.tensors = read_metadata(self.directory)
         self._maps: dict[Path, mmap.mmap] = {}
-        self._views: dict[tuple[str, Chunk], torch.Tensor] = {}  # a chunk is asked for with every block of it
+        self._views: dict[tuple[str, Chunk], torch.Tensor] = {}  # each block of a chunk needs its view
         self._chunks_of: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}  # by stored name, then ``Source.lead``
 
     @property
     def has_optimizer(self) -> bool:
-        """Whether an optimizer's state lies beside the weights."""
+        """Whether the checkpoint contains an optimizer's state."""
         return any(name.startswith(_OPTIMIZER) for name in self.tensors)
 
     def sources(self, model: ModelConfig) -> list[Source]:
-        """The model's Megatron tensors in the model's order, each with its place.
+        """Return the model's Megatron tensors with their places, in the model's order. Reads no weights.
 
-        Raises CheckpointReadError if one is missing, left over or of another shape, or if a file is
-        missing or too short. Reads no weights.
+        Raises CheckpointReadError if a tensor is missing, unknown or of another shape, or if a file is missing or too
+        short.
         """
-        family = families.lookup(model)
-        found: dict[str, Source] = {}
+        weight_map = families.lookup(model)
+        sources: dict[str, Source] = {}  # by the tensor's first canonical name
         for source in self._unstacked():
             try:
-                layout = family.layout(source.name, model)
-                expected, shape = layout.shape, source.shape
-                fits = shape == expected or (layout.padded and shape[1:] == expected[1:] and shape[0] > expected[0])
+                entry = weight_map.megatron_tensor(source.name, model)
+                expected, shape = entry.shape, source.shape
+                fits = shape == expected or (entry.padded and shape[1:] == expected[1:] and shape[0] > expected[0])
                 if not fits:
                     raise families.WeightMapError(
-                        f"Megatron tensor {source.name!r} has shape {shape}, the model's settings give {expected}"
+                        f"Megatron tensor {source.name!r} has shape {shape}, but the model's settings give {expected}"
                     )
             except families.WeightMapError as error:
                 raise CheckpointReadError(f"{self.directory} is of another model: {error}") from None
-            first = layout.parts[0].name
-            if first in found:
+            first = entry.parts[0].name
+            if first in sources:
                 raise CheckpointReadError(
-                    f"{self.directory} has {found[first].name!r} and {source.name!r}, both for {first!r}"
+                    f"{self.directory} has {sources[first].name!r} and {source.name!r}, both for {first!r}"
                 )
-            found[first] = source
-        missing = [n for n, x in family.layouts(model).items() if x.parts[0].name not in found]
+            sources[first] = source
+        table = weight_map.megatron_tensors(model)
+        missing = [name for name, entry in table.items() if entry.parts[0].name not in sources]
         if missing:
             raise CheckpointReadError(f"{self.directory} lacks {missing[0]!r} ({len(missing)} missing in all)")
         self._check_files()
-        return [found[layout.parts[0].name] for layout in family.layouts(model).values()]
+        return [sources[entry.parts[0].name] for entry in table.values()]
 
     def source_layout(self, model: ModelConfig) -> SourceLayout:
-        """The checkpoint as the source of a plan: one rank that holds everything."""
+        """Return the layout of a plan's source for this checkpoint: a single rank that holds everything."""
         embedding = self.sources(model)[0]
         return SourceLayout(padded_vocab_size=embedding.shape[0])
 
     def canonical_tensors(self, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every canonical (Hugging Face) tensor of the model, whole, contiguous, on the CPU."""
+        """Yield (name, tensor) for every canonical (Hugging Face) tensor: whole, contiguous, on the CPU."""
         for source in self.sources(model):
             for name, tensor in families.to_canonical(source.name, self.read(source), model):
                 yield name, tensor.contiguous()
 
     def read(self, source: Source, box: Box | None = None) -> torch.Tensor:
-        """One Megatron tensor of one layer, or a box of it, in the dtype it was stored in.
+        """Return a Megatron tensor of a single layer, or a box of it, in the stored dtype.
 
-        Where one chunk holds all of it, it is a view of the file: nothing but what is used of it is read.
+        If a single chunk holds all of it, the result is a view of the file, which is read on use.
         """
         import torch
 
@@ -116,30 +116,30 @@ class MegatronCheckpoint:
         if parts[0][0].shape == box.shape:
             return parts[0][1]
         result = torch.empty(box.shape, dtype=parts[0][1].dtype)
-        for place, values in parts:
-            result[place.slices] = values
+        for part, values in parts:
+            result[part.slices] = values
         return result
 
     def parts(self, source: Source, box: Box) -> Iterator[tuple[Box, torch.Tensor]]:
-        """A box of a tensor as its chunks have it: each one's part, and where in the box it belongs.
+        """Yield (part, values) for each chunk that overlaps a box of a tensor. ``part`` is relative to the box.
 
         The values are views of the file.
         """
-        wanted, depth = Block(source.name, box, (0,) * len(box.start)), len(source.lead)
+        requested, depth = Block(source.name, box, (0,) * len(box.start)), len(source.lead)
         for chunk in self._chunks(source):
-            here = Block(source.name, Box(chunk.offsets[depth:], chunk.sizes[depth:]), wanted.start)
-            common = overlap(here, wanted)
+            stored = Block(source.name, Box(chunk.offsets[depth:], chunk.sizes[depth:]), requested.start)
+            common = overlap(stored, requested)
             if common is not None:
                 inner = tuple(index - offset for index, offset in zip(source.lead, chunk.offsets, strict=False))
                 yield common[1], self._view(chunk, source.stored)[inner][common[0].slices]
 
     def bytes_stored(self, model: ModelConfig) -> int:
-        """The bytes of the model's weights in the files."""
+        """Return the bytes that the model's weights take up in the files."""
         stored = {source.stored.name: source.stored for source in self.sources(model)}
         return sum(chunk.length for tensor in stored.values() for chunk in tensor.chunks)
 
     def _chunks(self, source: Source) -> list[Chunk]:
-        """Those that have a part of the tensor; an entry of many layers and experts has very many others."""
+        """Return the chunks with a part of the tensor, out of very many in an entry of many layers and experts."""
         table = self._chunks_of.get(source.stored.name)
         if table is None:
             table = self._chunks_of[source.stored.name] = defaultdict(list)
@@ -156,6 +156,7 @@ class MegatronCheckpoint:
                     yield Source(name=name, stored=stored, lead=lead)
 
     def _check_files(self) -> None:
+        """Raise CheckpointReadError if a file is missing or shorter than its chunks."""
         ends: dict[str, int] = {}
         for stored in self.tensors.values():
             for chunk in stored.chunks:
@@ -166,11 +167,11 @@ class MegatronCheckpoint:
                 raise CheckpointReadError(f"{path} is missing from the checkpoint")
             if path.stat().st_size < end:
                 raise CheckpointReadError(
-                    f"{path} is truncated: {path.stat().st_size} bytes, the index speaks of {end}"
+                    f"{path} is truncated: {path.stat().st_size} bytes, but the index refers to {end}"
                 )
 
     def _view(self, chunk: Chunk, stored: StoredTensor) -> torch.Tensor:
-        """A chunk's values as they lie in the file; they are read when they are used."""
+        """Return a chunk's values as a view of the file, which is read on use."""
         key = (stored.name, chunk)
         if key not in self._views:
             self._views[key] = self._located(chunk, stored)
@@ -185,21 +186,21 @@ class MegatronCheckpoint:
             memory = self._mapped(path)
             if len(memory) < chunk.start + chunk.length:
                 raise CheckpointReadError(f"{where} is truncated: {len(memory) - chunk.start} of {chunk.length} bytes")
-            found = locate(cast(BinaryIO, _Window(memory, chunk.start, chunk.length)))
+            archived = locate(cast(BinaryIO, _Window(memory, chunk.start, chunk.length)))
         except OSError as error:
             raise CheckpointReadError(f"{where} cannot be read: {error.strerror}") from error
         except ArchiveError as error:
             raise CheckpointReadError(f"{where} is damaged: {error}") from error
-        if (found.dtype, found.shape) != (stored.dtype, chunk.sizes):
+        if (archived.dtype, archived.shape) != (stored.dtype, chunk.sizes):
             raise CheckpointReadError(
-                f"{where} holds {found.dtype} {found.shape}, the index says {stored.dtype} {chunk.sizes}"
+                f"{where} holds {archived.dtype} {archived.shape}, but the index says {stored.dtype} {chunk.sizes}"
             )
         dtype, count = getattr(torch, stored.dtype), math.prod(chunk.sizes)
-        if found.start + count * dtype.itemsize > chunk.length:
-            raise CheckpointReadError(f"{where} is damaged: its values end behind it")
+        if archived.start + count * dtype.itemsize > chunk.length:
+            raise CheckpointReadError(f"{where} is damaged: its values exceed the chunk")
         if count == 0:
             return torch.empty(chunk.sizes, dtype=dtype)
-        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=chunk.start + found.start)
+        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=chunk.start + archived.start)
         return flat.view(chunk.sizes)
 
     def _mapped(self, path: Path) -> mmap.mmap:
@@ -210,10 +211,10 @@ class MegatronCheckpoint:
 
 
 class _Window(io.RawIOBase):
-    """Some bytes of a map as a file."""
+    """A range of a memory map as a file."""
 
     def __init__(self, memory: mmap.mmap, start: int, length: int):
-        self._memory, self._start, self._length, self._at = memory, start, length, 0
+        self._memory, self._start, self._length, self._position = memory, start, length, 0
 
     def seekable(self) -> bool:
         return True
@@ -222,20 +223,17 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
+        self._position = offset + (0, self._position, self._length)[whence]
+        return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self._length - self._at)
-        count = left if size is None or size < 0 else min(size, left)
-        first = self._start + self._at
-        self._at += count
+        remaining = max(0, self._length - self._position)
+        count = remaining if size is None or size < 0 else min(size, remaining)
+        first = self._start + self._position
+        self._position += count
         return self._memory[first : first + count]
 
 
 def parameters(model: ModelConfig) -> int:
-    """The number of the model's weights."""
+    """Return the number of the model's weights."""
     return sum(math.prod(shape) for shape in families.canonical_names(model).values())

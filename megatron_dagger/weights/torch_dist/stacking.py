@@ -1,9 +1,9 @@
-"""How Megatron's checkpoints stack tensors: one entry for all layers, and for all experts of all layers.
+"""The stacking of tensors in Megatron's checkpoints: an entry contains all layers, or all experts of all layers.
 
-``decoder.layers.mlp.linear_fc2.weight`` has the layer as its first dimension, and
-``decoder.layers.mlp.experts.experts.linear_fc2.weight`` layer and expert, whichever module the experts were
-(``megatron/core/transformer/moe/experts.py``, the same in 0.16 and 0.19). Entries that name a layer by its
-number are taken as they are.
+The first dimension of ``decoder.layers.mlp.linear_fc2.weight`` is the layer; the first two of
+``decoder.layers.mlp.experts.experts.linear_fc2.weight`` are layer and expert, whatever module computed the experts
+(``megatron/core/transformer/moe/experts.py``, the same in 0.16 and 0.19). Entries with a layer number in their name are
+not stacked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _EXPERT = re.compile(r"(mlp\.experts\.)(linear_fc[12]\.weight)(\d+)")
 
 
 def unstack(stored: str, shape: Index) -> Iterator[tuple[str, Index]]:
-    """The global Megatron names of a stored entry, each with the index of its leading dimensions."""
+    """Yield the global Megatron names in a stored entry, each with its index in the leading dimensions."""
     rest = stored.removeprefix(_LAYERS)
     if rest == stored or rest.partition(".")[0].isdigit():
         yield stored, ()
@@ -33,7 +33,7 @@ def unstack(stored: str, shape: Index) -> Iterator[tuple[str, Index]]:
 
 
 def stacked(name: str) -> tuple[str, Index]:
-    """The stored entry of a global Megatron name, and the index in its leading dimensions."""
+    """Return the stored entry of a global Megatron name, and its index in the leading dimensions."""
     rest = name.removeprefix(_LAYERS)
     if rest == name:
         return name, ()

@@ -1,12 +1,18 @@
-"""The executors of a plan: three ways for the copies of a plan to reach a rank of the engine.
+"""Transports: the ways for the copies of a plan to reach a rank of the engine.
 
-- ``checkpoint``: out of the files of a Megatron checkpoint, each rank only what it needs of them;
-- ``host``: through shared memory (on a GPU: CUDA IPC) from trainer ranks on the same host;
-- ``live``: point to point from trainer ranks anywhere, by gloo or NCCL.
+A trainer or a checkpoint is described by a WeightSource. Each rank of the engine opens it (``open.open_transport``) and
+receives the blocks of its copies in order, each valid until the next. At most two buckets are in memory. The
+trainer's ranks send their side (``open.send_weights``).
 
-A trainer makes an WeightSource; the engine's ranks are told of it and open it. Whatever the way, they are
-given the blocks of their copies one after the other, each valid until the next, so that no more than
-two buckets are in memory. ``send`` is the trainer's end of the last two.
+A transport is an entry of ``TRANSPORTS`` and a module, which defines functions:
+
+- ``open_transport(spec, target_rank, device) -> WeightTransport``: the engine's side. A transport that moves buckets
+  implements the Protocol ``buckets.Receiver`` and returns ``buckets.BucketTransport`` around it;
+- ``open_sender(spec, source_rank, device)``, a context manager of a ``buckets.Sender``: the trainer's side;
+- ``new_address(host, directory) -> str``: an address that no other transfer uses. ``host`` is the trainer's name for
+  other nodes, ``directory`` a directory for files of this trainer, which is removed after serving.
+
+A module whose weights no trainer sends (``from_trainer=False``) needs the first function only.
 """
 
 from __future__ import annotations
@@ -16,11 +22,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_dagger.config.base import require
 from megatron_dagger.config.model import ModelConfig
-from megatron_dagger.weights.families.fp8 import Quantization, wire_dtypes
+from megatron_dagger.weights.families.fp8 import Quantization, parameter_dtypes
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
 from megatron_dagger.weights.torch_dist.reader import MegatronCheckpoint
 from megatron_dagger.weights.transfer_plan import Copy, TransferPlan, plan
@@ -31,63 +37,90 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightSource:
-    """Where a version of the weights can be had.
+class Transport:
+    """A transport's module, imported when it is used, since it may import torch.
 
-    ``address``: the checkpoint's directory; the directory of the trainer ranks' sockets; or HOST:PORT of
-    source rank 0's store. ``source``: how the trainer holds them (of a checkpoint: as one whole).
+    ``from_trainer``: running trainer ranks send the weights. ``same_host``: all ranks of both sides must share a host.
     """
 
-    kind: Literal["checkpoint", "host", "live"]
+    module: str
+    from_trainer: bool = True
+    same_host: bool = False
+
+
+# Where several transports could be used, the first is.
+TRANSPORTS = {
+    "checkpoint": Transport(module="megatron_dagger.weights.transports.checkpoint", from_trainer=False),
+    "shared_memory": Transport(module="megatron_dagger.weights.transports.shared_memory", same_host=True),
+    "p2p": Transport(module="megatron_dagger.weights.transports.p2p"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    """A version of the weights and how to get it.
+
+    ``kind``: a key of TRANSPORTS. ``address``: the checkpoint's directory, the directory of the trainer ranks' sockets
+    (shared_memory), or HOST:PORT of source rank 0's store (p2p). ``layout``: the parallel layout of the trainer; a
+    checkpoint counts as a single rank.
+    """
+
+    kind: str
     address: str
-    source: SourceLayout
+    layout: SourceLayout
     bucket_mib: int = 64
-    deadline_s: float = 300.0  # for every single wait
+    deadline_s: float = 300.0  # for each wait
 
     def __post_init__(self) -> None:
-        require(self.bucket_mib > 0, f"offer.bucket_mib must be positive, got {self.bucket_mib}")
-        require(self.deadline_s > 0, f"offer.deadline_s must be positive, got {self.deadline_s}")
+        require(self.kind in TRANSPORTS, f"source.kind={self.kind!r}: choose one of {', '.join(TRANSPORTS)}")
+        require(self.bucket_mib > 0, f"source.bucket_mib must be positive, got {self.bucket_mib}")
+        require(self.deadline_s > 0, f"source.deadline_s must be positive, got {self.deadline_s}")
         require(
-            self.kind != "checkpoint" or self.source.world_size == 1,
-            f"a checkpoint is one whole, not {self.source.world_size} ranks",
+            self.from_trainer or self.layout.world_size == 1,
+            f"a source of kind {self.kind} is a single rank, got a layout of {self.layout.world_size} ranks",
         )
+
+    @property
+    def from_trainer(self) -> bool:
+        """Whether trainer ranks send the weights from memory, where they will be replaced."""
+        return TRANSPORTS[self.kind].from_trainer
 
     @property
     def bucket_bytes(self) -> int:
         return self.bucket_mib << 20
 
 
-def checkpoint_offer(directory: Path, model: ModelConfig) -> WeightSource:
-    """The WeightSource of a Megatron checkpoint. Raises CheckpointReadError if it cannot be read or is another model's."""
-    source = MegatronCheckpoint(directory).source_layout(model)
-    return WeightSource(kind="checkpoint", address=str(directory), source=source)
+def checkpoint_source(directory: Path, model: ModelConfig) -> WeightSource:
+    """Return the source for a Megatron checkpoint. Raises CheckpointReadError if it is damaged or of another model."""
+    layout = MegatronCheckpoint(directory).source_layout(model)
+    return WeightSource(kind="checkpoint", address=str(directory), layout=layout)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferSpec:
-    """What both ends of a transfer must have in common, and what follows from it.
+    """The facts on which both sides of a transfer must agree, and the plan and bucket sizes that follow from them.
 
-    ``dtype`` is torch's name of what the engine holds its weights in, but those that are quantised.
+    ``dtype``: torch's name of the dtype of the engine's weights that are not quantised.
     """
 
     model: ModelConfig
     target: TargetLayout
     dtype: str
-    offer: WeightSource
+    source: WeightSource
     quantization: Quantization = "none"
 
     @cached_property
-    def wire(self) -> BucketSpec:
-        dtypes = wire_dtypes(self.model, self.quantization, self.dtype)
-        return BucketSpec(bucket_bytes=self.offer.bucket_bytes, dtypes=dtypes)
+    def bucket_spec(self) -> BucketSpec:
+        dtypes = parameter_dtypes(self.model, self.quantization, self.dtype)
+        return BucketSpec(bucket_bytes=self.source.bucket_bytes, dtypes=dtypes)
 
     @property
     def plan(self) -> TransferPlan:
-        return _plan(self.model, self.offer.source, self.target, self.quantization)
+        return _plan(self.model, self.source.layout, self.target, self.quantization)
 
     def digest(self) -> str:
-        """The same at both ends exactly if they carry out the same plan in the same way."""
-        parts = [self.model, self.target, self.dtype, self.quantization, self.offer.source, self.offer.bucket_mib]
+        """Return a hash that is equal on both sides exactly if they carry out the same plan in the same buckets."""
+        parts = [self.model, self.target, self.dtype, self.quantization, self.source.layout, self.source.bucket_mib]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -95,13 +128,13 @@ _plan = lru_cache(maxsize=4)(plan)
 
 
 class WeightTransport(Protocol):
-    """One rank's way to the weights of an WeightSource; a context manager."""
+    """A target rank's connection to a WeightSource; a context manager."""
 
     def receive(self, copies: Sequence[Copy]) -> Iterator[tuple[Copy, torch.Tensor]]:
-        """Yield what the copies bring, in their order: a copy, or a part of it, and its block.
+        """Yield (copy, block) in the order of ``copies``; a copy may arrive in several parts.
 
-        The block has the shape of the copy, and is valid until the next one is asked for. Raises
-        WeightSyncError if it cannot be had, or not within the deadline.
+        The block has the shape of its copy and the dtype of the engine's parameter, and is valid until the next is
+        requested. Raises WeightSyncError if the weights do not arrive, or not within the deadline.
         """
         ...
 
@@ -110,4 +143,4 @@ class WeightTransport(Protocol):
     def __exit__(self, *exc_info: object) -> None: ...
 
 
-__all__ = ["TransferSpec", "WeightSource", "WeightTransport", "checkpoint_offer"]
+__all__ = ["TRANSPORTS", "TransferSpec", "Transport", "WeightSource", "WeightTransport", "checkpoint_source"]

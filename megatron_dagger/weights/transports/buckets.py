@@ -1,9 +1,9 @@
-"""Buckets: the copies of a plan in portions of bounded size, the same ones at both ends.
+"""Buckets: the copies of a plan in groups of bounded size, the same on both sides.
 
-A target rank's copies go, in their order, into buckets of at most ``bucket_bytes``, each in its parameter's
-dtype; what a bucket holds of one source rank is a segment, which is sent as one. A source sends its segments
-by bucket number, then target rank. So both ends know what comes next, nobody waits in a circle, and with two
-buffers at each end one bucket travels while another is packed or taken in.
+A target rank's copies fill buckets of at most ``bucket_bytes``, in order, each copy in its parameter's dtype. The
+copies of a bucket that come from the same source rank form a segment, which is sent as a unit. A source sends its
+segments ordered by bucket number, then target rank. Hence both sides know the order, no cycle of waits can form, and
+with two buffers on each side a bucket is in flight while the next is packed or the previous is copied out.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ _ALIGNMENT = 4  # bytes: every dtype's elements can then be viewed where they li
 
 @dataclass(frozen=True, kw_only=True)
 class BucketSpec:
-    """How blocks travel: in buckets of so many bytes, and ``dtypes``, of each parameter of the engine."""
+    """The size of a bucket, and the dtype of each parameter of the engine, by torch's name."""
 
     bucket_bytes: int
     dtypes: Mapping[str, str]
 
     def dtype(self, copy: Copy) -> torch.dtype:
+        """Return the dtype in which the copy is sent."""
         import torch
 
         dtype: torch.dtype = getattr(torch, self.dtypes[copy.target_parameter])
         return dtype
 
-    def most_elements(self, copy: Copy) -> int:
-        """Of a copy to this parameter, that a bucket takes."""
+    def max_elements(self, copy: Copy) -> int:
+        """Return how many elements of the copy's parameter fit into a bucket."""
         return self.bucket_bytes // ITEMSIZE[self.dtypes[copy.target_parameter]]
 
     def bytes(self, copy: Copy) -> int:
-        """What a copy takes of a bucket."""
+        """Return the bytes that the copy takes up in a bucket, with alignment."""
         size = copy.source.elements * ITEMSIZE[self.dtypes[copy.target_parameter]]
         return -(-size // _ALIGNMENT) * _ALIGNMENT
 
     def blocks(self, copies: Iterable[Copy], data: torch.Tensor) -> Iterator[tuple[Copy, torch.Tensor]]:
-        """Each copy's block in ``data``, (bytes,) uint8, where they lie one after the other."""
+        """Yield (copy, block) with views of ``data``, (bytes,) uint8, in which the copies are adjacent."""
         start = 0
         for copy in copies:
             dtype = self.dtype(copy)
@@ -57,7 +58,7 @@ class BucketSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """What one bucket of a target rank holds of one source rank: its copies, one after the other."""
+    """The copies of a target rank's bucket that come from the same source rank."""
 
     source_rank: int
     target_rank: int
@@ -66,59 +67,61 @@ class Segment:
 
 
 class Sender(Protocol):
-    """A source rank's end of a channel."""
+    """A source rank's side of a transport. All methods raise WeightSyncError at the deadline or if a peer is gone."""
 
     def buffer(self, segment: Segment) -> torch.Tensor:
-        """Where to put the segment, once there is room: (bytes,) uint8."""
+        """Wait for a free buffer and return its first ``segment.bytes`` bytes, (bytes,) uint8."""
         ...
 
     def send(self, segment: Segment) -> None:
-        """The buffer asked for last is full."""
+        """Send the segment whose bytes are now in the buffer returned by the last ``buffer()`` call."""
         ...
 
     def finish(self) -> None:
-        """Return when everything has arrived."""
+        """Wait until all segments have arrived."""
         ...
 
 
 class Receiver(Protocol):
-    """A target rank's end of a channel."""
+    """A target rank's side of a transport. ``receive`` raises WeightSyncError at the deadline or if a peer is gone."""
 
     def expect(self, bucket: Sequence[Segment]) -> None:
-        """These will be received after those that are expected already; at most two buckets are."""
+        """Prepare for the next bucket's segments. At most two buckets are expected at a time."""
         ...
 
     def receive(self, segment: Segment) -> torch.Tensor:
-        """The segment, (bytes,) uint8, once it is there; valid until ``release``."""
+        """Wait for the segment and return its bytes, (bytes,) uint8, valid until ``release``."""
         ...
 
     def release(self, segment: Segment) -> None:
-        """It is not needed any more."""
+        """Allow the segment's buffer to be overwritten."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release buffers and connections."""
+        ...
 
 
-def buckets(copies: Sequence[Copy], wire: BucketSpec) -> list[list[Copy]]:
-    """A target rank's copies in buckets; what is larger than a bucket is cut along its first dimensions."""
-    found: list[list[Copy]] = []
-    room = 0
-    for copy in cut(copies, wire):
-        if (size := wire.bytes(copy)) > room:
-            found.append([])
-            room = wire.bucket_bytes
-        found[-1].append(copy)
-        room -= size
-    return found
+def buckets(copies: Sequence[Copy], bucket_spec: BucketSpec) -> list[list[Copy]]:
+    """Group a target rank's copies into buckets. A copy larger than a bucket is split along its first dimensions."""
+    groups: list[list[Copy]] = []
+    bytes_free = 0
+    for copy in split_large(copies, bucket_spec):
+        if (size := bucket_spec.bytes(copy)) > bytes_free:
+            groups.append([])
+            bytes_free = bucket_spec.bucket_bytes
+        groups[-1].append(copy)
+        bytes_free -= size
+    return groups
 
 
-def cut(copies: Iterable[Copy], wire: BucketSpec) -> Iterator[Copy]:
-    """The copies, those that are larger than a bucket in parts."""
-    return itertools.chain.from_iterable(_cut(copy, wire.most_elements(copy)) for copy in copies)
+def split_large(copies: Iterable[Copy], bucket_spec: BucketSpec) -> Iterator[Copy]:
+    """Yield the copies, with those larger than a bucket split into parts."""
+    return itertools.chain.from_iterable(_split(copy, bucket_spec.max_elements(copy)) for copy in copies)
 
 
-def segments(bucket: Sequence[Copy], wire: BucketSpec) -> list[Segment]:
-    """The segments of a bucket, by source rank."""
+def segments(bucket: Sequence[Copy], bucket_spec: BucketSpec) -> list[Segment]:
+    """Return the segments of a bucket, ordered by source rank."""
     by_source: dict[int, list[Copy]] = {}
     for copy in bucket:
         by_source.setdefault(copy.source_rank, []).append(copy)
@@ -127,50 +130,55 @@ def segments(bucket: Sequence[Copy], wire: BucketSpec) -> list[Segment]:
             source_rank=rank,
             target_rank=copies[0].target_rank,
             copies=tuple(copies),
-            bytes=sum(map(wire.bytes, copies)),
+            bytes=sum(map(bucket_spec.bytes, copies)),
         )
         for rank, copies in sorted(by_source.items())
     ]
 
 
-def outgoing(plan: TransferPlan, source_rank: int, wire: BucketSpec) -> Iterator[Segment]:
-    """What a source rank sends, in its order."""
-    by_target = [buckets(copies, wire) for _, copies in sorted(plan.by_target.items())]
-    for row in itertools.zip_longest(*by_target):
-        for bucket in filter(None, row):
-            yield from (segment for segment in segments(bucket, wire) if segment.source_rank == source_rank)
+def outgoing(plan: TransferPlan, source_rank: int, bucket_spec: BucketSpec) -> Iterator[Segment]:
+    """Yield the segments that a source rank sends, in order."""
+    by_target = [buckets(copies, bucket_spec) for _, copies in sorted(plan.by_target.items())]
+    for same_number in itertools.zip_longest(*by_target):
+        for bucket in filter(None, same_number):
+            yield from (segment for segment in segments(bucket, bucket_spec) if segment.source_rank == source_rank)
 
 
 def send(
-    plan: TransferPlan, source_rank: int, pack: Callable[[Copy, torch.Tensor], None], sender: Sender, wire: BucketSpec
+    plan: TransferPlan,
+    source_rank: int,
+    pack: Callable[[Copy, torch.Tensor], None],
+    sender: Sender,
+    bucket_spec: BucketSpec,
 ) -> None:
-    """Send all that the plan wants of this source rank; ``pack`` puts a copy's block where it is told."""
-    for segment in outgoing(plan, source_rank, wire):
-        for copy, into in wire.blocks(segment.copies, sender.buffer(segment)):
+    """Send a source rank's part of the plan. ``pack(copy, into)`` writes a copy's block into a view of a buffer."""
+    for segment in outgoing(plan, source_rank, bucket_spec):
+        for copy, into in bucket_spec.blocks(segment.copies, sender.buffer(segment)):
             pack(copy, into)
         sender.send(segment)
     sender.finish()
 
 
 class BucketTransport:
-    """A WeightTransport over a channel."""
+    """A WeightTransport that receives buckets."""
 
-    def __init__(self, receiver: Receiver, wire: BucketSpec):
-        self._receiver, self._wire = receiver, wire
+    def __init__(self, receiver: Receiver, bucket_spec: BucketSpec):
+        self._receiver, self._bucket_spec = receiver, bucket_spec
 
     def receive(self, copies: Sequence[Copy]) -> Iterator[tuple[Copy, torch.Tensor]]:
-        waiting = [(bucket, segments(bucket, self._wire)) for bucket in buckets(copies, self._wire)]
-        if waiting:
-            self._receiver.expect(waiting[0][1])
-        for (bucket, parts), (_, following) in itertools.zip_longest(waiting, waiting[1:], fillvalue=([], [])):
+        spec = self._bucket_spec
+        pending = [(bucket, segments(bucket, spec)) for bucket in buckets(copies, spec)]
+        if pending:
+            self._receiver.expect(pending[0][1])
+        for (bucket, current), (_, following) in itertools.zip_longest(pending, pending[1:], fillvalue=([], [])):
             if following:
                 self._receiver.expect(following)
             blocks: dict[int, Iterator[tuple[Copy, torch.Tensor]]] = {}
-            for segment in parts:
-                blocks[segment.source_rank] = self._wire.blocks(segment.copies, self._receiver.receive(segment))
+            for segment in current:
+                blocks[segment.source_rank] = spec.blocks(segment.copies, self._receiver.receive(segment))
             for copy in bucket:
                 yield next(blocks[copy.source_rank])
-            for segment in parts:
+            for segment in current:
                 self._receiver.release(segment)
 
     def __enter__(self) -> Self:
@@ -180,14 +188,14 @@ class BucketTransport:
         self._receiver.close()
 
 
-def _cut(copy: Copy, most_elements: int, axis: int = 0) -> Iterator[Copy]:
-    """The copy in parts of at most ``most_elements``, cut from ``axis`` on."""
+def _split(copy: Copy, max_elements: int, axis: int = 0) -> Iterator[Copy]:
+    """Yield the copy in parts of at most ``max_elements``, split along ``axis`` and, if needed, those after it."""
     shape = copy.source.shape
-    if copy.source.elements <= most_elements or axis == len(shape):
+    if copy.source.elements <= max_elements or axis == len(shape):
         yield copy
         return
-    step = max(1, most_elements // math.prod(shape[axis + 1 :]))
+    step = max(1, max_elements // math.prod(shape[axis + 1 :]))
     for first in range(0, shape[axis], step):
         start = tuple(first if i == axis else 0 for i in range(len(shape)))
         extent = (*shape[:axis], min(step, shape[axis] - first), *shape[axis + 1 :])
-        yield from _cut(copy.part(Box(start, extent)), most_elements, axis + 1)
+        yield from _split(copy.part(Box(start, extent)), max_elements, axis + 1)

@@ -1,8 +1,8 @@
-"""Weights point to point between processes anywhere: gloo on CPUs, NCCL on GPUs.
+"""Weights point to point between processes on any hosts: gloo on CPUs, NCCL on GPUs.
 
-Source and target ranks make a process group of their own, sources first, through a store that source
-rank 0 keeps; it has nothing to do with the trainer's groups or the engine's. The group lives for one
-transfer: after a failure nothing of it is left to disturb the next.
+Source and target ranks form a process group of their own, sources first, through a store on source rank 0. It is
+independent of the trainer's and the engine's groups, and lives for a single transfer: a failure cannot affect
+the next.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import datetime
 import socket
 from collections import Counter, deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.transports import TransferSpec
-from megatron_dagger.weights.transports.buckets import Segment
+from megatron_dagger.weights.transports.buckets import BucketTransport, Segment
 
 _BUFFERS = 2
 _TAGS = 1 << 16
@@ -26,17 +27,17 @@ _LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class _Group:
-    """The process group of a transfer, of all source ranks and then all target ranks, and two buffers of this one."""
+    """The process group of a transfer (all source ranks, then all target ranks), and this rank's two buffers."""
 
-    def __init__(self, agreement: TransferSpec, rank: int, device: torch.device):
-        address, deadline_s = agreement.offer.address, agreement.offer.deadline_s
-        self.sources = agreement.offer.source.world_size
+    def __init__(self, spec: TransferSpec, rank: int, device: torch.device):
+        address, deadline_s = spec.source.address, spec.source.deadline_s
+        self.sources = spec.source.layout.world_size
         self.deadline = datetime.timedelta(seconds=deadline_s)
         host, _, port = address.rpartition(":")
-        size = self.sources + agreement.target.world_size
+        size = self.sources + spec.target.world_size
         try:
             store = dist.TCPStore(host, int(port), is_master=rank == 0, timeout=self.deadline, wait_for_workers=False)
-            self._agree(store, rank, agreement.digest())
+            self._compare_plans(store, rank, spec.digest())
             scoped = dist.PrefixStore("transfer", store)
             self._group = self._join(scoped, rank, size, host, device)
         except (RuntimeError, ValueError) as error:
@@ -44,15 +45,15 @@ class _Group:
                 f"no connection through the store at {address} within {deadline_s:.0f} s: {_short(error)}"
             ) from error
         self._store = store
-        self.buffers = torch.empty(_BUFFERS, agreement.wire.bucket_bytes, dtype=torch.uint8, device=device)
+        self.buffers = torch.empty(_BUFFERS, spec.bucket_spec.bucket_bytes, dtype=torch.uint8, device=device)
         self._sent: Counter[int] = Counter()
         self._received: Counter[int] = Counter()
 
-    def _agree(self, store: dist.TCPStore, rank: int, plan: str) -> None:
-        """Both ends must have the same plan, or what is sent would land anywhere."""
+    def _compare_plans(self, store: dist.TCPStore, rank: int, digest: str) -> None:
+        """Raise WeightSyncError if this rank's plan is not source rank 0's: blocks would land in wrong places."""
         if rank == 0:
-            store.set("plan", plan)
-        elif store.get("plan").decode() != plan:
+            store.set("plan", digest)
+        elif store.get("plan").decode() != digest:
             raise WeightSyncError("source rank 0 carries out another plan: its model, layouts or dtypes differ")
 
     def _join(self, store: dist.Store, rank: int, size: int, host: str, device: torch.device) -> Any:
@@ -60,7 +61,7 @@ class _Group:
             return dist.ProcessGroupNCCL(store, rank, size, self.deadline)
         if host not in _LOOPBACK:
             return dist.ProcessGroupGloo(store, rank, size, self.deadline)
-        options = dist.ProcessGroupGloo._Options()  # the host's own name may not resolve
+        options = dist.ProcessGroupGloo._Options()  # the host name, which is the default, may not resolve
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
         options._timeout = self.deadline
         return dist.ProcessGroupGloo(store, rank, size, options)
@@ -73,7 +74,7 @@ class _Group:
 
     @staticmethod
     def _tag(counters: Counter[int], rank: int) -> int:
-        """A number of its own for each message between two ranks, the same at both ends."""
+        """Return the number of the next message between two ranks, which is the same on both sides."""
         counters[rank] += 1
         return counters[rank] % _TAGS
 
@@ -81,12 +82,12 @@ class _Group:
         del self._group, self._store
 
 
-class LiveSender:
-    """A source rank's end. A context manager."""
+class P2pSender:
+    """A source rank's side (``buckets.Sender``); a context manager."""
 
-    def __init__(self, agreement: TransferSpec, source_rank: int, device: torch.device):
+    def __init__(self, spec: TransferSpec, source_rank: int, device: torch.device):
         self._rank = source_rank
-        self._transfer = _Group(agreement, source_rank, device)
+        self._transfer = _Group(spec, source_rank, device)
         self._buffers = self._transfer.buffers
         self._works: deque[tuple[Segment, Any]] = deque()
         self._next = 0
@@ -111,10 +112,10 @@ class LiveSender:
             work.wait(self._transfer.deadline)
         except RuntimeError as error:
             raise WeightSyncError(
-                f"source rank {self._rank}: target rank {segment.target_rank} took nothing: {_short(error)}"
+                f"source rank {self._rank}: target rank {segment.target_rank} received nothing: {_short(error)}"
             ) from error
 
-    def __enter__(self) -> LiveSender:
+    def __enter__(self) -> P2pSender:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -122,11 +123,11 @@ class LiveSender:
         self._transfer.close()
 
 
-class LiveReceiver:
-    """A target rank's end: two buffers, each with a part for every segment of one bucket."""
+class P2pReceiver:
+    """A target rank's side (``buckets.Receiver``): two buffers, each of which holds the segments of a bucket."""
 
-    def __init__(self, agreement: TransferSpec, target_rank: int, device: torch.device):
-        self._transfer = _Group(agreement, agreement.offer.source.world_size + target_rank, device)
+    def __init__(self, spec: TransferSpec, target_rank: int, device: torch.device):
+        self._transfer = _Group(spec, spec.source.layout.world_size + target_rank, device)
         self._buffers = self._transfer.buffers
         self._bucket = 0
         self._expected: dict[int, deque[tuple[torch.Tensor, Any]]] = {}
@@ -149,15 +150,30 @@ class LiveReceiver:
         return into
 
     def release(self, segment: Segment) -> None:
-        """Nothing to do: its buffer is used again for the bucket after the next."""
+        """Do nothing: the buffer is reused for the bucket after the next, when all its segments are released."""
 
     def close(self) -> None:
         self._expected.clear()
         self._transfer.close()
 
 
+def open_transport(spec: TransferSpec, target_rank: int, device: torch.device) -> BucketTransport:
+    """Join the process group of the transfer as a target rank."""
+    return BucketTransport(P2pReceiver(spec, target_rank, device), spec.bucket_spec)
+
+
+def open_sender(spec: TransferSpec, source_rank: int, device: torch.device) -> P2pSender:
+    """Join the process group of the transfer as a source rank."""
+    return P2pSender(spec, source_rank, device)
+
+
+def new_address(host: str, directory: Path) -> str:
+    """Return HOST:PORT for the store of a transfer."""
+    return free_address(host)
+
+
 def free_address(host: str = "127.0.0.1") -> str:
-    """HOST:PORT for the store of a transfer; ``host`` is this one, the loopback where all of it is on one host."""
+    """Return HOST:PORT with a free port. ``host`` must be this host's name or address."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return f"{host}:{probe.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""What a source rank puts on the wire: blocks of its own tensors, cast, or quantised where the engine wants FP8."""
+"""Packs a source rank's tensors into buckets: cast, or quantised if the engine holds FP8."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from megatron_dagger.weights.transports import TransferSpec
 
 
 class Packer:
-    """Puts the blocks of copies where it is told.
+    """Writes the blocks of copies into buffers.
 
-    ``tensors``: by global Megatron names; a name that stands for a layer's experts (``…{}``) is looked up
-    for each local one. Where the engine quantises, the scales' tables too (``BlockScales.tensors``).
+    ``tensors``: by global Megatron name. A copy whose name stands for a layer's experts (``…{}``) is looked up for each
+    local expert. If the engine quantises, the tensors of scales are among them (``BlockScales.tensors``).
     """
 
-    def __init__(self, agreement: TransferSpec, tensors: Mapping[str, torch.Tensor]):
-        self._tensors, self._target = tensors, agreement.target
-        self._table = vllm_table(agreement.model, agreement.quantization)
+    def __init__(self, spec: TransferSpec, tensors: Mapping[str, torch.Tensor]):
+        self._tensors, self._target = tensors, spec.target
+        self._table = vllm_table(spec.model, spec.quantization)
         self._scales: dict[tuple[int, str], torch.Tensor] = {}
 
     def __call__(self, copy: Copy, into: torch.Tensor) -> None:
-        """Put the copy's block ``into``, in its dtype. Raises WeightSyncError if a tensor is missing."""
+        """Write the copy's block into ``into``, in its dtype. Raises WeightSyncError if a tensor is missing."""
         try:
             self._pack(copy, into)
         except KeyError as error:
@@ -35,8 +35,8 @@ class Packer:
     def _pack(self, copy: Copy, into: torch.Tensor) -> None:
         name, box = copy.source_tensor, copy.source
         if "{}" in name:
-            for place, local in enumerate(range(box.start[0], box.start[0] + box.shape[0])):
-                into[place].copy_(self._tensors[name.format(local)][box.slices[1:]])
+            for index, expert in enumerate(range(box.start[0], box.start[0] + box.shape[0])):
+                into[index].copy_(self._tensors[name.format(expert)][box.slices[1:]])
         elif into.dtype is torch.float8_e4m3fn:
             scales = self._scales_of(copy.target_rank, copy.target_parameter)
             into.copy_(quantise(self._tensors[name][box.slices], scales, copy.target))
@@ -44,10 +44,10 @@ class Packer:
             into.copy_(self._tensors[name][box.slices])
 
     def _scales_of(self, target_rank: int, parameter: str) -> torch.Tensor:
-        """The scales of a target rank's parameter, put together of the canonical tensors' tables."""
-        known = self._scales.get((target_rank, parameter))
-        if known is None:
+        """Return the scales of a target rank's parameter, assembled from those of the canonical tensors."""
+        cached = self._scales.get((target_rank, parameter))
+        if cached is None:
             scales, shard = self._table[scales_name(parameter)], self._target.shard(target_rank, experts=False)
             parts = [self._tensors[source_name(b.name)][b.canonical.slices] for b in scales.blocks(shard)]
-            known = self._scales[target_rank, parameter] = torch.cat(parts)
-        return known
+            cached = self._scales[target_rank, parameter] = torch.cat(parts)
+        return cached

@@ -1,18 +1,17 @@
-"""Weights through memory that two processes of one host share: shared memory, or on a GPU CUDA IPC.
+"""Weights through memory shared by processes of the same host; on a GPU through CUDA IPC.
 
-Each source rank has two buffers, which its target ranks map. A socket a pair of ranks says which buffer
-is full and which is free again; so nobody polls, every wait has a deadline, and a peer that dies is seen
-at once. The memory has no name: it is handed over through the socket and ends with its users.
+Each source rank has two buffers, which its target ranks map. Each pair of ranks has a socket on which a byte names the
+buffer that was filled or released. So nothing polls, every wait has a deadline, and a dead peer is noticed at once. The
+memory is anonymous: its file descriptor is passed through the socket, and it is freed with its last user.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
-import mmap
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,74 +21,75 @@ import torch
 
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.transports import TransferSpec
-from megatron_dagger.weights.transports.buckets import Segment
+from megatron_dagger.weights.transports.buckets import BucketTransport, Segment
+from megatron_dagger.weights.transports.memory import allocate, map_memory
 
-SOCKETS = Path("/tmp")  # not TMPDIR: a socket's path has 107 bytes at most
+SOCKETS = Path("/tmp")  # not TMPDIR: a socket's path is limited to 107 bytes
 
 _BUFFERS = 2
 _RETRY_S = 0.02
-_MOST_BYTES_OF_A_MESSAGE = 1 << 16
+_MAX_MESSAGE_BYTES = 1 << 16
 
 
 def this_host() -> str:
-    """Equal in two processes if they can share memory: they run on one kernel and see the same folder of sockets."""
+    """Return an id that two processes have in common if they can share memory: same kernel, same socket directory."""
     folder = SOCKETS.stat()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}:{folder.st_dev}:{folder.st_ino}"
 
 
 def socket_path(directory: str, source_rank: int) -> str:
+    """Return the path of a source rank's socket."""
     return str(Path(directory) / f"source-{source_rank}.sock")
 
 
-class HostSender:
-    """A source rank's end. A context manager: waits for its target ranks to come, and shares two buffers with them."""
+class SharedMemorySender:
+    """A source rank's side (``buckets.Sender``); a context manager that waits for its target ranks to connect."""
 
-    def __init__(self, agreement: TransferSpec, source_rank: int, device: torch.device):
-        offer = agreement.offer
-        self._rank, self._deadline_s, self._device = source_rank, offer.deadline_s, device
-        self._users: list[int | None] = [None] * _BUFFERS  # the target rank that a buffer was filled for
+    def __init__(self, spec: TransferSpec, source_rank: int, device: torch.device):
+        source = spec.source
+        self._rank, self._deadline_s, self._device = source_rank, source.deadline_s, device
+        self._users: list[int | None] = [None] * _BUFFERS  # the target rank that has not released the buffer yet
         self._next = 0
         self._peers: dict[int, socket.socket] = {}
-        self._awaited = {copy.target_rank for copy in agreement.plan.by_source.get(source_rank, [])}
+        self._awaited = {copy.target_rank for copy in spec.plan.by_source.get(source_rank, [])}
         self._stack = contextlib.ExitStack()
-        path, size = socket_path(offer.address, source_rank), _BUFFERS * agreement.wire.bucket_bytes
+        path, size = socket_path(source.address, source_rank), _BUFFERS * spec.bucket_spec.bucket_bytes
         try:
             handle = self._share(path, size)
         except (OSError, RuntimeError) as error:
             self._stack.close()
             raise WeightSyncError(f"source rank {source_rank} cannot share memory through {path}: {error}") from error
-        self._greeting = {"plan": agreement.digest(), "bytes": size, **handle}
+        self._greeting = {"plan": spec.digest(), **handle}
 
     def _share(self, path: str, size: int) -> dict[str, Any]:
-        """Make the buffers, and the socket by which they are had; what to tell those who come."""
+        """Open the socket and allocate the buffers. Return what a target rank needs to map them."""
         self._listener = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         _unlink(path)
         self._listener.bind(path)
         self._stack.callback(_unlink, path)
         self._listener.listen(len(self._awaited))
-        share = _cuda_memory if self._device.type == "cuda" else _shared_memory
-        memory, handle, self._descriptors = share(size, self._device, self._stack)
+        memory, handle, self._descriptors = allocate(size, self._device, self._stack)
         self._buffers = memory.view(_BUFFERS, -1)
         return handle
 
     def _accept(self) -> None:
-        """Wait until all targets have come."""
+        """Wait until all target ranks have connected."""
         self._listener.settimeout(self._deadline_s)
         while self._awaited:
             try:
                 peer, _ = self._listener.accept()
             except TimeoutError:
                 raise WeightSyncError(
-                    f"source rank {self._rank}: target ranks {sorted(self._awaited)} did not come within "
+                    f"source rank {self._rank}: target ranks {sorted(self._awaited)} did not connect within "
                     f"{self._deadline_s:.0f} s"
                 ) from None
             self._stack.enter_context(peer)
             peer.settimeout(self._deadline_s)
-            hello = json.loads(_receive_line(peer, f"source rank {self._rank}", "a target rank"))
+            hello = json.loads(_receive_line(peer, self._rank))
             rank = int(hello["target_rank"])
             if rank not in self._awaited:
-                raise WeightSyncError(f"source rank {self._rank}: target rank {rank} came, which was not awaited")
+                raise WeightSyncError(f"source rank {self._rank}: target rank {rank} connected unexpectedly")
             self._awaited.remove(rank)
             self._peers[rank] = peer
             socket.send_fds(peer, [(json.dumps(self._greeting) + "\n").encode()], self._descriptors)
@@ -105,7 +105,7 @@ class HostSender:
     def send(self, segment: Segment) -> None:
         _synchronise(self._device)
         self._users[self._next] = segment.target_rank
-        self._tell(segment.target_rank, self._next)
+        self._notify(segment.target_rank, self._next)
         self._next = (self._next + 1) % _BUFFERS
 
     def finish(self) -> None:
@@ -114,7 +114,7 @@ class HostSender:
             if user is not None:
                 self._await_release(number, user)
 
-    def _tell(self, target_rank: int, number: int) -> None:
+    def _notify(self, target_rank: int, number: int) -> None:
         try:
             self._peers[target_rank].sendall(bytes([number]))
         except OSError as error:
@@ -122,10 +122,10 @@ class HostSender:
 
     def _await_release(self, number: int, user: int) -> None:
         try:
-            answer = self._peers[user].recv(1)
+            released = self._peers[user].recv(1)
         except OSError as error:
             raise self._gone(user, error) from error
-        if answer != bytes([number]):
+        if released != bytes([number]):
             raise self._gone(user, None)
         self._users[number] = None
 
@@ -133,7 +133,7 @@ class HostSender:
         how = f"did not answer within {self._deadline_s:.0f} s" if isinstance(error, TimeoutError) else "is gone"
         return WeightSyncError(f"source rank {self._rank}: target rank {target_rank} {how}")
 
-    def __enter__(self) -> HostSender:
+    def __enter__(self) -> SharedMemorySender:
         try:
             self._accept()
         except BaseException:
@@ -146,18 +146,18 @@ class HostSender:
         self._stack.close()
 
 
-class HostReceiver:
-    """A target rank's end, connected to the source ranks that it needs."""
+class SharedMemoryReceiver:
+    """A target rank's side (``buckets.Receiver``), connected to the source ranks that send to it."""
 
-    def __init__(self, agreement: TransferSpec, target_rank: int, device: torch.device):
-        self._rank, self._deadline_s, self._device = target_rank, agreement.offer.deadline_s, device
+    def __init__(self, spec: TransferSpec, target_rank: int, device: torch.device):
+        self._rank, self._deadline_s, self._device = target_rank, spec.source.deadline_s, device
         self._peers: dict[int, socket.socket] = {}
         self._buffers: dict[int, torch.Tensor] = {}
         self._filled: dict[int, int] = {}
         self._stack = contextlib.ExitStack()
         try:
-            for rank in sorted({copy.source_rank for copy in agreement.plan.by_target[target_rank]}):
-                self._connect(rank, agreement.offer.address, agreement.digest())
+            for rank in sorted({copy.source_rank for copy in spec.plan.by_target[target_rank]}):
+                self._connect(rank, spec.source.address, spec.digest())
         except BaseException:
             self.close()
             raise
@@ -165,39 +165,39 @@ class HostReceiver:
     def _connect(self, rank: int, directory: str, plan_digest: str) -> None:
         path = socket_path(directory, rank)
         try:
-            peer = self._stack.enter_context(_reach(path, self._deadline_s))
+            peer = self._stack.enter_context(_connect(path, self._deadline_s))
             peer.settimeout(self._deadline_s)
             peer.sendall((json.dumps({"target_rank": self._rank, "plan": plan_digest}) + "\n").encode())
-            data, descriptors, _, _ = socket.recv_fds(peer, _MOST_BYTES_OF_A_MESSAGE, 1)
+            data, descriptors, _, _ = socket.recv_fds(peer, _MAX_MESSAGE_BYTES, 1)
         except OSError as error:
             raise WeightSyncError(f"source rank {rank} cannot be reached at {path}: {error}") from error
         if not data.endswith(b"\n"):
-            raise WeightSyncError(f"source rank {rank} ended while it was greeted")
+            raise WeightSyncError(f"source rank {rank} closed the connection before sending its buffers")
         greeting = json.loads(data)
         if greeting["plan"] != plan_digest:
             raise WeightSyncError(f"source rank {rank} carries out another plan: its model, layouts or dtypes differ")
-        memory = _open_memory(greeting, descriptors, self._device)
+        memory = map_memory(greeting, descriptors, self._device)
         self._buffers[rank] = memory.view(_BUFFERS, -1)
         self._peers[rank] = peer
 
     def expect(self, bucket: Sequence[Segment]) -> None:
-        """Nothing to do: the sender does not wait for it."""
+        """Do nothing: the sender does not wait for it."""
 
     def receive(self, segment: Segment) -> torch.Tensor:
         rank = segment.source_rank
         try:
-            word = self._peers[rank].recv(1)
+            filled = self._peers[rank].recv(1)
         except OSError as error:
             raise WeightSyncError(f"source rank {rank} sent nothing within {self._deadline_s:.0f} s") from error
-        if not word:
+        if not filled:
             raise WeightSyncError(f"source rank {rank} is gone")
-        self._filled[rank] = word[0]
-        return self._buffers[rank][word[0], : segment.bytes]
+        self._filled[rank] = filled[0]
+        return self._buffers[rank][filled[0], : segment.bytes]
 
     def release(self, segment: Segment) -> None:
         _synchronise(self._device)
         rank = segment.source_rank
-        with contextlib.suppress(OSError):  # the next wait for it tells
+        with contextlib.suppress(OSError):  # the next wait for this rank will raise
             self._peers[rank].sendall(bytes([self._filled[rank]]))
 
     def close(self) -> None:
@@ -205,8 +205,23 @@ class HostReceiver:
         self._stack.close()
 
 
-def _reach(path: str, deadline_s: float) -> socket.socket:
-    """Connect, as soon as there is somebody to connect to."""
+def open_transport(spec: TransferSpec, target_rank: int, device: torch.device) -> BucketTransport:
+    """Connect a target rank to the source ranks that send to it."""
+    return BucketTransport(SharedMemoryReceiver(spec, target_rank, device), spec.bucket_spec)
+
+
+def open_sender(spec: TransferSpec, source_rank: int, device: torch.device) -> SharedMemorySender:
+    """Allocate a source rank's buffers and listen for its target ranks."""
+    return SharedMemorySender(spec, source_rank, device)
+
+
+def new_address(host: str, directory: Path) -> str:
+    """Return a new directory for the sockets of a transfer."""
+    return tempfile.mkdtemp(dir=directory)
+
+
+def _connect(path: str, deadline_s: float) -> socket.socket:
+    """Connect to a socket, waiting for it to appear. Raises OSError after the deadline."""
     end = time.monotonic() + deadline_s
     while True:
         peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -220,16 +235,17 @@ def _reach(path: str, deadline_s: float) -> socket.socket:
             time.sleep(_RETRY_S)
 
 
-def _receive_line(peer: socket.socket, who: str, whom: str) -> bytes:
+def _receive_line(peer: socket.socket, rank: int) -> bytes:
+    """Return a target rank's first line to source rank ``rank``."""
     data = b""
-    while not data.endswith(b"\n") and len(data) < _MOST_BYTES_OF_A_MESSAGE:
+    while not data.endswith(b"\n") and len(data) < _MAX_MESSAGE_BYTES:
         try:
-            part = peer.recv(_MOST_BYTES_OF_A_MESSAGE)
+            chunk = peer.recv(_MAX_MESSAGE_BYTES)
         except OSError as error:
-            raise WeightSyncError(f"{who}: {whom} did not say who it is: {error}") from error
-        if not part:
-            raise WeightSyncError(f"{who}: {whom} ended before it said who it is")
-        data += part
+            raise WeightSyncError(f"source rank {rank}: a target rank did not identify itself: {error}") from error
+        if not chunk:
+            raise WeightSyncError(f"source rank {rank}: a target rank disconnected before identifying itself")
+        data += chunk
     return data
 
 
@@ -241,39 +257,3 @@ def _unlink(path: str) -> None:
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _shared_memory(
-    size: int, device: torch.device, stack: contextlib.ExitStack
-) -> tuple[torch.Tensor, dict[str, Any], list[int]]:
-    descriptor = os.memfd_create("megatron-dagger-weights")
-    stack.callback(os.close, descriptor)
-    os.ftruncate(descriptor, size)
-    return _mapped(descriptor, size), {}, [descriptor]
-
-
-def _mapped(descriptor: int, size: int) -> torch.Tensor:
-    return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
-
-
-def _cuda_memory(
-    size: int, device: torch.device, stack: contextlib.ExitStack
-) -> tuple[torch.Tensor, dict[str, Any], list[int]]:
-    tensor = torch.empty(size, dtype=torch.uint8, device=device)
-    shared = tensor.untyped_storage()._share_cuda_()
-    parts = [{"bytes": base64.b64encode(x).decode()} if isinstance(x, bytes) else x for x in shared]
-    return tensor, {"cuda": parts}, []
-
-
-def _open_memory(greeting: dict[str, Any], descriptors: list[int], device: torch.device) -> torch.Tensor:
-    size = int(greeting["bytes"])
-    if "cuda" not in greeting:
-        (descriptor,) = descriptors
-        try:
-            return _mapped(descriptor, size)
-        finally:
-            os.close(descriptor)
-    _, *rest = (base64.b64decode(x["bytes"]) if isinstance(x, dict) else x for x in greeting["cuda"])
-    # The number of a GPU is each process's own.
-    storage = torch.UntypedStorage._new_shared_cuda(device.index or 0, *rest)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (size,))

@@ -1,9 +1,9 @@
-"""Digests of weights in canonical space, that ranks of any layout compute from their own shares.
+"""Digests of weights in canonical space, computed by the ranks of any layout from their own shards.
 
-The digest of a canonical tensor is the sum, modulo 2^64, of the xxh3-64 hashes of its tiles' bytes
-(contiguous, little-endian), each seeded with the tile's number; written with dtype and shape. So a
-wrong value, a wrong cast, and a block in the wrong place all show, and shares are put together by
-adding. It finds mistakes and damage; it is no protection against somebody who wants two tensors alike.
+The digest of a canonical tensor is the sum, modulo 2^64, of the xxh3-64 hashes of its tiles' bytes (contiguous,
+little-endian), each seeded with the tile's number, written together with dtype and shape. A wrong value, a wrong cast
+and a misplaced block all change it, and the shares of several ranks are combined by addition. It detects mistakes and
+damage, not deliberate collisions.
 """
 
 from __future__ import annotations
@@ -20,51 +20,51 @@ from megatron_dagger.weights.errors import WeightMapError
 from megatron_dagger.weights.verify.hash_tiles import Tiles, hash_tiles
 
 _MODULUS = 2**64
-_PORTION_BYTES = 64 << 20  # that are fetched from a GPU at once
+_PORTION_BYTES = 64 << 20  # fetched from a GPU at once
 
-# dtype, and by run of tiles (first, past the last) the sum of their hashes
+# The dtype, and for each run of tiles (first, past the last) the sum of their hashes.
 Share = tuple[str, dict[tuple[int, int], int]]
 Shares = dict[str, Share]  # by canonical name
 
 
 def digest_shares(blocks: Sequence[Block], tensor: Any, model: ModelConfig) -> Shares:
-    """What a rank's own tensor, made up of ``blocks``, contributes to the digests of canonical tensors.
+    """Return the shares of a rank's own tensor, made up of ``blocks``, in the digests of canonical tensors.
 
-    ``tensor``: torch or numpy, any dtype, any device. A leading dimension of experts is taken apart.
+    ``tensor``: torch or numpy, any dtype, any device. A leading dimension of experts is split up. Raises WeightMapError
+    if a block is not whole tiles.
     """
     table = hash_tiles(model)
     shares: Shares = {}
     tensor = tensor if _is_numpy(tensor) else tensor.detach()
     for block in blocks:
         for single, values in _each_expert(block, tensor):
-            cut = table[single.name]
-            run = cut.within(single)
+            tiles = table[single.name]
+            run = tiles.within(single)
             _, sums = shares.setdefault(single.name, (_dtype(values), {}))
-            sums[run.start, run.stop] = _sum_of_hashes(values, cut, run)
+            sums[run.start, run.stop] = _sum_of_hashes(values, tiles, run)
     return shares
 
 
 def canonical_digests(tensors: Iterable[tuple[str, Any]], model: ModelConfig) -> dict[str, str]:
-    """The digests of whole canonical tensors; a name that comes twice is a ValueError."""
+    """Return the digests of whole canonical tensors. Raises ValueError if a name occurs twice."""
     return merge([digest_whole(tensors, model)], model)
 
 
 def digest_whole(tensors: Iterable[tuple[str, Any]], model: ModelConfig) -> Shares:
-    """The shares of a rank that holds these canonical tensors whole."""
-    found: Shares = {}
+    """Return the shares of a rank that holds these canonical tensors whole. Raises ValueError for a repeated name."""
+    shares: Shares = {}
     for name, tensor in tensors:
-        if name in found:
-            raise ValueError(f"tensor {name!r} comes twice")
+        if name in shares:
+            raise ValueError(f"tensor {name!r} occurs twice")
         whole = Box((0,) * len(tensor.shape), tuple(tensor.shape))
-        found |= digest_shares([Block(name, whole, whole.start)], tensor, model)
-    return found
+        shares |= digest_shares([Block(name, whole, whole.start)], tensor, model)
+    return shares
 
 
 def merge(ranks: Sequence[Mapping[str, Share]], model: ModelConfig) -> dict[str, str]:
-    """The digests of the tensors that the ranks hold together, in the model's order.
+    """Combine the ranks' shares into the digests of the tensors that they hold together, in the model's order.
 
-    What several ranks hold must be the same on all of them, and every tensor must be held as a whole or
-    not at all; else WeightMapError with the tensor and the rank.
+    Raises WeightMapError, naming the tensor and the rank, if replicas differ or if a tensor is only partly held.
     """
     held: dict[str, tuple[str, dict[tuple[int, int], tuple[int, int]]]] = {}
     for rank, shares in enumerate(ranks):
@@ -73,20 +73,20 @@ def merge(ranks: Sequence[Mapping[str, Share]], model: ModelConfig) -> dict[str,
             if dtype != first_dtype:
                 raise WeightMapError(f"tensor {name!r} is {first_dtype} on one rank and {dtype} on rank {rank}")
             for run, value in sums.items():
-                other, known = runs.setdefault(run, (rank, value))
-                if known != value:
-                    raise WeightMapError(f"ranks {other} and {rank} hold different copies of tensor {name!r}")
+                first_rank, first_value = runs.setdefault(run, (rank, value))
+                if first_value != value:
+                    raise WeightMapError(f"ranks {first_rank} and {rank} hold different copies of tensor {name!r}")
     digests = {}
-    for name, cut in hash_tiles(model).items():
+    for name, tiles in hash_tiles(model).items():
         if name in held:
             dtype, runs = held[name]
-            _check_whole(name, sorted(runs), cut)
-            digests[name] = f"{dtype} {cut.shape} {sum(value for _, value in runs.values()) % _MODULUS:016x}"
+            _check_whole(name, sorted(runs), tiles)
+            digests[name] = f"{dtype} {tiles.shape} {sum(value for _, value in runs.values()) % _MODULUS:016x}"
     return digests
 
 
 def compare(expected: Mapping[str, str], received: Mapping[str, str]) -> str | None:
-    """What differs between two sets of digests, in words that name the tensor; None if nothing does."""
+    """Return the first difference between two sets of digests, naming the tensor, or None if they are equal."""
     for name in expected:
         if name not in received:
             return f"tensor {name!r} was not received"
@@ -96,12 +96,12 @@ def compare(expected: Mapping[str, str], received: Mapping[str, str]) -> str | N
     return f"tensor {extra[0]!r} was received but never sent" if extra else None
 
 
-def _check_whole(name: str, runs: list[tuple[int, int]], cut: Tiles) -> None:
+def _check_whole(name: str, runs: list[tuple[int, int]], tiles: Tiles) -> None:
     stops = [0, *(stop for _, stop in runs)]
-    for stop, (start, _) in zip(stops, [*runs, (cut.count, 0)], strict=True):
+    for stop, (start, _) in zip(stops, [*runs, (tiles.count, 0)], strict=True):
         if start != stop:
-            what = "no rank holds" if start > stop else "ranks hold overlapping shares with"
-            raise WeightMapError(f"{what} tile {min(start, stop)} of the {cut.count} of tensor {name!r}")
+            problem = "no rank holds" if start > stop else "ranks hold overlapping shares with"
+            raise WeightMapError(f"{problem} tile {min(start, stop)} of the {tiles.count} of tensor {name!r}")
 
 
 def _each_expert(block: Block, tensor: Any) -> Iterable[tuple[Block, Any]]:
@@ -115,30 +115,30 @@ def _each_expert(block: Block, tensor: Any) -> Iterable[tuple[Block, Any]]:
         yield Block(block.name.format(box.start[0] + index), inner, start[1:]), values[index]
 
 
-def _sum_of_hashes(values: Any, cut: Tiles, run: range) -> int:
-    pieces = _columns(values, cut.extent) if cut.axis == 1 else _rows(values, cut.extent)
-    return sum(xxhash.xxh3_64_intdigest(piece, seed=tile) for tile, piece in zip(run, pieces, strict=True))
+def _sum_of_hashes(values: Any, tiles: Tiles, run: range) -> int:
+    contents = _tiles_of_columns(values, tiles.extent) if tiles.axis == 1 else _tiles_of_rows(values, tiles.extent)
+    return sum(xxhash.xxh3_64_intdigest(data, seed=tile) for tile, data in zip(run, contents, strict=True))
 
 
-def _columns(values: Any, extent: int) -> Iterator[memoryview]:
-    """The bytes of so many columns at a time, which divide them; all pieces in the same memory."""
-    piece = _here(values[:, :extent])
-    for at in range(0, values.shape[1], extent):
-        piece[...] = values[:, at : at + extent]
-        yield _bytes(piece)
+def _tiles_of_columns(values: Any, extent: int) -> Iterator[memoryview]:
+    """Yield the bytes of ``extent`` columns at a time, each overwriting the last. ``extent`` divides the columns."""
+    tile = _host_buffer(values[:, :extent])
+    for first in range(0, values.shape[1], extent):
+        tile[...] = values[:, first : first + extent]
+        yield _bytes(tile)
 
 
-def _rows(values: Any, extent: int) -> Iterator[memoryview]:
-    """The bytes of so many rows at a time; the last may be fewer."""
+def _tiles_of_rows(values: Any, extent: int) -> Iterator[memoryview]:
+    """Yield the bytes of ``extent`` rows at a time. The last tile may have fewer."""
     size = extent * (values[:1].nbytes or 1)
     step = extent * max(1, _PORTION_BYTES // size)
-    for at in range(0, values.shape[0], step):
-        data = _bytes(values[at : at + step])
+    for first in range(0, values.shape[0], step):
+        data = _bytes(values[first : first + step])
         yield from (data[start : start + size] for start in range(0, len(data), size))
 
 
-def _here(tensor: Any) -> Any:
-    """Memory like the tensor's: contiguous, this host's, and where it is to be filled from a GPU page-locked."""
+def _host_buffer(tensor: Any) -> Any:
+    """Return an empty contiguous array like the tensor in host memory, page-locked if the tensor is on a GPU."""
     if _is_numpy(tensor):
         import numpy as np
 
@@ -165,6 +165,6 @@ def _bytes(tensor: Any) -> memoryview:
     import torch
 
     if tensor.is_cuda:
-        tensor = _here(tensor).copy_(tensor)
+        tensor = _host_buffer(tensor).copy_(tensor)
     data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return data

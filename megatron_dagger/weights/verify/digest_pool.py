@@ -1,6 +1,6 @@
-"""Digests of parameters in threads, beside what else is done with the weights: hashing leaves the interpreter's lock.
+"""Digests computed in threads, in parallel with the transfer: hashing releases the interpreter's lock.
 
-Of a GPU's tensor the threads fetch the bytes as well, through page-locked memory, a portion at a time.
+The threads also fetch a GPU tensor's bytes, a portion at a time through page-locked memory.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from megatron_dagger.config import ModelConfig
 from megatron_dagger.weights.blocks import Block
 from megatron_dagger.weights.verify.digest import Shares, digest_shares
 
-_MOST_THREADS = 8
+_MAX_THREADS = 8
 
 
 class DigestPool:
-    """A context manager: its threads end with the block."""
+    """A pool of threads that compute digest shares; a context manager that ends the threads."""
 
     def __init__(self, model: ModelConfig):
         self._model, self._shares = model, Shares()
-        threads = min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))  # the others copy
+        threads = min(_MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // 2))  # the other cores copy weights
         self._pool = ThreadPoolExecutor(threads, "digests")
         self._running: list[Future[Shares]] = []
 
     def add(self, blocks: Sequence[Block], tensor: torch.Tensor) -> None:
-        """Of what stands in ``tensor``, made up of ``blocks``; it must not change before ``finish``."""
+        """Start to digest ``tensor``, made up of ``blocks``. It must not change before ``finish`` returns."""
         written = None
         if tensor.is_cuda:
             written = torch.cuda.Event()
@@ -37,7 +37,7 @@ class DigestPool:
         self._running.append(self._pool.submit(self._digest, blocks, tensor, written))
 
     def finish(self) -> Shares:
-        """All that there are, once they are there."""
+        """Wait for all started digests, and return the shares of all tensors so far."""
         for future in self._running:
             self._shares |= future.result()
         self._running.clear()
@@ -47,7 +47,7 @@ class DigestPool:
         if written is None:
             return digest_shares(blocks, tensor, self._model)
         with torch.cuda.device(tensor.device), torch.no_grad():
-            written.synchronize()  # this thread's stream knows nothing of the one that writes
+            written.synchronize()  # this thread's stream is not ordered after the stream that writes
             return digest_shares(blocks, tensor, self._model)
 
     def __enter__(self) -> Self:

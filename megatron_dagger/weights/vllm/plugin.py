@@ -1,16 +1,15 @@
-"""vLLM's side of the bridge: the weight-transfer engine and the model loader that vLLM knows by name.
+"""vLLM plugin: a weight-transfer engine and a model loader, registered with vLLM by name.
 
-vLLM finds both through the ``vllm.general_plugins`` entry point, in every process that it starts.
+- The transfer engine follows vLLM's own lifecycle: ``init_weight_transfer_engine`` with the model's settings, then for
+  each update ``start_weight_update``, ``update_weights`` with a WeightSource, and ``finish_weight_update``. Each worker
+  fetches its own shards. Errors are not raised through vLLM's RPC: with several workers, the next call would then
+  return a stale reply. They are kept in the TransferState, with the digests of the worker's parameters, which the
+  caller requests after each update.
+- The loader (``load_format="megatron"``) starts a worker from a Megatron checkpoint, or with dummy weights. It keeps
+  linear layers unpacked on the CPU too, so that updates write in place.
 
-- Transfer engine: the lifecycle is vLLM's own. ``init_weight_transfer_engine`` with the model's settings,
-  then per update ``start_weight_update``, ``update_weights`` with an WeightSource, ``finish_weight_update``. Each
-  worker takes what it needs by itself. Errors are not raised through vLLM's RPC, which with several workers
-  would answer the next call with a stale reply: they are kept in ``TransferState``, which the caller asks
-  for after every update, with the digests of what the worker's parameters then hold.
-- Loader: ``load_format="megatron"`` starts a worker from a Megatron checkpoint, or without weights, for an update
-  to bring them. It leaves the layers such that updates can write in place, also on the CPU.
-
-This module, ``vllm_target.py``, ``policies/vllm_engine.py`` and ``vllm_imports.py`` are the only ones that touch vLLM.
+vLLM finds both through the ``vllm.general_plugins`` entry point in every process that it starts. Only this module,
+``target.py`` and ``policies/vllm/`` touch vLLM.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from megatron_dagger.weights.checkpoints import model_of
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.families.fp8 import Quantization
 from megatron_dagger.weights.layouts import TargetLayout
-from megatron_dagger.weights.transports import TransferSpec, WeightSource, checkpoint_offer
+from megatron_dagger.weights.transports import TransferSpec, WeightSource, checkpoint_source
 from megatron_dagger.weights.transports.open import open_transport
 from megatron_dagger.weights.verify.digest import Shares
 from megatron_dagger.weights.vllm.target import VllmTarget, layers_stay_unpacked
@@ -48,10 +47,11 @@ logger = logging.getLogger(__name__)
 BACKEND = "megatron_dagger"
 LOAD_FORMAT = "megatron"
 WORKER_EXTENSION = "megatron_dagger.weights.vllm.plugin.WorkerExtension"
+_STATE = "megatron_dagger_transfer_state"  # attribute of a model
 
 
 def register() -> None:
-    """Make engine and loader known to vLLM in this process; may be called any number of times."""
+    """Register the transfer engine and the loader with vLLM in this process. Repeated calls have no effect."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, BridgeEngine)
     if LOAD_FORMAT not in _LOAD_FORMAT_TO_MODEL_LOADER:
@@ -60,7 +60,7 @@ def register() -> None:
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """``model``: the ModelConfig as a dict; which of how many engines this is that take the same weights."""
+    """``model``: the ModelConfig as a dict. This is engine ``replica`` of ``replicas`` that get the same weights."""
 
     model: dict[str, Any]
     replica: int = 0
@@ -69,31 +69,43 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """``offer``: the WeightSource as a dict."""
+    """``source``: the WeightSource as a dict."""
 
-    offer: dict[str, Any]
+    source: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferState:
-    """What the last update left on this worker.
+    """The result of the last update, or of loading, on a worker. It is an attribute of the worker's model.
 
-    ``shares``: the digests of all its parameters. ``error``: why the update failed, or None.
-    ``touched``: whether it had begun to change the model's weights.
+    ``shares``: the worker's shares of the digests. ``error``: why the update failed, or None. ``touched``: whether the
+    model's weights had begun to change.
     """
 
     shares: Shares
     error: str | None
     touched: bool
 
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> TransferState:
+        """Return the state of a model."""
+        state: TransferState = getattr(model, _STATE, _NO_UPDATE)
+        return state
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Make this the state of a model."""
+        setattr(model, _STATE, self)
+
+
+_NO_UPDATE = TransferState(shares={}, error="no weights have been loaded yet", touched=False)
+
 
 class BridgeEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Takes offered weights into a vLLM worker's model, in place."""
+    """Replaces the weights of a vLLM worker's model in place."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     supports_draft_weight_update = False
-    transfer_state = TransferState(shares={}, error="no update has come yet", touched=False)
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self._architecture = build(ModelConfig, init_info.model)
@@ -101,80 +113,84 @@ class BridgeEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._rank = init_info.replica * self._layout.engine_size + _rank_in_engine(self.parallel_config)
 
     def start_weight_update(self) -> None:
-        """Nothing yet: what can be found wrong is found before a weight is touched."""
+        """Do nothing: ``receive_weights`` checks everything it can before it changes a weight."""
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Take the weights; the outcome is in ``transfer_state``."""
+        """Replace the weights. The model's TransferState has the result."""
         target = VllmTarget(self.model, self.model_config, self._rank)
         shares: Shares = {}
         error = None
         try:
-            offer = build(WeightSource, update_info.offer)
-            agreement = _agreement(self._architecture, self._layout, self.model_config, offer)
-            with torch.no_grad(), open_transport(agreement, self._rank, self.device) as transport:
-                shares = target.take(transport, agreement)
+            source = build(WeightSource, update_info.source)
+            spec = _transfer_spec(self._architecture, self._layout, self.model_config, source)
+            with torch.no_grad(), open_transport(spec, self._rank, self.device) as transport:
+                shares = target.take(transport, spec)
         except Exception as failure:
             error = str(failure) or type(failure).__name__
-            logger.error("weights were not taken over: %s", error)
-        self.transfer_state = TransferState(shares=shares, error=error, touched=target.touched)
+            logger.error("the weights could not be updated: %s", error)
+        TransferState(shares=shares, error=error, touched=target.touched).attach(self.model)
 
     def finish_weight_update(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: the weights are complete when ``receive_weights`` returns."""
 
     def shutdown(self) -> None:
-        """Nothing is held between updates."""
+        """Do nothing: no resource outlives an update."""
 
 
 class MegatronLoader(BaseModelLoader):
-    """Starts a model from a Megatron checkpoint.
+    """Loads a model's weights from a WeightSource.
 
-    ``model_loader_extra_config``: ``checkpoint``, the directory of one that says what model it is of, or None for
-    dummy weights; or ``offer`` and ``model`` as dicts.
+    ``model_loader_extra_config`` is ``{"checkpoint": DIRECTORY}`` for a Megatron checkpoint with its model's settings
+    beside it, ``{"checkpoint": None}`` for dummy weights, or ``{"source": ..., "model": ...}`` with a WeightSource and
+    a ModelConfig as dicts.
     """
 
-    def load_model(self, *given: Any, **named: Any) -> torch.nn.Module:
+    def load_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
         with layers_stay_unpacked():
-            return super().load_model(*given, **named)
+            return super().load_model(*args, **kwargs)
 
     def download_model(self, model_config: Any) -> None:
-        """The checkpoint is there."""
+        """Do nothing: the weights are read from where they are."""
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-        source = _source(self.load_config.model_loader_extra_config)
-        if source is None:
+        source_and_model = _source_and_model(self.load_config.model_loader_extra_config)
+        if source_and_model is None:
             DummyModelLoader(LoadConfig(load_format="dummy")).load_weights(model, model_config)
             return
-        offer, architecture = source
+        source, architecture = source_and_model
         parallel = get_current_vllm_config().parallel_config
         rank = _rank_in_engine(parallel)
-        agreement = _agreement(architecture, _target_layout(parallel, 1), model_config, offer)
+        spec = _transfer_spec(architecture, _target_layout(parallel, 1), model_config, source)
         target = VllmTarget(model, model_config, rank, fresh=True)
         device = next(model.parameters()).device
-        with torch.no_grad(), open_transport(agreement, rank, device) as transport:
-            shares = target.take(transport, agreement)
-        # The worker's transfer engine does not exist yet: it will hand these out.
-        BridgeEngine.transfer_state = TransferState(shares=shares, error=None, touched=True)
+        with torch.no_grad(), open_transport(spec, rank, device) as transport:
+            shares = target.take(transport, spec)
+        TransferState(shares=shares, error=None, touched=True).attach(model)
 
 
 class WorkerExtension:
-    """Mixed into vLLM's workers: what ``collective_rpc`` can ask for by name."""
+    """Methods added to vLLM's workers, for ``collective_rpc`` by name."""
 
     weight_transfer_engine: BridgeEngine
 
     def transfer_state(self) -> TransferState:
-        return self.weight_transfer_engine.transfer_state
+        """Return the result of the last update, or of loading."""
+        return TransferState.of(self.weight_transfer_engine.model)
 
 
-def _source(extra: Any) -> tuple[WeightSource, ModelConfig] | None:
-    """What a loader's extra config says; None for dummy weights. Raises ConfigError or CheckpointReadError."""
+def _source_and_model(extra: Any) -> tuple[WeightSource, ModelConfig] | None:
+    """Return the contents of a loader's extra config, None for dummy weights.
+
+    Raises ConfigError or CheckpointReadError.
+    """
     match extra:
         case {"checkpoint": None}:
             return None
-        case {"offer": offer, "model": model}:
-            return build(WeightSource, offer), build(ModelConfig, model)
+        case {"source": source, "model": model}:
+            return build(WeightSource, source), build(ModelConfig, model)
         case {"checkpoint": str(directory)}:
-            own = model_of(Path(directory))
-            return checkpoint_offer(Path(directory), own), own
+            architecture = model_of(Path(directory))
+            return checkpoint_source(Path(directory), architecture), architecture
     raise ConfigError(
         f'load_format={LOAD_FORMAT} needs model_loader_extra_config={{"checkpoint": DIRECTORY}}, got {extra!r}'
     )
@@ -189,13 +205,15 @@ def _target_layout(parallel: ParallelConfig, replicas: int) -> TargetLayout:
     )
 
 
-def _agreement(architecture: ModelConfig, layout: TargetLayout, model_config: Any, offer: WeightSource) -> TransferSpec:
-    """With what this engine holds its weights in."""
+def _transfer_spec(
+    architecture: ModelConfig, layout: TargetLayout, model_config: Any, source: WeightSource
+) -> TransferSpec:
+    """Return the spec of a transfer to this engine, with its dtype and quantization."""
     return TransferSpec(
         model=architecture,
         target=layout,
         dtype=str(model_config.dtype).removeprefix("torch."),
-        offer=offer,
+        source=source,
         quantization=_quantization(model_config),
     )
 
@@ -203,7 +221,7 @@ def _agreement(architecture: ModelConfig, layout: TargetLayout, model_config: An
 def _quantization(model_config: Any) -> Quantization:
     method = model_config.quantization
     if method not in (None, "fp8"):
-        raise WeightSyncError(f"vLLM was started with quantization={method!r}; the bridge brings none or fp8")
+        raise WeightSyncError(f"vLLM's quantization={method!r} is not supported; start it with fp8 or without")
     return "none" if method is None else "fp8"
 
 
@@ -211,6 +229,6 @@ def _rank_in_engine(parallel: ParallelConfig) -> int:
     return int(parallel.data_parallel_rank * parallel.tensor_parallel_size + get_tensor_model_parallel_rank())
 
 
-# A worker imports this module for its extension: so both are known also where the package is only on the
-# path, and no entry point is installed.
+# Workers import this module for WORKER_EXTENSION, so the engine and the loader are registered even if the package is
+# only on the path, without an installed entry point.
 register()

@@ -1,10 +1,9 @@
-"""Puts the blocks of a plan into a vLLM model, parameter by parameter.
+"""Writes the blocks of a plan into a vLLM model, parameter by parameter.
 
-A plan speaks of vLLM's parameters as they are when a checkpoint is loaded. Where a layer serves them
-as they are, blocks are written in place; ``layers_stay_unpacked`` has the CPU's linear layers do so. Where it
-has packed them for its device (FP8, experts), vLLM's layerwise reload takes the layer apart, one at a time:
-fresh parameters, filled, packed, put into the place of the old. So what is needed beside the model is one
-layer, and a failure on the way leaves every layer whole, be it the old or the new one.
+A plan describes vLLM's parameters as they are when a checkpoint is loaded. Layers that serve them unchanged are written
+in place; on the CPU ``layers_stay_unpacked`` keeps linear layers that way. Layers that vLLM packs for the device (FP8,
+experts) go through vLLM's layerwise reload, one at a time: new parameters are allocated, filled and packed, and replace
+the old. So the extra memory is that of a layer, and a failure leaves every packed layer whole, either old or new.
 """
 
 from __future__ import annotations
@@ -38,36 +37,36 @@ from megatron_dagger.weights.verify.digest_pool import DigestPool
 
 _linear = torch.nn.functional.linear
 
-# Of a model in FP8, until vLLM has taken them for its KV cache (layers/quantization/kv_cache.py): not weights.
+# Parameters of a model in FP8 until vLLM moves them to its KV cache (layers/quantization/kv_cache.py); not weights.
 KV_CACHE_SCALES = (".attn.q_scale", ".attn.k_scale", ".attn.v_scale", ".attn.prob_scale")
 
 
 class VllmTarget:
-    """A worker's model as target rank ``rank``. ``fresh``: its parameters have not been packed yet."""
+    """A worker's model as target rank ``rank`` of a plan. ``fresh``: vLLM has not packed its layers yet."""
 
     def __init__(self, model: torch.nn.Module, model_config: Any, rank: int, *, fresh: bool = False):
         self._model, self._model_config, self._rank, self._fresh = model, model_config, rank, fresh
         self.touched = False  # whether a weight has been changed
 
-    def take(self, transport: WeightTransport, agreement: TransferSpec) -> Shares:
-        """Fill all parameters, and return the digests of what then stands in them.
+    def take(self, transport: WeightTransport, spec: TransferSpec) -> Shares:
+        """Fill all parameters, and return this rank's shares of the digests of their new contents.
 
-        Raises WeightSyncError; what was changed until then stays changed.
+        Raises WeightSyncError. Parameters written by then stay changed, and ``touched`` is true.
         """
-        table = vllm_table(agreement.model, agreement.quantization)
+        table = vllm_table(spec.model, spec.quantization)
         self._check_parameters(table)
         self._check_layers()
-        arrivals = transport.receive(agreement.plan.by_target[self._rank])
-        with DigestPool(agreement.model) as digests:
+        arrivals = transport.receive(spec.plan.by_target[self._rank])
+        with DigestPool(spec.model) as digests:
             for module, names in itertools.groupby(table, key=lambda name: name.rpartition(".")[0]):
-                with self._opened(self._model.get_submodule(module), digests) as tensors:
+                with self._writable(self._model.get_submodule(module), digests) as tensors:
                     for name in names:
                         parameter, tensor = table[name], tensors[name.rpartition(".")[2]]
-                        shard = agreement.target.shard(self._rank, experts=parameter.experts > 0)
+                        shard = spec.target.shard(self._rank, experts=parameter.experts > 0)
                         self._fill(name, tensor, parameter.shape(shard), parameter.padding(shard), arrivals)
                         digests.add(parameter.blocks(shard), tensor)
-            for _ in arrivals:
-                raise AssertionError("the plan brings more than the parameters hold")
+            for copy, _ in arrivals:
+                raise AssertionError(f"the plan has another copy for {copy.target_parameter!r}, which is full")
             return digests.finish()
 
     def _fill(
@@ -78,15 +77,15 @@ class VllmTarget:
         padding: Box | None,
         arrivals: Iterator[tuple[Copy, torch.Tensor]],
     ) -> None:
-        """Put what arrives for a parameter where it belongs, until it is full."""
+        """Write arriving blocks into a parameter until it is full. Padding is set to zero."""
         if tuple(tensor.shape) != shape:
-            raise WeightSyncError(f"vLLM's {name!r} has shape {tuple(tensor.shape)}, planned is {shape}")
+            raise WeightSyncError(f"vLLM's {name!r} has shape {tuple(tensor.shape)}, but the plan expects {shape}")
         missing = math.prod(shape) - (padding.elements if padding else 0)
         while missing > 0:
             copy, block = next(arrivals)
             assert copy.target_parameter == name, "copies come in the order of the parameters"
             if block.dtype != tensor.dtype:
-                raise WeightSyncError(f"vLLM's {name!r} is {tensor.dtype}, what comes for it is {block.dtype}")
+                raise WeightSyncError(f"vLLM's {name!r} is {tensor.dtype}, but {block.dtype} arrives for it")
             self.touched = True
             tensor[copy.target.slices].copy_(block)
             missing -= block.numel()
@@ -94,27 +93,25 @@ class VllmTarget:
             tensor[padding.slices].zero_()
 
     def _check_parameters(self, table: Mapping[str, Any]) -> None:
-        """A tied output layer is the embedding's parameter, and listed once."""
-        theirs = {name for name, _ in self._model.named_parameters() if not name.endswith(KV_CACHE_SCALES)}
-        if theirs != table.keys():
-            some = ", ".join(sorted(theirs ^ table.keys())[:5])
-            raise WeightSyncError(f"vLLM's parameters are not those of the family's map: {some}")
+        """Raise WeightSyncError unless the model has exactly the table's parameters. A tied output layer has none."""
+        names = {name for name, _ in self._model.named_parameters() if not name.endswith(KV_CACHE_SCALES)}
+        if names != table.keys():
+            some = ", ".join(sorted(names ^ table.keys())[:5])
+            raise WeightSyncError(f"vLLM's parameters are not those of the family's weight map: {some}")
 
     def _check_layers(self) -> None:
+        """Raise WeightSyncError if vLLM has packed linear layers for the CPU: writing in place would have no effect."""
         for layer in self._model.modules():
             if _is_plain(layer) and getattr(layer, "cpu_linear", _linear) is not _linear:
                 raise WeightSyncError(
-                    "vLLM has packed its linear layers for the CPU: start it with load_format=megatron, which leaves "
-                    "them as they are"
+                    "vLLM has packed its linear layers for the CPU: start it with load_format=megatron, which keeps "
+                    "them unpacked"
                 )
 
     @contextmanager
-    def _opened(self, layer: torch.nn.Module, digests: DigestPool) -> Iterator[Mapping[str, torch.Tensor]]:
-        """The layer's own parameters, to be written; with the end of the block they are served.
-
-        Until their ``digests`` are there, nobody writes to them again.
-        """
-        if self._fresh or _serves_them_as_they_are(layer):
+    def _writable(self, layer: torch.nn.Module, digests: DigestPool) -> Iterator[Mapping[str, torch.Tensor]]:
+        """Context manager of the layer's own parameters, to be filled in the block. After it vLLM serves them."""
+        if self._fresh or _is_served_unpacked(layer):
             yield {name: parameter.data for name, parameter in layer.named_parameters(recurse=False)}
             return
         initialize_layerwise_reload(layer)
@@ -122,40 +119,40 @@ class VllmTarget:
             info = get_layerwise_info(layer)
             materialize_layer(layer, info)
             yield {name: parameter.data for name, parameter in layer.named_parameters(recurse=False)}
-            digests.finish()  # vLLM may change them in place
-            with _experts_are_packed_again(layer):
+            digests.finish()  # before vLLM packs the parameters, which may change them in place
+            with _new_expert_kernel(layer):
                 _layerwise_process(layer, info)
         finally:
-            finalize_layerwise_reload(layer, self._model_config)  # after a failure: the old ones come back
+            finalize_layerwise_reload(layer, self._model_config)  # after a failure it restores the old parameters
 
 
 @contextmanager
 def layers_stay_unpacked() -> Iterator[None]:
-    """In the block, linear layers that vLLM would pack for the CPU stay as a checkpoint has them, as they do on GPUs.
+    """Context manager: vLLM does not pack linear layers for the CPU inside the block, as it does not on GPUs.
 
-    To pack them took most of an update (2.2 of 3.9 s, 0.5B parameters). Not to do so slows decoding by a tenth to
-    three tenths with 0.1B parameters, most with 4 to 8 sequences at once; the quickstart's takes as long as before.
+    Packing took most of an update (2.2 of 3.9 s with 0.5B parameters). Unpacked layers decode 10% to 30% slower with
+    0.1B parameters, most with 4 to 8 concurrent sequences; the quickstart's model shows no difference.
     """
-    packs = vllm_layers.dispatch_cpu_unquantized_gemm
+    pack = vllm_layers.dispatch_cpu_unquantized_gemm
 
-    def stays(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def keep_unpacked(layer: torch.nn.Module, remove_weight: bool) -> None:
         if layer.weight.dim() == 2:
-            layer.cpu_linear = _linear  # what vLLM itself uses where it cannot pack
+            layer.cpu_linear = _linear  # vLLM's own choice for layers that it cannot pack
         else:
-            packs(layer, remove_weight)
+            pack(layer, remove_weight)
 
-    vllm_layers.dispatch_cpu_unquantized_gemm = stays
+    vllm_layers.dispatch_cpu_unquantized_gemm = keep_unpacked
     try:
         yield
     finally:
-        vllm_layers.dispatch_cpu_unquantized_gemm = packs
+        vllm_layers.dispatch_cpu_unquantized_gemm = pack
 
 
 @contextmanager
-def _experts_are_packed_again(layer: torch.nn.Module) -> Iterator[None]:
-    """On the CPU vLLM packs experts only when it makes their kernel, so let it make a new one.
+def _new_expert_kernel(layer: torch.nn.Module) -> Iterator[None]:
+    """Context manager: vLLM creates a new kernel for experts inside the block, since on the CPU only that packs them.
 
-    Else (seen in 0.32) new weights lie where packed ones are read, and the outputs are wrong without an error.
+    With the old kernel (vLLM 0.32) unpacked weights are read as packed ones: wrong outputs without an error.
     """
     method: Any = getattr(layer, "quant_method", None)
     kernel = getattr(method, "moe_kernel", None)
@@ -170,13 +167,14 @@ def _experts_are_packed_again(layer: torch.nn.Module) -> Iterator[None]:
 
 
 def _is_plain(layer: torch.nn.Module) -> bool:
-    """Whether it is an embedding or a linear layer that is not quantised."""
+    """Return whether the layer is an embedding or linear layer that is not quantised."""
     method = getattr(layer, "quant_method", None)
     return isinstance(method, (UnquantizedLinearMethod, UnquantizedEmbeddingMethod))
 
 
-def _serves_them_as_they_are(layer: torch.nn.Module) -> bool:
+def _is_served_unpacked(layer: torch.nn.Module) -> bool:
+    """Return whether vLLM serves the layer's parameters as they are when a checkpoint is loaded."""
     if not _is_plain(layer):
         return getattr(layer, "quant_method", None) is None
-    looked_up = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
-    return looked_up or bool(current_platform.is_cuda() or current_platform.is_cpu())
+    is_lookup = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+    return is_lookup or bool(current_platform.is_cuda() or current_platform.is_cpu())

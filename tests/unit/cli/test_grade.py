@@ -13,15 +13,15 @@ from megatron_dagger.types import StopReason
 from tests.support.trajectories import make_trajectory
 
 
-def test_a_heldout_task_that_was_given_up_counts_with_no_prediction(tmp_path, monkeypatch):
+def test_an_abandoned_heldout_task_counts_without_a_prediction(tmp_path, monkeypatch):
     store = DataStore.create_or_open(tmp_path / "evaluations.zarr")
     store.append([make_trajectory("a"), make_trajectory("trained")])
     for task in ("b", "also-trained"):
-        store.given_up(0).add(make_trajectory(task, stop_reason=StopReason.OUT_OF_MEMORY))
+        store.abandoned(0).add(make_trajectory(task, stop_reason=StopReason.OUT_OF_MEMORY))
     store.seal(0)
     heldout = [SimpleNamespace(instance_id=name) for name in ("a", "b")]
     monkeypatch.setattr(grade, "_tasks", lambda arguments: heldout)
     arguments = argparse.Namespace(run_dir=tmp_path, predictions=None, round_index=None, out=tmp_path / "grades")
     tasks, predictions, _, episodes = grade._of_run(arguments)
     assert tasks == heldout
-    assert [one["instance_id"] for one in predictions] == [episode.task_id for episode in episodes] == ["a"]
+    assert [row["instance_id"] for row in predictions] == [episode.task_id for episode in episodes] == ["a"]

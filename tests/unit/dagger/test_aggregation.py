@@ -1,4 +1,4 @@
-"""What a round trains on."""
+"""Aggregation: which labels a round trains on, and the summary of a collection."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def plain(episodes: list[LabelledEpisode]) -> list[tuple[list[int], list[tuple]]
 @given(runs(), st.sampled_from(["none", "finished", "solved"]), st.booleans())
 def test_equals_the_specification(trajectories: list[Trajectory], name: str, deduplicate: bool) -> None:
     config = AggregationConfig(filter=name, deduplicate=deduplicate)
-    found = aggregate(iter(trajectories), config)
-    assert plain(found) == naive(trajectories, config)
-    assert all(e.tokens.dtype == np.int32 and all(x.weight == 1.0 for x in e.labels) for e in found)
+    episodes = aggregate(iter(trajectories), config)
+    assert plain(episodes) == naive(trajectories, config)
+    assert all(e.tokens.dtype == np.int32 and all(x.weight == 1.0 for x in e.labels) for e in episodes)
     if deduplicate:
-        pairs = [(e.tokens[: x.position].tobytes(), x.tokens.tobytes()) for e in found for x in e.labels]
+        pairs = [(e.tokens[: x.position].tobytes(), x.tokens.tobytes()) for e in episodes for x in e.labels]
         assert len(pairs) == len(set(pairs))
 
 
@@ -90,18 +90,18 @@ def test_label_positions_follow_the_prompt() -> None:
     assert tokens[9:10].tolist() == labels[1].tokens.tolist()  # on the trunk, as it was executed
 
 
-def test_a_split_between_state_and_label_is_part_of_what_is_compared() -> None:
-    one = make_trajectory("a", turns=(make_turn([0], [7, 8], prompt=(1,)),))
-    other = make_trajectory("b", turns=(make_turn([0], [8], prompt=(1, 7)),))
-    assert len(aggregate([one, other], AggregationConfig())) == 2
+def test_deduplication_compares_where_the_state_ends() -> None:
+    first = make_trajectory("a", turns=(make_turn([0], [7, 8], prompt=(1,)),))
+    second = make_trajectory("b", turns=(make_turn([0], [8], prompt=(1, 7)),))
+    assert len(aggregate([first, second], AggregationConfig())) == 2
 
 
-def test_the_first_of_equal_labels_is_kept_and_empty_episodes_go() -> None:
+def test_the_first_of_equal_labels_is_kept_and_empty_episodes_are_dropped() -> None:
     first = make_trajectory("a", turns=(make_turn([5], [9]), make_turn([6], [8])))
     second = replace(first, task_id="b", turns=(make_turn([5], [9]), make_turn([6], [7])))
     third = replace(first, round_index=1)
-    found = aggregate([first, second, third], AggregationConfig())
-    assert plain(found) == [([1, 2, 5, 1, 2, 6], [(2, (9,)), (5, (8,))]), ([1, 2, 5, 1, 2, 6], [(5, (7,))])]
+    episodes = aggregate([first, second, third], AggregationConfig())
+    assert plain(episodes) == [([1, 2, 5, 1, 2, 6], [(2, (9,)), (5, (8,))]), ([1, 2, 5, 1, 2, 6], [(5, (7,))])]
     assert len(aggregate([first, second, third], AggregationConfig(deduplicate=False))) == 3
 
 
@@ -157,14 +157,14 @@ def test_summary_of_nothing_and_of_teacher_episodes() -> None:
 
 @given(runs(), st.integers(0, 5))
 @settings(deadline=None)
-def test_a_cap_draws_so_many_labels_of_each_round(trajectories, most):
-    capped = AggregationConfig(max_labels_per_round=most)
+def test_a_cap_samples_at_most_that_many_labels_of_each_round(trajectories, cap):
+    capped = AggregationConfig(max_labels_per_round=cap)
     for index in {trajectory.round_index for trajectory in trajectories}:
         of_round = [trajectory for trajectory in trajectories if trajectory.round_index == index]
         every = [label for episode in aggregate(of_round, AggregationConfig()) for label in episode.labels]
         kept = [label for episode in aggregate(of_round, capped) for label in episode.labels]
         names = [(label.position, label.tokens.tolist()) for label in every]
-        assert len(kept) == min(most, len(every))
+        assert len(kept) == min(cap, len(every))
         assert all((label.position, label.tokens.tolist()) in names for label in kept)
         again = [label for episode in aggregate(of_round, capped) for label in episode.labels]
         assert [k.position for k in again] == [k.position for k in kept]

@@ -1,10 +1,11 @@
-"""Episodes that break: tried anew with other draws, then given up for the round, and when the run stops instead."""
+"""Broken episodes: retried, first with the same draws, then abandoned for the round; too many of them stop the run."""
 
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 
@@ -17,16 +18,19 @@ from megatron_dagger.dagger.collect import TRIES, TooManyBroken
 from megatron_dagger.dagger.context import RunContext, train_manifest
 from megatron_dagger.dagger.loop import collect, evaluate
 from megatron_dagger.dagger.worker import Worker
-from megatron_dagger.driver.environments import last_line
-from megatron_dagger.envs.base import EnvironmentBroken, Observation
-from megatron_dagger.observability.metrics import Metrics
+from megatron_dagger.envs.base import Observation
+from megatron_dagger.envs.environment import last_line
+from megatron_dagger.observability.metrics import StageMetrics
 from megatron_dagger.observability.progress import track
+from megatron_dagger.observability.status_file import RunProcess
 from megatron_dagger.policies.base import PolicyGone
 from megatron_dagger.policies.openai.cache import ResponseCache
+from megatron_dagger.policies.openai.endpoint_pool import EndpointPool
 from megatron_dagger.policies.openai.policy import EndpointPolicy
 from megatron_dagger.rollout.chat import ChatRenderer
 from megatron_dagger.rollout.episode import EpisodeKey
 from megatron_dagger.rollout.tokenizer import train_tokenizer
+from megatron_dagger.sandbox.base import EnvironmentBroken
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import write_json
 from megatron_dagger.types import StopReason
@@ -38,7 +42,7 @@ TASKS = tuple(f"owner/task-{number}" for number in range(8))
 
 @dataclass
 class Place:
-    """An environment of one step a task, which runs out of memory in ``hungry`` tasks, so many times."""
+    """An environment of one step per task that runs out of memory in ``hungry`` tasks, as many times as given."""
 
     hungry: dict[str, int] = field(default_factory=dict)
     opened: list[str] = field(default_factory=list)
@@ -96,14 +100,14 @@ def renderer(tmp_path_factory):
 def context(renderer, tmp_path):
     place, seeds = Place(), []
 
-    class Noted(RandomPolicy):
+    class RecordingPolicy(RandomPolicy):
         async def act(self, state):
             seeds.append((state.messages[1].content, state.seed))
             return await super().act(state)
 
-    policy = Noted(["a", "b", "c", "d"], renderer.action)
+    policy = RecordingPolicy(["a", "b", "c", "d"], renderer.action)
     with ThreadPoolExecutor(4) as threads:
-        made = RunContext(
+        context = RunContext(
             config=RunConfig(dagger=DaggerConfig(rounds=0, sft_tasks=8, evaluation_tasks=4)),
             run_dir=tmp_path,
             renderer=renderer,
@@ -116,12 +120,12 @@ def context(renderer, tmp_path):
             student=lambda: Student(policy),
             data=DataStore.create_or_open(tmp_path / "data.zarr"),
             evaluations=DataStore.create_or_open(tmp_path / "evaluations.zarr"),
-            metrics=Metrics(tmp_path),
+            metrics=StageMetrics(tmp_path),
             train=lambda index: None,
-            track=track,
+            track=partial(track, process=RunProcess(run_dir=tmp_path)),
             threads=threads,
         )
-        yield made, place, seeds
+        yield context, place, seeds
 
 
 def run(context, worker=None):
@@ -132,46 +136,46 @@ def report(context, name="collect"):
     return json.loads((context.round_dir(0) / f"{name}.json").read_text())
 
 
-def test_a_task_that_breaks_each_time_is_given_up_and_the_others_are_data(context):
+def test_a_task_that_breaks_every_time_is_abandoned_and_the_others_become_data(context):
     context, place, seeds = context
     place.hungry = {TASKS[3]: 99}
     run(context)
-    found = report(context)
-    assert (found["episodes"], found["broken_episodes"], found["given_up"]) == (7, TRIES, 1)
+    values = report(context)
+    assert (values["episodes"], values["broken_episodes"], values["given_up"]) == (7, TRIES, 1)
     assert {task for task, _ in context.data.committed(0)} == set(TASKS) - {TASKS[3]}
-    drawn = [seed for task, seed in seeds if task == TASKS[3]]
-    assert drawn[0] == drawn[1] != drawn[2], "once more as it was, then with other draws"
-    assert drawn[0] == EpisodeKey(run_seed=context.config.seed, round_index=0, task_id=TASKS[3]).seed(0)
+    draws = [seed for task, seed in seeds if task == TASKS[3]]
+    assert draws[0] == draws[1] != draws[2], "one retry with the same draws, then one with new draws"
+    assert draws[0] == EpisodeKey(run_seed=context.config.seed, round_index=0, task_id=TASKS[3]).seed(0)
 
 
-def test_what_broke_once_has_the_name_of_a_first_try(context):
+def test_an_episode_that_broke_once_keeps_its_key(context):
     context, place, _ = context
     place.hungry = {TASKS[3]: 1, TASKS[4]: TRIES - 1}
     run(context)
-    found = report(context)
-    assert (found["episodes"], found["broken_episodes"], found["given_up"]) == (8, TRIES, 0)
+    values = report(context)
+    assert (values["episodes"], values["broken_episodes"], values["given_up"]) == (8, TRIES, 0)
     assert context.data.committed(0) == {(task, 0) for task in TASKS}
 
 
-def test_a_first_try_draws_what_it_always_did():
+def test_seeds_never_change():
     assert EpisodeKey(run_seed=7, round_index=1, task_id="t").seed(2) == 449093112517334062
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_other_workers_and_a_restart_know_what_is_given_up(context, resident):
+def test_other_workers_and_a_restart_skip_abandoned_tasks(context, resident):
     context, place, _ = context
     place.hungry = {TASKS[3]: 99}
     for index in (1, 0):
         run(context, Worker(index=index, count=2, resident=resident))
     if not resident:
         run(context)
-    found = report(context)
-    assert (found["episodes"], found["broken_episodes"], found["given_up"]) == (7, TRIES, 1)
+    values = report(context)
+    assert (values["episodes"], values["broken_episodes"], values["given_up"]) == (7, TRIES, 1)
     assert len(place.opened) == 7 + TRIES
 
 
 @pytest.mark.parametrize("hungry", [TASKS[:3], TASKS])
-def test_where_many_break_the_run_stops_and_once_that_is_mended_misses_nothing(context, hungry):
+def test_many_broken_tasks_stop_the_run_and_are_retried_later(context, hungry):
     context, place, _ = context
     place.hungry = dict.fromkeys(hungry, 99)
     with pytest.raises(TooManyBroken, match=r"3 of 8 tasks broke 3 times each.*out_of_memory: over 512 MiB"):
@@ -182,21 +186,23 @@ def test_where_many_break_the_run_stops_and_once_that_is_mended_misses_nothing(c
     assert (report(context)["episodes"], report(context)["given_up"]) == (8, 0)
 
 
-def test_a_heldout_task_that_breaks_counts_as_not_solved(context):
+def test_a_broken_heldout_task_counts_as_unsolved(context):
     context, place, _ = context
     place.hungry = {TASKS[3]: 99}
     manifest = {"canary": {"tokens": [1, 2], "logprobs": [-1.0]}, "checkpoint": "checkpoint", "digests": {}}
     write_json(train_manifest(context.run_dir, 0), manifest)
     asyncio.run(evaluate(context, 0))
-    found = report(context, "evaluate")["heldout"]
-    assert (found["tasks"], found["solved"], found["given_up"], found["success"]) == (4, 3, 1, 0.75)
+    values = report(context, "evaluate")["heldout"]
+    assert (values["tasks"], values["solved"], values["given_up"], values["success"]) == (4, 3, 1, 0.75)
 
 
-def endpoint(context, folder, server):
-    replies = ResponseCache(folder)
+@contextmanager
+def taught_by(server, context, folder):
+    """Yield the context with the model behind ``server`` as its teacher."""
     config = TeacherConfig(urls=(server.url,), model="m", patience_s=1.0)
-    policy = EndpointPolicy(config, replies, read=last_line, encode=context.renderer.action)
-    return closing(replies), replace(context, teacher=policy)
+    with closing(ResponseCache(folder)) as cache, EndpointPool(config, cache) as pool:
+        policy = EndpointPolicy(config, pool, cache, read=last_line, encode=context.renderer.action)
+        yield replace(context, teacher=policy)
 
 
 def test_a_teacher_without_an_action_for_one_task_does_not_block_the_run(context, tmp_path):
@@ -206,19 +212,20 @@ def test_a_teacher_without_an_action_for_one_task_does_not_block_the_run(context
         return "" if request["messages"][1]["content"] == TASKS[3] else "submit"
 
     with chat_server(answer) as server:
-        replies, context = endpoint(context, tmp_path / "teacher", server)
-        with replies:
+        with taught_by(server, context, tmp_path / "teacher") as context:
             run(context)
-        found = report(context)
-        assert (found["episodes"], found["given_up"]) == (7, 1)
-        assert len(server.requests) == 7 + (TRIES - 1) * 4, "each draw asks anew; the same one does not"
+        values = report(context)
+        assert (values["episodes"], values["given_up"]) == (7, 1)
+        assert len(server.requests) == 7 + (TRIES - 1) * 4, "new draws ask again, the same draws use the cache"
 
 
-def test_where_the_teacher_is_gone_the_run_stops_at_once_and_nothing_is_given_up(context, tmp_path):
+def test_a_teacher_that_is_gone_stops_the_run_and_abandons_no_task(context, tmp_path):
     context, place, _ = context
-    with chat_server(lambda request: 503) as server:
-        replies, context = endpoint(context, tmp_path / "teacher", server)
-        with replies, pytest.raises(PolicyGone, match="no teacher answered within 1 s"):
-            run(context)
+    with (
+        chat_server(lambda request: 503) as server,
+        taught_by(server, context, tmp_path / "teacher") as context,
+        pytest.raises(PolicyGone, match="no teacher answered within 1 s"),
+    ):
+        run(context)
     assert len(place.opened) == len(set(place.opened)), "no task is tried twice"
-    assert not context.data.given_up(0).tasks()
+    assert not context.data.abandoned(0).tasks()

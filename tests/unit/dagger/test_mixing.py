@@ -52,7 +52,7 @@ def test_extremes(share, acts):
     assert all(per_turn(share, key())(turn) is acts for turn in range(50))
 
 
-def test_prefix_is_the_students_and_of_every_length():
+def test_the_prefix_belongs_to_the_student_and_has_every_length():
     lengths = set()
     for number in range(400):
         acts = student_prefix(6, key(f"task-{number}"))
@@ -62,13 +62,13 @@ def test_prefix_is_the_students_and_of_every_length():
     assert lengths == set(range(7))
 
 
-def test_round_zero_is_the_teachers():
+def test_the_teacher_acts_alone_in_round_zero():
     for mixing in ("per_turn", "prefix"):
         acts = mixture(DaggerConfig(mixing=mixing), 0.0, key(round_index=0))
         assert all(acts(turn) for turn in range(40))
 
 
-def test_teacher_labels_every_state_and_is_asked_once():
+def test_the_teacher_labels_every_state_with_one_request():
     student, teacher = Counting("s"), Counting("t")
     actor = MixtureTurnPolicy(student=student, teacher=teacher, teacher_acts=lambda turn: turn % 2 == 0)
     by_teacher = asyncio.run(actor.decide(state(), 0))
@@ -89,7 +89,7 @@ class Speechless:
         raise NoAction("the conversation is too long")
 
 
-def test_a_state_without_a_label_is_the_students_and_in_round_zero_an_error():
+def test_the_student_acts_without_a_label_and_round_zero_raises():
     actor = MixtureTurnPolicy(student=Counting("s"), teacher=Speechless(), teacher_acts=lambda turn: turn == 0)
     for turn in (0, 1):
         decision = asyncio.run(actor.decide(state(), turn))
@@ -99,6 +99,6 @@ def test_a_state_without_a_label_is_the_students_and_in_round_zero_an_error():
         asyncio.run(alone.decide(state(), 0))
 
 
-def test_solo_actor_asks_no_teacher():
+def test_a_solo_policy_asks_no_teacher():
     decision = asyncio.run(SoloTurnPolicy(policy=Counting("s")).decide(state(), 0))
     assert decision.label is None

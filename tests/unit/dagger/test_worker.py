@@ -1,4 +1,4 @@
-"""Workers' shares: every task is exactly one's, the same one each time."""
+"""Workers: every task belongs to exactly one of them, the same one each time."""
 
 import itertools
 
@@ -9,33 +9,34 @@ from megatron_dagger.dagger.worker import Worker, recorded_by_workers
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_every_task_is_one_workers(count):
+def test_every_task_has_one_worker(count):
     tasks = [f"task-{number}" for number in range(7)]
     shares = [Worker(index=index, count=count).share(tasks) for index in range(count)]
     assert sorted(itertools.chain(*shares)) == tasks
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_it_is_read_from_a_rank_and_a_number():
+def test_a_worker_is_written_as_index_and_count():
     worker = Worker.parse("3/4")
     assert (worker.index, worker.count, worker.name) == (3, 4, "worker-3")
 
 
-def test_of_resident_workers_the_first_ends_the_stages_and_of_others_none():
+def test_only_the_first_resident_worker_seals():
     assert [Worker.parse(f"{index}/3", resident=True).seals for index in range(3)] == [True, False, False]
     assert not Worker.parse("0/3").seals
 
 
 @pytest.mark.parametrize("text", ["4/4", "0/0", "1", "a/b", "-1/2", "/"])
-def test_what_makes_no_sense_is_refused(text):
+def test_a_worker_that_cannot_be_is_refused(text):
     with pytest.raises(ConfigError, match="worker"):
         Worker.parse(text)
 
 
-def test_what_workers_did_is_summed_over_workers_and_restarts(tmp_path):
-    assert recorded_by_workers(tmp_path) == (0, 0.0)
+def test_records_add_up_over_workers_and_restarts(tmp_path):
+    report = tmp_path / "collect.json"
+    assert recorded_by_workers(report) == (0, 0.0)
     first, second = (Worker(index=index, count=2) for index in (0, 1))
-    first.record(tmp_path, broken_episodes=2, duration_s=10.0)
-    second.record(tmp_path, broken_episodes=1, duration_s=4.0)
-    second.record(tmp_path, broken_episodes=0, duration_s=8.0)
-    assert recorded_by_workers(tmp_path) == (3, 12.0)
+    first.record(report, broken_episodes=2, duration_s=10.0)
+    second.record(report, broken_episodes=1, duration_s=4.0)
+    second.record(report, broken_episodes=0, duration_s=8.0)
+    assert recorded_by_workers(report) == (3, 12.0)

@@ -13,7 +13,7 @@ def test_whatever_is_not_resolved_counts_as_not_resolved():
     # Wilson's interval of 4 of 8, of 3 of 4: statsmodels' proportion_confint(method="wilson")
     assert (rates["ci_low"], rates["ci_high"]) == pytest.approx((0.215214, 0.784786), abs=1e-5)
     assert rates["repositories"]["org/a"]["ci_low"] == pytest.approx(0.300642, abs=1e-5)
-    assert {name: one["resolved"] for name, one in rates["repositories"].items()} == {"org/a": 3, "org/b": 1}
+    assert {name: rate["resolved"] for name, rate in rates["repositories"].items()} == {"org/a": 3, "org/b": 1}
     assert rates["counts"]["empty_patch"] == 1
     lines = table(rates).splitlines()
     assert lines[1].split() == ["org/a", "3", "4", "75.0%", "30.1%", "to", "95.4%"]

@@ -1,12 +1,14 @@
-"""What the tests let the launch environment do: its Python runs this, the tests' own has no NeMo-Run.
+"""What test_nemo_run.py runs in the launch environment; the environment of the tests has no NeMo-Run.
 
 NEMORUN_HOME must be set.
 
 driver.py golden FOLDER         write the job files of a four-node run, one in a container too, to FOLDER
-driver.py dryrun FOLDER         dry-run all recipes for SLURM; write their tasks to FOLDER/found.json
-driver.py failure FOLDER        run three trivial tasks on this machine, of which the second fails
+driver.py dryrun FOLDER         dry-run all recipes for SLURM; write their tasks to FOLDER/tasks.json
+driver.py failure FOLDER        run three trivial tasks on this machine; the second one fails
+driver.py nodes FOLDER          give executors of several types a stage on 1 and 4 nodes; write FOLDER/nodes.json
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,9 +18,9 @@ import fiddle
 import nemo_run as run
 
 from megatron_dagger.config import override
-from megatron_dagger.launch.executors import slurm
+from megatron_dagger.launch.executors import for_stage, slurm
 from megatron_dagger.launch.rounds import RoundsExperiment, add_rounds
-from recipes import RECIPES, find_recipe
+from megatron_dagger.recipes import RECIPES, find_recipe
 
 WORK_DIR = Path("/shared/work")
 
@@ -31,7 +33,7 @@ def cluster(**settings):
 
 
 def dry_run(config, executor):
-    """The experiment after its dry run."""
+    """Return the experiment after its dry run."""
     with RoundsExperiment(config.name, executor=executor, id=f"{config.name}_0") as experiment:
         add_rounds(experiment, config, Path("runs/it"), work_dir=WORK_DIR)
         for number, job in enumerate(experiment.jobs):  # as NeMo-Run fills them in when it submits
@@ -58,10 +60,10 @@ def golden(folder):
 
 
 def dryrun(folder):
-    found = {}
+    tasks = {}
     for name in RECIPES:
         experiment = dry_run(find_recipe(name)(), cluster())
-        found[name] = [
+        tasks[name] = [
             {
                 "name": job.id,
                 "after": job.dependencies,
@@ -71,7 +73,7 @@ def dryrun(folder):
             }
             for job in experiment.jobs
         ]
-    (folder / "found.json").write_text(json.dumps(found))
+    (folder / "tasks.json").write_text(json.dumps(tasks))
 
 
 def failure(folder):
@@ -87,5 +89,28 @@ def failure(folder):
         experiment.run()
 
 
+@dataclasses.dataclass(kw_only=True)
+class CloudExecutor(run.Executor):
+    num_nodes: int = 1
+
+
+@dataclasses.dataclass(kw_only=True)
+class SingleExecutor(run.Executor):
+    pass
+
+
+def nodes(folder):
+    outcomes = {}
+    for executor in (cluster(), run.LocalExecutor(), CloudExecutor(), SingleExecutor()):
+        for count in (1, 4):
+            try:
+                copy = for_stage(executor, count)
+                outcome = getattr(copy, "nodes", getattr(copy, "num_nodes", None))
+            except ValueError as error:
+                outcome = str(error)
+            outcomes[f"{type(executor).__name__} {count}"] = outcome
+    (folder / "nodes.json").write_text(json.dumps(outcomes))
+
+
 if __name__ == "__main__":
-    {"golden": golden, "dryrun": dryrun, "failure": failure}[sys.argv[1]](Path(sys.argv[2]))
+    {"golden": golden, "dryrun": dryrun, "failure": failure, "nodes": nodes}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""The chain of jobs, without any launcher."""
+"""The chain of jobs, independent of any launcher."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_dagger.config import RunConfig, load_yaml, override
 from megatron_dagger.launch.stages import round_stages
-from recipes import find_recipe
+from megatron_dagger.recipes import find_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -32,20 +32,20 @@ def test_only_training_spans_nodes():
 
 
 def test_several_workers_collect_before_the_round_is_sealed():
-    found = stages("dagger.rounds=1", "dagger.evaluate_rounds=last", workers=3)
-    assert [(stage.name, stage.nodes) for stage in found] == [
+    chain = stages("dagger.rounds=1", "dagger.evaluate_rounds=last", workers=3)
+    assert [(stage.name, stage.nodes) for stage in chain] == [
         ("round0-collect", 3), ("round0-rollout", 1), ("round0-train", 1),
         ("round1-collect", 3), ("round1-rollout", 1), ("round1-train", 1), ("round1-evaluate", 1),
     ]  # fmt: skip
-    assert found[3].script.endswith("rollout /runs/it --round 1 --worker $SLURM_PROCID/$SLURM_NTASKS\n")
-    assert " create " in found[0].script
-    assert not any(" create " in stage.script for stage in found[1:])
+    assert chain[3].script.endswith("rollout /runs/it --round 1 --worker $SLURM_PROCID/$SLURM_NTASKS\n")
+    assert " create " in chain[0].script
+    assert not any(" create " in stage.script for stage in chain[1:])
 
 
 def test_the_first_script_really_makes_the_run(tmp_path):
-    """Run by bash, with the real command line; what comes after ``create`` is left out."""
+    """Run the script up to ``create`` by bash, with the real command line."""
     directory, work_dir = tmp_path / "a run", tmp_path / "work dir"
-    work_dir.mkdir()
+    (work_dir / "here" / "it" / "hf").mkdir(parents=True)  # looks like a converted checkpoint
     program = f"{sys.executable} -m megatron_dagger.cli.main"
     first = stages("init_checkpoint=here/it", directory=directory, work_dir=work_dir, program=program)[0]
     script, marker, rest = first.script.rpartition(f"exec {program}")

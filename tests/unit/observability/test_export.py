@@ -1,4 +1,4 @@
-"""Episodes in the formats of other tools: what is in them, and that nothing half-written is left."""
+"""Exports for other tools: their content, and that a failure leaves no partial file."""
 
 import json
 
@@ -20,13 +20,13 @@ EPISODES = [
 ]
 
 
-def written(path, form, episodes=EPISODES):
+def exported(path, form, episodes=EPISODES):
     assert export(iter(episodes), path, form, system=lambda episode: "be an agent") == len(episodes)
     return [json.loads(line) for line in path.read_text().splitlines()] if form in ("openai", "labels") else path
 
 
 def test_openai_messages(tmp_path):
-    first, second = written(tmp_path / "deep" / "it.jsonl", "openai")
+    first, second = exported(tmp_path / "deep" / "it.jsonl", "openai")
     assert first["messages"] == [
         {"role": "system", "content": "be an agent"},
         {"role": "user", "content": "fix the bug"},
@@ -41,7 +41,7 @@ def test_openai_messages(tmp_path):
 
 
 def test_every_labelled_state_is_a_sample_that_ends_with_the_teachers_answer(tmp_path):
-    samples = written(tmp_path / "it.jsonl", "labels")
+    samples = exported(tmp_path / "it.jsonl", "labels")
     assert [(s["instance_id"], s["turn"], s["executor"]) for s in samples] == [
         ("toolz__1", 0, "teacher"),
         ("toolz__1", 1, "student"),
@@ -52,8 +52,8 @@ def test_every_labelled_state_is_a_sample_that_ends_with_the_teachers_answer(tmp
     ]  # fmt: skip
 
 
-def test_a_file_for_the_inspector_of_mini_swe_agent(tmp_path):
-    folder = written(tmp_path / "trajs", "traj")
+def test_trajectories_for_mini_swe_agents_inspector(tmp_path):
+    folder = exported(tmp_path / "trajs", "traj")
     assert sorted(p.name for p in folder.iterdir()) == ["a_b_c-r2-0.traj.json", "toolz__1-r0-0.traj.json"]
     value = json.loads((folder / "toolz__1-r0-0.traj.json").read_text())
     assert value["trajectory_format"] == "mini-swe-agent-1.1"
@@ -64,7 +64,7 @@ def test_a_file_for_the_inspector_of_mini_swe_agent(tmp_path):
     }  # fmt: skip
 
 
-def test_predictions_for_the_harness_of_swe_bench(tmp_path):
+def test_predictions_for_swe_benchs_harness(tmp_path):
     export(iter(EPISODES), tmp_path / "it.jsonl", "predictions", system=lambda episode: "")
     lines = [json.loads(line) for line in (tmp_path / "it.jsonl").read_text().splitlines()]
     assert lines == [
@@ -73,10 +73,10 @@ def test_predictions_for_the_harness_of_swe_bench(tmp_path):
     ]
 
 
-def test_parquet_has_the_tokens(tmp_path):
+def test_parquet_has_tokens_and_log_probs(tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
     episodes = [random_trajectory(1, f"task-{i}") for i in range(3)]
-    table = pq.read_table(written(tmp_path / "it.parquet", "parquet", episodes)).to_pylist()
+    table = pq.read_table(exported(tmp_path / "it.parquet", "parquet", episodes)).to_pylist()
     turns = [(e, t) for e in episodes for t in e.turns]
     for row, (episode, turn) in zip(table, turns, strict=True):
         assert (row["task_id"], row["executor"], row["label"]) == (episode.task_id, turn.acted_by, turn.label.text)
@@ -86,7 +86,7 @@ def test_parquet_has_the_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_what_fails_leaves_nothing_and_nothing_is_overwritten(tmp_path, form):
+def test_a_failed_export_leaves_nothing_and_no_file_is_replaced(tmp_path, form):
     def broken():
         yield EPISODES[0]
         raise RuntimeError("the store is gone")
@@ -95,7 +95,7 @@ def test_what_fails_leaves_nothing_and_nothing_is_overwritten(tmp_path, form):
         export(broken(), tmp_path / "it", form, system=lambda episode: "")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "it").write_text("mine")
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         export(iter(EPISODES), tmp_path / "it", form, system=lambda episode: "")
     assert (tmp_path / "it").read_text() == "mine"
 

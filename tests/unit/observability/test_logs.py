@@ -26,7 +26,7 @@ def restore_logging() -> Iterator[None]:
     ours.setLevel(before[2])
 
 
-def test_plain_lines_on_the_console_and_everything_in_the_file(
+def test_the_console_gets_plain_lines_and_the_file_gets_everything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = setup_logging(tmp_path, name="worker-1")
@@ -45,7 +45,7 @@ def test_plain_lines_on_the_console_and_everything_in_the_file(
     assert "\x1b" not in console
 
 
-def test_again_replaces_and_does_not_double(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_call_replaces_the_handlers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(3):
         path = setup_logging(tmp_path)
     logging.getLogger("megatron_dagger").info("once")
@@ -54,7 +54,7 @@ def test_again_replaces_and_does_not_double(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.count("once") == 1
 
 
-def test_a_log_file_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_log_file_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "driver.log").symlink_to("/dev/full")
     setup_logging(tmp_path)

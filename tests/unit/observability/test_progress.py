@@ -13,6 +13,7 @@ import pytest
 
 from megatron_dagger.observability import progress, status_file
 from megatron_dagger.observability.progress import format_duration, track
+from megatron_dagger.observability.status_file import RunProcess
 from megatron_dagger.store.atomic import read_json
 
 
@@ -21,12 +22,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_log_lines_off_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+def test_off_a_terminal_progress_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with track("collect", 4, interval_s=0.0, stream=io.StringIO()) as tracker:
         for _ in range(3):
             tracker.advance(note="solved 50%")
-    assert len(caplog.records) == 4  # one a call at this interval, and the last state
+    assert len(caplog.records) == 4  # one for each call, as the interval is 0, and the final state
     assert caplog.messages[0].startswith("collect: 1/4 episodes (")
     assert caplog.messages[-1].endswith("left), solved 50%")
     caplog.clear()
@@ -36,7 +37,7 @@ def test_log_lines_off_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == 1
 
 
-def test_a_bar_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+def test_on_a_terminal_progress_is_a_bar(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     stream = Terminal()
     with track("[red]collect", 2, stream=stream) as tracker:
@@ -47,7 +48,7 @@ def test_a_bar_on_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
-def test_what_was_done_before_does_not_count_for_the_rate() -> None:
+def test_units_done_before_do_not_count_for_the_rate() -> None:
     with track("collect", 200, done=100, stream=io.StringIO()) as tracker:
         assert tracker.rate == 0.0
         assert tracker.remaining_s is None
@@ -58,19 +59,19 @@ def test_what_was_done_before_does_not_count_for_the_rate() -> None:
         assert tracker.text().startswith("collect: 110/200 episodes (1.0")
 
 
-def test_status_file_of_running_done_and_failed_work(tmp_path: Path) -> None:
+def test_the_status_file_follows_running_done_and_failed_work(tmp_path: Path) -> None:
     path = tmp_path / "status" / "0002-collect.json"
-    where = {"run_dir": tmp_path, "round_index": 2, "stage": "collect", "stream": io.StringIO()}
-    with track("collect", 3, **where) as tracker:
+    log, stage = tmp_path / "logs" / "x.log", (2, "collect")
+    process = RunProcess(run_dir=tmp_path, log_file=log)
+    with track("collect", 3, process=process, stage=stage, stream=io.StringIO()) as tracker:
         assert read_json(path)["state"] == "running"
         assert read_json(path)["pid"] == os.getpid()
         tracker.advance(3)
     state = read_json(path)
     assert (state["state"], state["done"], state["total"], state["round"]) == ("done", 3, 3, 2)
-    log = tmp_path / "logs" / "x.log"
 
     def fail() -> None:
-        with track("train", None, unit="steps", log_file=log, **where) as tracker:
+        with track("train", None, unit="steps", process=process, stage=stage, stream=io.StringIO()) as tracker:
             tracker.advance(5)
             raise RuntimeError("rank 1 is gone")
 
@@ -85,9 +86,9 @@ def test_status_file_of_running_done_and_failed_work(tmp_path: Path) -> None:
     assert (state["done"], state["total"]) == (5, None)
 
 
-def test_trouble_with_the_status_file_does_not_end_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unwritable_status_file_does_not_end_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    with track("collect", 1, run_dir=tmp_path / "file", stream=io.StringIO()) as tracker:
+    with track("collect", 1, process=RunProcess(run_dir=tmp_path / "file"), stream=io.StringIO()) as tracker:
         tracker.advance()
     assert tracker.done == 1
     assert "cannot write" in caplog.text
@@ -97,17 +98,17 @@ def test_trouble_with_the_status_file_does_not_end_the_work(tmp_path: Path, capl
     ("seconds", "text"),
     [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_format_duration(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_what_another_process_does_is_counted_and_a_silent_one_says_that_it_lives(
+def test_work_of_another_process_is_counted_and_the_status_file_is_kept_fresh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "_LOOK_S", 0.02)
+    monkeypatch.setattr(progress, "_POLL_S", 0.02)
     monkeypatch.setattr(status_file, "PULSE_S", 0.05)
     path, steps = tmp_path / "status" / "0000-train.json", [1]
-    where = {"run_dir": tmp_path, "round_index": 0, "stage": "train", "stream": io.StringIO()}
+    where = {"process": RunProcess(run_dir=tmp_path), "stage": (0, "train"), "stream": io.StringIO()}
     with track("train", None, unit="steps", count=lambda: len(steps), **where) as tracker:
         steps += [2, 3]
         wait_until(lambda: tracker.done == 3)

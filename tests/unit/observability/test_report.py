@@ -26,12 +26,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def embedded(page: str) -> dict:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
-    assert found
-    return json.loads(found[1])
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert match
+    return json.loads(match[1])
 
 
-def test_the_page_holds_everything_and_fetches_nothing(run: Path) -> None:
+def test_the_page_is_self_contained(run: Path) -> None:
     path = write_report(
         run, data=DataStore.open(run / "data.zarr"), evaluations=DataStore.open(run / "evaluations.zarr")
     )
@@ -60,19 +60,19 @@ def test_hostile_text_stays_inside_the_data(run: Path) -> None:
     assert any(HOSTILE.replace("\x1b", "␛") in text for text in texts)
 
 
-def test_where_the_teacher_agrees_nothing_is_repeated() -> None:
+def test_a_label_equal_to_the_action_is_not_repeated() -> None:
     turns = (make_turn([1], [1]), make_turn([1], [2]), make_turn([1], None))
-    found = describe(make_trajectory(turns=turns), "collected")["turns"]
-    assert [(t["labelled"], t.get("would")) for t in found] == [(True, None), (True, "say 2"), (False, None)]
+    described = describe(make_trajectory(turns=turns), "collected")["turns"]
+    assert [(t["labelled"], t.get("would")) for t in described] == [(True, None), (True, "say 2"), (False, None)]
 
 
-def test_the_size_is_bounded(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_page_is_bounded(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = DataStore.open(run / "data.zarr")
     content = gather(read_run(run), data, None, max_episodes=5)
     assert len(content["episodes"]) == 5
     assert content["episodes_in_all"] == 14
     assert Counter(e["round"] for e in content["episodes"]) == {0: 3, 1: 2}
-    monkeypatch.setattr(report_data, "MAX_EPISODES_BYTES", 12_000)
+    monkeypatch.setattr(report_data, "MAX_EPISODES_CHARACTERS", 12_000)
     monkeypatch.setattr(report_data, "MAX_LOSS_POINTS", 50)
     content = gather(read_run(run), data, None, max_episodes=200)
     assert 1 <= len(content["episodes"]) < 8
@@ -88,17 +88,17 @@ def test_the_size_is_bounded(run: Path, monkeypatch: pytest.MonkeyPatch) -> None
     st.dictionaries(st.tuples(st.sampled_from("ab"), st.integers(0, 3)), st.integers(1, 30)),
     st.integers(0, 60),
 )
-def test_even_choice(sizes: dict[tuple[str, int], int], limit: int) -> None:
+def test_episodes_are_selected_evenly(sizes: dict[tuple[str, int], int], limit: int) -> None:
     slots = [(kind, None, index, (f"t{i:02d}", 0)) for (kind, index), n in sizes.items() for i in range(n)]
     chosen = choose_evenly(slots, limit)
     assert len(chosen) == len(set(chosen)) == min(limit, len(slots))
     assert set(chosen) <= set(slots)
     taken = Counter((kind, index) for kind, _, index, _ in chosen)
-    for group, n in sizes.items():  # whoever got fewer than another has no more to give, or is one short
+    for group, n in sizes.items():  # a group that got fewer than another is exhausted, or one short
         assert taken[group] == n or taken[group] >= max(taken.values(), default=0) - 1
 
 
-def test_unfinished_runs_and_no_run(tmp_path: Path) -> None:
+def test_an_unfinished_run_has_a_page_and_no_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NoRunError):
         write_report(tmp_path / "none")
     (tmp_path / "config.yaml").write_text("name: just begun\n")

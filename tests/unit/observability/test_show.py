@@ -1,4 +1,4 @@
-"""An episode for a reader at a terminal."""
+"""An episode printed for a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from megatron_dagger.observability.show import show
-from megatron_dagger.observability.source import visible
 from megatron_dagger.types import ActedBy
 from tests.support.trajectories import make_action, make_trajectory, make_turn
 
@@ -19,7 +18,7 @@ def shown(trajectory: object, **options: object) -> str:
     return stream.getvalue()
 
 
-def test_who_acted_what_the_teacher_would_have_done_and_the_outcome() -> None:
+def test_an_episode_shows_who_acted_the_labels_and_the_outcome() -> None:
     turns = (
         make_turn([5], [5], acted_by=ActedBy.TEACHER, observation="the task"),
         make_turn([6], [7], observation="some output"),
@@ -38,7 +37,7 @@ def test_who_acted_what_the_teacher_would_have_done_and_the_outcome() -> None:
     assert "\x1b" not in text  # no colours off a terminal
 
 
-def test_untrusted_text_cannot_drive_the_terminal_or_rich() -> None:
+def test_untrusted_text_cannot_control_the_terminal_or_rich() -> None:
     hostile = "\x1b]0;title\x07\x1b[2J[red]markup[/red]\r\x9b31m\u202eevil"
     turn = replace(make_turn([1], [2], observation=hostile), action=make_action(1, text=hostile))
     text = shown(make_trajectory(hostile, turns=(turn,), details={"k": hostile}))
@@ -53,7 +52,7 @@ def test_long_observations_are_cut_in_the_middle() -> None:
     assert "line 50" in shown(make_trajectory(turns=(turn,)), max_lines=0)
 
 
-def test_colours_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_appear_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
 
@@ -64,8 +63,3 @@ def test_colours_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     show(make_trajectory(), stream=stream)
     assert "\x1b[" in stream.getvalue()
-
-
-def test_visible() -> None:
-    assert visible("a\tb\nc\r\nd é 漢") == "a\tb\nc\nd é 漢"
-    assert visible("\x00\x1b\x7f\x85\ud800") == "␀␛␡\ufffd\ufffd"

@@ -1,4 +1,4 @@
-"""status: from the files of a run that goes on, is done, or was killed."""
+"""The status of running, finished and killed runs, read from their files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_dagger.observability.metrics import append_line
 from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.rundir import NoRunError, read_run
 from megatron_dagger.observability.status import status
-from megatron_dagger.observability.status_file import failure_recorded
+from megatron_dagger.observability.status_file import RunProcess, failure_recorded
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import write_json
 from tests.support.run_directory import make_run
@@ -30,7 +31,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("runs") / "one", rounds=2, tasks=3, heldout=2)
 
 
-def test_a_finished_run(finished: Path) -> None:
+def test_status_of_a_finished_run(finished: Path) -> None:
     text = status(finished)
     assert "2 of 2 rounds finished" in text
     assert text.count(" done ") == 6
@@ -38,7 +39,7 @@ def test_a_finished_run(finished: Path) -> None:
     assert "The run is complete." in text
 
 
-def test_where_only_the_last_round_is_evaluated_the_others_end_with_training(finished: Path, tmp_path: Path) -> None:
+def test_if_only_the_last_round_is_evaluated_the_others_end_with_training(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "rounds" / "0000" / "evaluate.json").unlink()
@@ -49,7 +50,7 @@ def test_where_only_the_last_round_is_evaluated_the_others_end_with_training(fin
     assert "2 of 2 rounds finished" in status(run)
 
 
-def test_a_round_under_way_and_killed_and_failed(finished: Path, tmp_path: Path) -> None:
+def test_status_of_a_running_a_killed_and_a_failed_stage(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     store = DataStore.create_or_open(run / "data.zarr")
     store.append([random_trajectory(0, f"t{i}", turns=2) for i in range(3)])
@@ -57,8 +58,8 @@ def test_a_round_under_way_and_killed_and_failed(finished: Path, tmp_path: Path)
     code = (
         "import sys, time; from pathlib import Path\n"
         "from megatron_dagger.observability.progress import track\n"
-        "where = dict(run_dir=Path(sys.argv[1]), round_index=0, stage='collect')\n"
-        "with track('collecting', 64, **where):\n"
+        "from megatron_dagger.observability.status_file import RunProcess\n"
+        "with track('collecting', 64, process=RunProcess(run_dir=Path(sys.argv[1])), stage=(0, 'collect')):\n"
         "    print('up', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen(
@@ -77,13 +78,13 @@ def test_a_round_under_way_and_killed_and_failed(finished: Path, tmp_path: Path)
     child.communicate(timeout=30)
     text = status(run, data=store)
     assert "collect   killed" in text
-    assert "The same command again goes on from there." in text
+    assert "Run the same command again to resume." in text
     assert f"Logs: {run / 'logs'}" in text
     log = run / "logs" / "train.log"
     append_line(run / "rounds" / "0000" / "train" / "metrics.jsonl", {"step": 7, "loss": 1.5})
     with (
         pytest.raises(RuntimeError),
-        track("training", 60, unit="steps", run_dir=run, round_index=0, stage="train", log_file=log,
+        track("training", 60, unit="steps", process=RunProcess(run_dir=run, log_file=log), stage=(0, "train"),
               stream=io.StringIO()),
     ):  # fmt: skip
         raise RuntimeError("rank 1 on node-3 is gone")
@@ -94,7 +95,7 @@ def test_a_round_under_way_and_killed_and_failed(finished: Path, tmp_path: Path)
     assert f"Its log: {log}" in text
 
 
-def test_files_that_are_half_there(finished: Path, tmp_path: Path) -> None:
+def test_damaged_files_read_as_not_done(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "rounds" / "0000").mkdir(parents=True)
     (run / "rounds" / "0000" / "collect.json").write_text('{"episodes": ')
@@ -109,15 +110,15 @@ def test_files_that_are_half_there(finished: Path, tmp_path: Path) -> None:
     assert read_run(run).rounds[0].evaluate == {"round": 0}
 
 
-def test_no_run(tmp_path: Path) -> None:
+def test_a_directory_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NoRunError, match="there is no such directory"):
         status(tmp_path / "none")
     with pytest.raises(NoRunError, match="no run directory"):
         status(tmp_path)
 
 
-def test_workers_one_by_one_and_summed_from_another_node(finished: Path, tmp_path: Path) -> None:
-    """As a login node sees it: their host is not this one, so the age of what they wrote decides."""
+def test_workers_on_another_host_are_listed_and_summed(finished: Path, tmp_path: Path) -> None:
+    """The workers run on another host, as seen from a login node, so the age of their status files decides."""
     now, run = time.time(), tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "rounds" / "0001" / "evaluate.json").unlink()
@@ -148,27 +149,31 @@ def test_workers_one_by_one_and_summed_from_another_node(finished: Path, tmp_pat
     write_json(run / "rounds" / "0002" / "collect.json", values)
     text = status(run)
     assert "collect   done     63 episodes, 7 labelled turns (2 without a label)" in text
-    assert "broken episodes left out: 3, tasks given up: 1, job 41 on n0, job 41 on n1" in text
+    assert "broken episodes left out: 3, tasks abandoned: 1, job 41 on n0, job 41 on n1" in text
 
 
-def test_a_failure_outside_of_a_stage_and_who_was_asked_to_stop(
+def test_a_failure_outside_of_a_stage_and_a_requested_stop_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "data.zarr").mkdir()
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURMD_NODENAME", "n3")
-    where = {"run_dir": tmp_path, "round_index": 0, "stage": "collect", "stream": io.StringIO()}
-    with pytest.raises(SystemExit), track("round 0 collect", 4, **where):
+    process = RunProcess(run_dir=tmp_path)
+    logged = replace(process, log_file=tmp_path / "x.log")
+    with (
+        pytest.raises(SystemExit),
+        track("round 0 collect", 4, process=process, stage=(0, "collect"), stream=io.StringIO()),
+    ):
         sys.exit(75)
     assert "collect   stopped  0/4 episodes" in status(tmp_path)
-    assert "Stopped as asked 0 s ago in round 0 collect: 0/4 episodes, 0.00/s (job 12 on n3" in status(tmp_path)
+    assert "Stopped on request 0 s ago in round 0 collect: 0/4 episodes, 0.00/s (job 12 on n3" in status(tmp_path)
     for error in (RuntimeError("before"), RuntimeError("the engine did not start")):
-        with pytest.raises(RuntimeError), failure_recorded(tmp_path, worker=None, log_file=tmp_path / "x.log"):
+        with pytest.raises(RuntimeError), failure_recorded(logged):
             raise error
     with (
         pytest.raises(RuntimeError),
-        failure_recorded(tmp_path, worker=None, log_file=tmp_path / "x.log"),
-        track("round 1 collect", 4, **where | {"round_index": 1}),
+        failure_recorded(logged),
+        track("round 1 collect", 4, process=process, stage=(1, "collect"), stream=io.StringIO()),
     ):
         raise RuntimeError("in a stage")
     text = status(tmp_path)

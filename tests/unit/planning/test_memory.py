@@ -8,9 +8,9 @@ from megatron_dagger.config import OptimizerConfig, ParallelConfig, TrainingConf
 from megatron_dagger.planning import GPUS, Assumptions
 from megatron_dagger.planning.activations import in_flight_layers, layer_bytes, logits_bytes
 from megatron_dagger.planning.memory import GIB, kv_bytes_per_token, serving_memory, state_bytes, training_memory
-from megatron_dagger.planning.plan import memory_of
-from recipes import RECIPES, find_recipe
-from recipes.qwen3 import QWEN3_4B, QWEN3_8B, QWEN3_30B_A3B
+from megatron_dagger.planning.run_plan import memory_of
+from megatron_dagger.recipes import RECIPES, find_recipe
+from megatron_dagger.recipes.qwen3 import QWEN3_4B, QWEN3_8B, QWEN3_30B_A3B
 
 BF16 = TrainingConfig(precision="bf16", sequence_length=4096, global_batch_tokens=64 * 4096)
 
@@ -21,7 +21,7 @@ def layout(world_size=8, tp=1, pp=1, **parallel):
     )
 
 
-def test_state_is_megatrons_18_bytes_a_parameter_or_6_and_12_over_dp():
+def test_state_takes_18_bytes_per_parameter_or_6_plus_12_over_dp_as_in_megatron():
     assert sum(state_bytes(replace(BF16, parallel=layout()), 1000)) == 1000 * (6 + 12 / 8)
     replicated = OptimizerConfig(distributed=False)
     assert sum(state_bytes(replace(BF16, parallel=layout(), optimizer=replicated), 1000)) == 18_000
@@ -36,15 +36,15 @@ def test_moments_in_lower_precision_and_offloading_count():
     assert state(cpu_offload_fraction=0.75) == 1000 * (4 + 2 * 4) / 8 / 4
 
 
-def test_a_layer_keeps_about_what_megatron_lm_says():
+def test_a_layer_keeps_about_as_much_as_megatron_lm_estimates():
     """``theoretical_memory_usage.py``: s b h (18 + 4 ffn/h) with sequence parallelism and selective recomputation.
 
-    It counts two bytes of dropout masks that we do not have, GELU's two FFN widths where SwiGLU keeps three of
-    one, and neither the per-head norms nor QKV next to the rotated Q and K.
+    Its formula has two bytes of dropout masks, which we do not use, and GELU's two FFN widths instead of SwiGLU's
+    three. It has neither per-head norms nor QKV next to the rotated Q and K.
     """
     model = replace(QWEN3_8B, num_query_groups=32, family="llama", kv_channels=128)
     training = replace(BF16, parallel=layout(tp=8, sequence_parallel=True), recompute="selective")
-    ours = layer_bytes(model, training, engine=True) * 8 / training.sequence_length
+    ours = layer_bytes(model, training, te=True) * 8 / training.sequence_length
     megatron = model.hidden_size * 18 + 4 * model.ffn_hidden_size
     more = 2 * model.ffn_hidden_size + 4 * model.hidden_size  # SwiGLU; Q and K with RoPE
     assert ours == pytest.approx(megatron - 2 * model.hidden_size + more)
@@ -67,7 +67,7 @@ def test_recomputation_trades_memory_only_downwards():
     assert sizes["none"] >= sizes["selective"] > sizes["full"]
 
 
-def test_fp8_keeps_two_more_bytes_a_weight_and_smaller_inputs():
+def test_fp8_keeps_two_more_bytes_per_weight_and_smaller_inputs():
     bf16, fp8 = (
         training_memory(QWEN3_8B, replace(BF16, precision=name), GPUS["h100"], Assumptions(), 0)
         for name in ("bf16", "fp8_tensorwise")
@@ -80,13 +80,13 @@ def test_fp8_keeps_two_more_bytes_a_weight_and_smaller_inputs():
     assert fp8.weights - kept.weights == kept.fp8_weights == fp8.fp8_weights
 
 
-def test_experts_state_is_cut_over_the_ranks_that_hold_the_same():
+def test_the_state_of_experts_is_cut_over_the_ranks_that_hold_the_same_experts():
     training = replace(BF16, parallel=layout(world_size=32, tp=4, sequence_parallel=True, expert_model_parallel_size=8))
     shared, experts = state_bytes(training, 1000), state_bytes(training, 1000, experts=1000)
     assert (sum(shared), sum(experts)) == (1000 * (6 + 12 / 8), 1000 * (6 + 12 / 4))
 
 
-def test_more_expert_parallelism_takes_weights_away_and_no_tokens_where_they_are_balanced():
+def test_expert_parallelism_reduces_weights_but_not_tokens_if_the_load_is_balanced():
     def memory(ep, expert_load=1.0):
         parallel = layout(tp=4, sequence_parallel=True, expert_model_parallel_size=ep)
         training = replace(BF16, parallel=parallel)
@@ -104,7 +104,7 @@ def test_recomputing_the_experts_leaves_about_a_dense_layers_attention():
         modules: layer_bytes(
             QWEN3_30B_A3B,
             replace(BF16, parallel=parallel, recompute="selective", recompute_modules=modules),
-            engine=True,
+            te=True,
         )
         * 4
         / BF16.sequence_length
@@ -133,8 +133,8 @@ def test_kv_cache_of_known_models():
     memory = serving_memory(QWEN3_8B, engine, GPUS["h100"], Assumptions())
     assert memory.weights == pytest.approx(2 * 8.19e9, rel=0.01)
     assert memory.full_sequences == (memory.kv_cache // memory.kv_bytes_per_token) // 65_536 == 5
-    given = serving_memory(QWEN3_8B, replace(engine, kv_cache_memory_mib=9 * 1024), GPUS["h100"], Assumptions())
-    assert (given.kv_cache, given.full_sequences) == (9 * GIB, 1)
+    fixed = serving_memory(QWEN3_8B, replace(engine, kv_cache_memory_mib=9 * 1024), GPUS["h100"], Assumptions())
+    assert (fixed.kv_cache, fixed.full_sequences) == (9 * GIB, 1)
 
 
 def test_an_engine_holds_all_experts():
@@ -144,7 +144,7 @@ def test_an_engine_holds_all_experts():
     assert memory.experts == 2 * 48 * 128 * 3 * 2048 * 768 / 4
 
 
-def test_an_engine_in_fp8_has_half_the_matrices():
+def test_an_engine_in_fp8_needs_half_the_bytes_for_its_matrices():
     engine = VllmEngineConfig(dtype="bfloat16", tensor_parallel_size=4, kv_cache_memory_mib=None)
     plain, fp8 = (
         serving_memory(QWEN3_8B, replace(engine, quantization=name), GPUS["h100"], Assumptions())
@@ -160,12 +160,12 @@ def test_every_recipe_fits_its_gpus(name):
     assert memory_of(find_recipe(name)(), GPUS["h100"], Assumptions()).problems() == []
 
 
-def test_one_gpu_holds_trainer_and_engine_where_the_recipe_says_so():
+def test_trainer_and_engine_fit_one_gpu_only_in_the_recipe_for_it():
     assert memory_of(find_recipe("smollm2_135m_repair_1gpu")(), GPUS["h100"], Assumptions()).fit_together
     assert not memory_of(find_recipe("qwen3_4b_swegym_8h100")(), GPUS["h100"], Assumptions()).fit_together
 
 
-def test_problems_name_what_is_too_large():
+def test_problems_name_the_memory_that_is_exceeded():
     config = override(find_recipe("qwen3_8b_swegym_8h100")(), ["training.parallel.tensor_model_parallel_size=4"])
     [problem] = memory_of(config, GPUS["h100"], Assumptions()).problems()
     assert "GiB on a GPU of pipeline stage 0, which has 79.1" in problem

@@ -1,4 +1,4 @@
-"""Parameter counts against what the models' makers publish, and against sums over ranks."""
+"""Parameter counts against published sizes and against sums over ranks."""
 
 import pytest
 
@@ -11,8 +11,8 @@ from megatron_dagger.planning.parameters import (
     total_parameters,
     worker_parameters,
 )
-from recipes.qwen3 import QWEN3_4B, QWEN3_8B, QWEN3_30B_A3B
-from recipes.smollm2 import SMOLLM2_135M
+from megatron_dagger.recipes.qwen3 import QWEN3_4B, QWEN3_8B, QWEN3_30B_A3B
+from megatron_dagger.recipes.smollm2 import SMOLLM2_135M
 
 LLAMA_3_8B = ModelConfig(
     family="llama",
@@ -43,13 +43,13 @@ def test_published_sizes(model, billions, without_embeddings):
     assert (total_parameters(model) - tables) / 1e9 == pytest.approx(without_embeddings, rel=0.01)
 
 
-def test_a_token_meets_the_published_share_of_the_experts():
+def test_active_parameters_are_the_published_ones():
     assert active_parameters(QWEN3_30B_A3B) / 1e9 == pytest.approx(3.3, rel=0.02)
     assert active_parameters(QWEN3_8B) == total_parameters(QWEN3_8B)
 
 
 @pytest.mark.parametrize(("tp", "pp", "ep", "etp"), [(1, 1, 8, 1), (4, 2, 4, 1), (2, 4, 1, 4), (4, 1, 16, 2)])
-def test_experts_add_up_over_ranks_of_their_own(tp, pp, ep, etp):
+def test_experts_add_up_over_their_ranks(tp, pp, ep, etp):
     parallel = ParallelConfig(
         world_size=32,
         tensor_model_parallel_size=tp,

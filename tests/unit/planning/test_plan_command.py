@@ -11,11 +11,17 @@ def test_a_recipe_that_fits(capsys):
     assert main(["plan", "qwen3_8b_swegym_4x8h100"]) == 0
     out = capsys.readouterr()
     assert out.err == ""
-    for word in ("8.19B parameters on 32 x h100", "TP8 x PP1 x DP4", "optimizer", "KV cache holds", "mfu_fp8=0.25"):
+    for word in (
+        "8.19B parameters on 32 x h100",
+        "TP8 x PP1 x DP4",
+        "optimizer",
+        "tokens in the KV cache",
+        "mfu_fp8=0.25",
+    ):
         assert word in out.out
 
 
-def test_experts_are_told_of(capsys):
+def test_experts_are_counted_apart(capsys):
     assert main(["plan", "qwen3_30b_a3b_swegym_4x8h100"]) == 0
     out = capsys.readouterr().out
     for word in ("30.53B parameters, 3.35B of them active", "experts EP8 x ETP1 x DP4", "expert_load=1.5"):
@@ -33,7 +39,7 @@ def test_json_has_it_all(capsys):
     assert stage["total"] == pytest.approx(sum(stage[part] for part in parts))
 
 
-def test_a_recipe_that_cannot_fit_is_refused_with_reason_and_way_out(capsys):
+def test_a_recipe_that_cannot_fit_is_refused_with_the_reason_and_what_would_fit(capsys):
     settings = ["training.parallel.tensor_model_parallel_size=2"]
     assert main(["plan", "qwen3_8b_swegym_8h100", *settings]) == 1
     err = capsys.readouterr().err

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_dagger.config import override
 from megatron_dagger.planning import GPUS, Assumptions, nearest_that_fits
-from recipes import find_recipe
+from megatron_dagger.recipes import find_recipe
 
 H100 = GPUS["h100"]
 
@@ -13,7 +13,7 @@ def nearest(recipe, *settings, gpu=H100, **assumed):
     return nearest_that_fits(override(find_recipe(recipe)(), list(settings)), gpu, Assumptions(**assumed))
 
 
-def test_nothing_changes_where_all_fits():
+def test_nothing_changes_if_everything_fits():
     change = nearest("qwen3_4b_swegym_8h100")
     assert change is not None
     assert change.settings == ()
@@ -30,7 +30,7 @@ def test_nothing_changes_where_all_fits():
         ["training.optimizer.distributed=false", "training.parallel.tensor_model_parallel_size=2"],
     ],
 )
-def test_what_is_found_fits_on_as_many_gpus_and_trains_the_same(settings):
+def test_the_change_fits_on_as_many_gpus_and_trains_the_same(settings):
     asked = override(find_recipe("qwen3_8b_swegym_8h100")(), settings)
     change = nearest("qwen3_8b_swegym_8h100", *settings)
     assert change is not None
@@ -47,7 +47,7 @@ def test_a_single_change_is_preferred():
     assert len(change.settings) == 1
 
 
-def test_experts_are_spread_where_they_do_not_fit():
+def test_experts_are_distributed_if_they_do_not_fit():
     whole = ["training.parallel.expert_model_parallel_size=1"]
     change = nearest("qwen3_30b_a3b_swegym_4x8h100", *whole)
     assert change is not None
@@ -63,7 +63,7 @@ def test_a_longer_pipeline_takes_ranks_from_the_experts():
     assert (parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size) == (2, 16)
 
 
-def test_a_shorter_sequence_is_the_last_resort_and_takes_the_episodes_limit_along():
+def test_a_shorter_sequence_is_the_last_resort_and_lowers_the_limit_of_episodes():
     change = nearest("smollm2_135m_repair_1gpu", "training.recompute=full", reserve_gib=75.0)
     assert change is not None
     assert {"training.sequence_length", "rollout.limits.max_tokens"} == {s.split("=")[0] for s in change.settings}

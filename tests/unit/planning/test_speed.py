@@ -1,16 +1,16 @@
-"""FLOPs by published formulas; rates and hours by their limits."""
+"""FLOPs against published formulas, rates and hours in limiting cases."""
 
 from dataclasses import replace
 
 import pytest
 
 from megatron_dagger.config import ModelConfig, override
-from megatron_dagger.planning import GPUS, Assumptions, make_plan
+from megatron_dagger.planning import GPUS, Assumptions, plan_run
 from megatron_dagger.planning.episodes import Episodes, mean_sample, row_tokens, student_share
 from megatron_dagger.planning.memory import serving_memory
 from megatron_dagger.planning.speed import flops_per_token, rollout_speed, training_speed
-from recipes import find_recipe
-from recipes.qwen3 import QWEN3_30B_A3B
+from megatron_dagger.recipes import find_recipe
+from megatron_dagger.recipes.qwen3 import QWEN3_30B_A3B
 
 H100, ASSUMED = GPUS["h100"], Assumptions()
 
@@ -24,7 +24,7 @@ def rollout(c, assumed=ASSUMED):
     return rollout_speed(c, H100, assumed, memory, Episodes.of(c, assumed))
 
 
-def test_flops_are_narayanans():
+def test_flops_match_the_formula_of_narayanan_et_al():
     """96 B s l h^2 (1 + s/6h + V/16lh) with recomputation, for an MLP of 8 h^2 weights and attention over all keys."""
     hidden, layers, sequence, vocabulary = 3072, 20, 2048, 51_200
     model = ModelConfig(
@@ -37,14 +37,14 @@ def test_flops_are_narayanans():
         kv_channels=128,
         vocab_size=vocabulary,
     )
-    theirs = 96 * layers * hidden**2 * (1 + sequence / (6 * hidden) + vocabulary / (16 * layers * hidden))
-    head = 6 * vocabulary * hidden  # theirs is not recomputed either
+    published = 96 * layers * hidden**2 * (1 + sequence / (6 * hidden) + vocabulary / (16 * layers * hidden))
+    head = 6 * vocabulary * hidden  # not recomputed in the formula either
     ours = (flops_per_token(model, sequence, causal=False) - head) * 4 / 3 + head
-    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert ours == pytest.approx(published, rel=1e-6)
 
 
-def test_a_token_costs_its_own_experts():
-    """Megatron-LM's ``num_floating_point_operations``: of the experts, topk; we count the router as well."""
+def test_a_token_costs_only_the_experts_that_it_is_sent_to():
+    """Megatron-LM's ``num_floating_point_operations``: it counts topk experts; ours adds the router."""
     model = QWEN3_30B_A3B
     dense = replace(
         model,
@@ -66,7 +66,7 @@ def test_ranks_wait_for_the_busiest_experts():
     assert training_speed(alone, H100, Assumptions(expert_load=2.0), 16_384.0) == even
 
 
-def test_few_sequences_wake_few_experts():
+def test_few_sequences_read_few_experts():
     lone, many = (
         rollout(override(find_recipe("qwen3_30b_a3b_swegym_4x8h100")(), [f"rollout.concurrent_episodes={n}"]))
         for n in (1, 64)
@@ -86,7 +86,7 @@ def test_full_recomputation_costs_a_third_and_a_pipeline_its_bubble():
     assert speed / training_speed(piped, H100, ASSUMED, sample).tokens_per_s == pytest.approx(1 + 1 / 8)
 
 
-def test_a_lone_episode_waits_for_every_step_of_its_own():
+def test_a_single_episode_waits_for_each_of_its_steps():
     lone = config("rollout.concurrent_episodes=1")
     speed, assumed = rollout(lone), ASSUMED
     episodes = Episodes.of(lone, assumed)
@@ -118,7 +118,7 @@ def test_the_students_share_of_the_turns():
     assert student_share(prefix, 0.0, 5, 50) == pytest.approx((sum(range(50)) + 51 * 50) / 101 / 50)
 
 
-def test_separate_samples_pay_for_their_prefixes():
+def test_separate_samples_repeat_their_prefixes():
     episodes, assumed = Episodes(turns=50, tokens=30_000, reply=200), Assumptions(agreement=0.5)
     separate = config().training
     shared = replace(separate, precision="fp32", packing="shared_prefix")
@@ -129,10 +129,10 @@ def test_separate_samples_pay_for_their_prefixes():
     assert 15_000 < mean_sample(separate, assumed, episodes, 1.0) < 30_000
 
 
-def test_later_rounds_train_on_more_and_max_steps_ends_that():
+def test_later_rounds_train_on_more_data_up_to_max_steps():
     def steps(*settings):
         c = config("dagger.rounds=3", *settings)
-        return [r.optimizer_steps for r in make_plan(c, [1.0, 0.8, 0.6, 0.6], H100, ASSUMED).rounds]
+        return [r.optimizer_steps for r in plan_run(c, [1.0, 0.8, 0.6, 0.6], H100, ASSUMED).rounds]
 
     assert steps() == sorted(set(steps()))
     assert steps("training.max_steps=5") == [5, 5, 5, 5]
@@ -142,7 +142,7 @@ def test_later_rounds_train_on_more_and_max_steps_ends_that():
 
 
 def test_hours_follow_from_the_rates():
-    plan = make_plan(config("dagger.rounds=1"), [1.0, 0.8], H100, ASSUMED)
+    plan = plan_run(config("dagger.rounds=1"), [1.0, 0.8], H100, ASSUMED)
     last = plan.rounds[1]
     assert last.turns == 512 * 50
     assert last.rollout_s == pytest.approx(ASSUMED.other_s + last.turns / plan.rollout.turns_per_s)

@@ -1,4 +1,4 @@
-"""The renderer: Qwen's format exactly, tokens only ever extended, no control tokens from text."""
+"""The renderer: exactly Qwen's format, conversations are only extended, text never becomes control tokens."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def conversation(renderer):
     return opening, action, renderer.observation("@1: return a + b", after=action)
 
 
-def test_is_what_the_chat_template_gives(folder, renderer):
+def test_a_rendered_conversation_equals_the_chat_templates(folder, renderer):
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [
@@ -57,7 +57,7 @@ def test_text_never_becomes_control_tokens(renderer):
     assert hostile in renderer.text(tokens)
 
 
-def test_reply_text_is_strict(renderer):
+def test_only_a_complete_reply_without_control_tokens_has_a_text(renderer):
     whole = renderer.action("edit @2 if 'if not'")
     assert renderer.reply_text(whole) == "edit @2 if 'if not'"
     assert renderer.reply_text(whole[:-1]) is None, "cut off"
@@ -65,18 +65,13 @@ def test_reply_text_is_strict(renderer):
     assert renderer.reply_text(np.array([], np.int32)) is None
 
 
-def test_reply_that_was_cut_off_is_closed(renderer):
+def test_a_reply_that_was_cut_off_gets_its_end_token(renderer):
     cut = renderer.action("view @1")[:-1]
     after_cut = renderer.observation("ok", after=cut)
     after_whole = renderer.observation("ok", after=renderer.action("view @1"))
     assert after_cut.tolist() == [renderer.end_token, *after_whole.tolist()]
 
 
-def test_same_texts_same_tokenizer(folder, tmp_path):
-    train_tokenizer(TEXTS, 400, tmp_path)
-    assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-
-
-def test_folder_without_tokenizer_is_named(tmp_path):
+def test_a_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         ChatRenderer.load(tmp_path)

@@ -1,4 +1,4 @@
-"""The store: what goes in comes out, once, and damage is named."""
+"""The store returns every committed episode exactly once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def episodes_of(count: int, round_index: int = 0, seed: int = 0) -> list[Traject
     return [random_trajectory(seed, f"task-{i:03d}", round_index=round_index, turns=3) for i in range(count)]
 
 
-def test_import_without_zarr() -> None:
+def test_the_store_imports_without_zarr() -> None:
     code = (
         "import sys; sys.modules['zarr'] = None; import megatron_dagger.store.aggregated as a, tempfile;"
         "s = a.DataStore.create_or_open(tempfile.mkdtemp() + '/d.zarr'); assert s.rounds() == []"
@@ -40,9 +40,7 @@ def test_import_without_zarr() -> None:
 
 @settings(max_examples=8, deadline=None)
 @given(st.data())
-def test_whatever_is_appended_is_read_back_exactly(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_appended_episodes_are_read_back_exactly(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     store = DataStore.create_or_open(tmp_path_factory.mktemp("s") / "data.zarr")
     batches = data.draw(st.lists(st.lists(trajectories(round_index=2), max_size=3), min_size=1, max_size=3))
     expected: dict[tuple[str, int], Trajectory] = {}
@@ -58,9 +56,9 @@ def test_whatever_is_appended_is_read_back_exactly(
 
     def check(where: DataStore) -> None:
         assert where.committed(2) == set(expected)
-        found = list(where.episodes(2))
-        assert [(t.task_id, t.attempt) for t in found] == sorted(expected)
-        assert all(same_trajectory(t, expected[t.task_id, t.attempt]) for t in found)
+        episodes = list(where.episodes(2))
+        assert [(t.task_id, t.attempt) for t in episodes] == sorted(expected)
+        assert all(same_trajectory(t, expected[t.task_id, t.attempt]) for t in episodes)
         assert all(same_trajectory(where.read(2, key), expected[key]) for key in expected)
 
     check(store)
@@ -74,24 +72,24 @@ def test_whatever_is_appended_is_read_back_exactly(
     assert store.verify() == {2: len(expected)}
 
 
-def test_many_chunks_and_shards(store: DataStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_spans_many_chunks_and_shards(store: DataStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "DEFAULT_CHUNK_ROWS", 100)
     monkeypatch.setattr(segments, "CHUNK_ROWS", {})
     monkeypatch.setattr(segments, "CHUNKS_PER_SHARD", 3)
-    given_episodes = episodes_of(12)
-    store.append(given_episodes)
+    episodes = episodes_of(12)
+    store.append(episodes)
     store.seal(0)
     chunks = list((store.path / "rounds/0000/episodes/tokens/c").iterdir())
     assert len(chunks) > 4
     reader = segments.SealedEpisodes(store.path / "rounds/0000/episodes")
     assert len(reader.blocks(0, bytes_per_block=5000)) > 3
     monkeypatch.setattr(segments.SealedEpisodes.blocks, "__defaults__", (5000,))
-    found = list(DataStore.open(store.path).episodes(0))
-    assert all(same_trajectory(a, b) for a, b in zip(found, given_episodes, strict=True))
+    read = list(DataStore.open(store.path).episodes(0))
+    assert all(same_trajectory(a, b) for a, b in zip(read, episodes, strict=True))
     assert store.verify() == {0: 12}
 
 
-def test_any_zarr_reader_finds_compressed_shards(store: DataStore) -> None:
+def test_plain_zarr_reads_the_compressed_shards(store: DataStore) -> None:
     import zarr
 
     store.append(episodes_of(20, round_index=3))
@@ -113,21 +111,21 @@ def test_any_zarr_reader_finds_compressed_shards(store: DataStore) -> None:
 
 
 def test_content_does_not_depend_on_the_order_of_arrival(tmp_path: Path) -> None:
-    given_episodes = episodes_of(6)
-    one = DataStore.create_or_open(tmp_path / "one.zarr")
-    for trajectory in given_episodes:
-        one.append([trajectory])
+    episodes = episodes_of(6)
+    first = DataStore.create_or_open(tmp_path / "first.zarr")
+    for trajectory in episodes:
+        first.append([trajectory])
     other = DataStore.create_or_open(tmp_path / "other.zarr", writer="w7")
-    other.append(given_episodes[:2:-1])
-    other.append(given_episodes[2::-1])
-    assert one.seal(0) == other.seal(0)
-    assert one.digest() == other.digest()
-    for path in sorted((one.path / "rounds/0000/episodes").rglob("*")):
-        twin = other.path / path.relative_to(one.path)
+    other.append(episodes[:2:-1])
+    other.append(episodes[2::-1])
+    assert first.seal(0) == other.seal(0)
+    assert first.digest() == other.digest()
+    for path in sorted((first.path / "rounds/0000/episodes").rglob("*")):
+        twin = other.path / path.relative_to(first.path)
         assert path.is_dir() or path.read_bytes() == twin.read_bytes()
 
 
-def test_the_digest_covers_what_a_run_must_reproduce_and_no_more(tmp_path: Path) -> None:
+def test_the_digest_covers_exactly_what_a_run_must_reproduce(tmp_path: Path) -> None:
     from dataclasses import replace
 
     base = make_trajectory()
@@ -161,9 +159,9 @@ def test_the_digest_covers_what_a_run_must_reproduce_and_no_more(tmp_path: Path)
     ]
     expected = digest("base", base)
     assert [digest(f"same{i}", t) for i, t in enumerate(same)] == [expected] * len(same)
-    found = [digest(f"different{i}", t) for i, t in enumerate(different)]
-    assert expected not in found
-    assert len(set(found)) == len(found)
+    digests = [digest(f"different{i}", t) for i, t in enumerate(different)]
+    assert expected not in digests
+    assert len(set(digests)) == len(digests)
 
 
 def test_a_second_commit_of_an_episode_is_ignored(store: DataStore) -> None:
@@ -195,7 +193,7 @@ def test_a_sealed_round_is_read_only_and_sealing_again_changes_nothing(store: Da
     assert not (store.path / "rounds/0000/segments").exists()
 
 
-def test_rounds_are_apart(store: DataStore) -> None:
+def test_rounds_are_independent(store: DataStore) -> None:
     store.append(episodes_of(2, round_index=0) + episodes_of(3, round_index=5))
     assert store.rounds() == [0, 5]
     empty = store.digest()
@@ -209,19 +207,19 @@ def test_rounds_are_apart(store: DataStore) -> None:
     assert [len(store.committed(r)) for r in (0, 1, 5)] == [2, 0, 4]
 
 
-def test_a_reader_goes_on_when_the_round_is_sealed_meanwhile(store: DataStore) -> None:
+def test_a_reader_continues_when_the_round_is_sealed_meanwhile(store: DataStore) -> None:
     for trajectory in episodes_of(6):
         store.append([trajectory])
     reader = DataStore.open(store.path)
     iterator = reader.episodes(0)
-    found = [next(iterator), next(iterator)]
+    read = [next(iterator), next(iterator)]
     store.seal(0)
-    found += list(iterator)
-    assert all(same_trajectory(a, b) for a, b in zip(found, episodes_of(6), strict=True))
+    read += list(iterator)
+    assert all(same_trajectory(a, b) for a, b in zip(read, episodes_of(6), strict=True))
     assert same_trajectory(reader.read(0, ("task-004", 0)), episodes_of(6)[4])
 
 
-def test_mistakes_get_clear_errors(store: DataStore, tmp_path: Path) -> None:
+def test_errors_name_the_mistake(store: DataStore, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="round 4 has no committed episode"):
         store.seal(4)
     with pytest.raises(StoreError, match="no episode 'nobody'"):
@@ -267,7 +265,7 @@ def test_a_damaged_chunk_is_found_and_named(store: DataStore, damage: str) -> No
     shutil.rmtree(segment)
     kept.rename(segment)
     store.seal(0)
-    for name in segments.LAYOUT.keys() - columns.LATER:
+    for name in segments.LAYOUT.keys() - columns.OPTIONAL:
         [chunk] = [p for p in (store.path / "rounds/0000/episodes" / name / "c").rglob("*") if p.is_file()]
         content = chunk.read_bytes()
         DAMAGES[damage](chunk)
@@ -304,9 +302,9 @@ def test_verify_finds_valid_chunks_with_other_content(store: DataStore) -> None:
         store.verify()
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_the_teachers_log_probs_are_kept_and_a_store_without_them_is_as_it_always_was(tmp_path, asked):
-    turn = replace(make_turn([1, 2], [3]), teacher_logprobs=np.float32([-0.5, -1.5]) if asked else None)
+@pytest.mark.parametrize("scored", [False, True])
+def test_teacher_log_probs_are_stored_and_without_them_the_format_is_unchanged(tmp_path, scored):
+    turn = replace(make_turn([1, 2], [3]), teacher_logprobs=np.float32([-0.5, -1.5]) if scored else None)
     episodes = [make_trajectory("a", turns=(turn,)), make_trajectory("b")]
     store = DataStore.create_or_open(tmp_path / "data.zarr")
     for episode in episodes:
@@ -314,9 +312,9 @@ def test_the_teachers_log_probs_are_kept_and_a_store_without_them_is_as_it_alway
     for stage in ("open", "sealed"):
         assert all(map(same_trajectory, store.episodes(0), episodes)), stage
         digest = store.seal(0).digest
-    assert (tmp_path / "data.zarr/rounds/0000/episodes/teacher_logprobs").is_dir() is asked
+    assert (tmp_path / "data.zarr/rounds/0000/episodes/teacher_logprobs").is_dir() is scored
     assert store.verify() == {0: 2}
-    assert digest == sealed_digest_of(tmp_path / "other", episodes), "which does not cover them"
+    assert digest == sealed_digest_of(tmp_path / "other", episodes), "the digest does not cover them"
 
 
 def sealed_digest_of(path, episodes):

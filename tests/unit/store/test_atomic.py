@@ -1,4 +1,4 @@
-"""Files are wholly there or not there."""
+"""Files and directories appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_dagger.store.atomic import (
 )
 
 
-def test_round_trip_and_missing_directories(tmp_path: Path) -> None:
+def test_json_round_trips_and_missing_directories_are_created(tmp_path: Path) -> None:
     value = {"a": [1, 2.5, None, "é\ud800"], "b": {"c": True}}
     write_json(tmp_path / "x" / "y" / "v.json", value)
     assert read_json(tmp_path / "x" / "y" / "v.json") == value
@@ -93,10 +93,10 @@ print("full after", len(kept))
 """
 
 
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
     mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("needs unshare and leave to mount a small file system in a namespace of its own")
+        pytest.skip("needs unshare and permission to mount a small file system in a namespace of its own")
     command = f'{mount} && exec "{sys.executable}" -c "$SCRIPT" {tmp_path}'
     environment = {**os.environ, "SCRIPT": FULL_DISK, "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
@@ -106,7 +106,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     assert done.stdout.startswith("full after")
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_are_not_reported_as_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError) as caught:
         write_bytes(tmp_path / "file" / "below", b"")
@@ -114,7 +114,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}])
-def test_what_is_no_json_is_refused_before_anything_is_written(tmp_path: Path, value: object) -> None:
+def test_a_value_that_is_not_json_is_refused_before_anything_is_written(tmp_path: Path, value: object) -> None:
     with pytest.raises(ValueError, match=r"v\.json"):
         write_json(tmp_path / "v.json", {"v": value})
     assert os.listdir(tmp_path) == []
@@ -122,7 +122,7 @@ def test_what_is_no_json_is_refused_before_anything_is_written(tmp_path: Path, v
 
 @pytest.mark.parametrize(("content", "message"), [(None, "no such file"), (b'{"a": ', "not valid JSON"),
                                                   (b"\xff\xfe", "not valid JSON")])  # fmt: skip
-def test_reading_what_is_not_there_or_broken(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_reading_a_missing_or_damaged_file_names_it(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "collect.json"
     if content is not None:
         path.write_bytes(content)
@@ -130,7 +130,7 @@ def test_reading_what_is_not_there_or_broken(tmp_path: Path, content: bytes | No
         read_json(path)
 
 
-def test_a_directory_is_published_once_and_removed_at_once(tmp_path: Path) -> None:
+def test_a_directory_is_published_once_and_removed_atomically(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "content").write_text(name)

@@ -1,4 +1,4 @@
-"""Episodes to columns and back."""
+"""Episodes as columns: encoding, joining and cutting lose nothing."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.support.trajectories import make_trajectory, make_turn, same_trajecto
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(trajectories(), max_size=4))
-def test_joined_and_cut_and_decoded_exactly(given_episodes: list[Trajectory]) -> None:
-    joined = c.join([encode(t) for t in given_episodes])
-    assert c.keys(joined) == [(t.task_id, t.attempt) for t in given_episodes]
-    for index, trajectory in enumerate(given_episodes):
+def test_join_cut_and_decode_return_the_same_episodes(episodes: list[Trajectory]) -> None:
+    joined = c.join([encode(t) for t in episodes])
+    assert c.keys(joined) == [(t.task_id, t.attempt) for t in episodes]
+    for index, trajectory in enumerate(episodes):
         assert same_trajectory(decode(joined, index), trajectory)
         assert same_trajectory(decode(c.cut(joined, index), 0), trajectory)
     again = c.join([c.cut(joined, i) for i in range(len(joined))])
@@ -33,7 +33,7 @@ def test_the_token_stream_is_the_concatenation_of_prompts_and_actions() -> None:
     stream = np.concatenate([part for t in trajectory.turns for part in (t.prompt_tokens, t.action.tokens)])
     assert columns.tokens.tolist() == stream.tolist()
     assert np.isnan(columns.logprobs).tolist() == [True, True, False, False, True, True, False]
-    assert columns.label_tokens.tolist() == [5, 6, 8, 9]  # apart, though the first two were executed
+    assert columns.label_tokens.tolist() == [5, 6, 8, 9]  # stored separately, although the first two were executed
 
 
 @pytest.mark.parametrize("reason", [r for r in StopReason if not r.is_clean])
@@ -42,7 +42,7 @@ def test_a_broken_episode_is_refused(reason: StopReason) -> None:
         encode(make_trajectory(stop_reason=reason))
 
 
-def test_every_clean_stop_reason_has_a_code() -> None:
+def test_every_clean_stop_reason_and_every_policy_has_a_code() -> None:
     assert set(c.STOP_REASONS) == {reason for reason in StopReason if reason.is_clean}
     assert set(c.ACTED_BY) == set(ActedBy)
 
@@ -62,7 +62,7 @@ def _turn(tokens: np.ndarray, logprobs: np.ndarray | None = None) -> Turn:
         (_turn(np.array([1, 2], np.int32), np.zeros(3, np.float32)), "2 tokens but log-probs"),
     ],
 )
-def test_wrong_arrays_are_named(turn: Turn, message: str) -> None:
+def test_wrong_arrays_are_refused_by_name(turn: Turn, message: str) -> None:
     with pytest.raises(StoreError, match=rf"'bad'.*turn 1: .*{message}"):
         encode(make_trajectory("bad", turns=(make_turn([1]), turn)))
 
@@ -70,7 +70,3 @@ def test_wrong_arrays_are_named(turn: Turn, message: str) -> None:
 def test_details_must_be_json() -> None:
     with pytest.raises(StoreError, match=r"'task-0'.*details"):
         encode(make_trajectory(details={"x": {1, 2}}))
-
-
-def test_every_clean_stop_reason_can_be_stored():
-    assert set(c.STOP_REASONS) == {reason for reason in StopReason if reason.is_clean}

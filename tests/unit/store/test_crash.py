@@ -1,8 +1,8 @@
-"""``kill -9`` at every change of the file system that a commit and a seal make.
+"""``kill -9`` at every file-system change of a commit and of a seal.
 
-A child process counts its own file-system changes (an audit hook sees each of them just before it
-happens) and kills itself with SIGKILL at the n-th. After each death the store must read as before or
-as after, and the same operation again must give the same digest.
+A child process counts its own file-system changes (an audit hook is called just before each) and kills itself with
+SIGKILL at the n-th. Afterwards the store must read as before the operation or as after it, and repeating the operation
+must give the same digest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 HARNESS = """
 import json, os, shutil, signal, sys, traceback
 from pathlib import Path
-import zarr, zarr.codecs, zarr.storage  # imported once; its threads start only in the children
+import zarr, zarr.codecs, zarr.storage  # imported once; zarr's threads start only in the children
 from megatron_dagger.store.aggregated import DataStore
 from tests.support.trajectories import random_trajectory
 
@@ -83,12 +83,12 @@ def check():
     assert operation == "commit" or len(names) == 3
     state = "sealed" if opened.manifest(0) else f"{len(names)} committed"
     opened.verify()
-    act()  # the same command again
+    act()  # the same operation again
     opened = DataStore.open(store)
     manifest = opened.seal(0)
     assert opened.verify() == {0: manifest.episodes}
-    left = sorted(p.name for p in (store / "rounds/0000").iterdir())
-    assert left == [".lock", "episodes", "zarr.json"], left
+    names = sorted(p.name for p in (store / "rounds/0000").iterdir())
+    assert names == [".lock", "episodes", "zarr.json"], names
     (root / "state.json").write_text(json.dumps([state, manifest.digest]))
 
 
@@ -105,7 +105,7 @@ assert in_child(build) == 0
 store.rename(template)
 undisturbed = attempt(0)
 changes = json.loads((root / "changes.json").read_text())
-# inside the new arrays, which nothing refers to yet, every seventh change is enough
+# inside the new arrays, which nothing refers to yet, every seventh change suffices
 points = [n for n, path in enumerate(changes, 1) if "/.tmp-episodes" not in path or n % 7 == 0]
 print(json.dumps([*map(attempt, points), undisturbed]))
 """
@@ -115,7 +115,9 @@ print(json.dumps([*map(attempt, points), undisturbed]))
     ("operation", "before", "after"),
     [("commit", "3 committed", "4 committed"), ("seal", "3 committed", "sealed")],
 )
-def test_killed_at_every_change(tmp_path: Path, operation: str, before: str, after: str) -> None:
+def test_a_process_killed_at_any_change_leaves_the_old_or_the_new_state(
+    tmp_path: Path, operation: str, before: str, after: str
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", HARNESS, str(tmp_path), operation],
         capture_output=True,
@@ -124,15 +126,15 @@ def test_killed_at_every_change(tmp_path: Path, operation: str, before: str, aft
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    states = [state for state, _ in found]
-    assert len({digest for _, digest in found}) == 1
-    assert len(found) > 8  # the hook saw the changes
-    # the old state up to the commit point, the new one from there on
+    results = json.loads(done.stdout)
+    states = [state for state, _ in results]
+    assert len({digest for _, digest in results}) == 1
+    assert len(results) > 8  # the hook saw the changes
+    # the old state before the commit point, the new state after it
     assert states == [before] * states.count(before) + [after] * states.count(after)
     assert states.count(before) > 4
     assert states[-1] == after
-    assert states.count(after) >= (1 if operation == "commit" else 10)  # a seal cleans up after it
+    assert states.count(after) >= (1 if operation == "commit" else 10)  # a seal cleans up after its commit point
 
 
 WRITER = """
@@ -171,7 +173,7 @@ def test_several_writers_at_once_commit_every_episode_once(tmp_path: Path) -> No
     assert store.verify() == {0: count}
 
 
-def test_a_writer_killed_at_work_loses_nothing_it_had_confirmed(tmp_path: Path) -> None:
+def test_a_killed_writer_loses_no_confirmed_episode(tmp_path: Path) -> None:
     path = tmp_path / "data.zarr"
     other = start_writer(path, "other", list(range(100, 108)))
     victim = start_writer(path, "victim", list(range(40)))
@@ -182,12 +184,12 @@ def test_a_writer_killed_at_work_loses_nothing_it_had_confirmed(tmp_path: Path) 
     confirmed += victim.stdout.read().split()
     assert victim.wait(timeout=30) == -signal.SIGKILL
     victim.stdout.close()
-    theirs = [line for line in other.communicate(timeout=60)[0].split() if line != "ready"]
-    assert other.returncode == 0  # the dead writer's lock is no obstacle
+    others = [line for line in other.communicate(timeout=60)[0].split() if line != "ready"]
+    assert other.returncode == 0  # the dead writer's lock does not block it
     store = DataStore.open(path)
     names = {task_id for task_id, _ in store.committed(0)}
-    assert set(confirmed) | set(theirs) <= names
-    assert len(names) <= len(confirmed) + len(theirs) + 1  # at most the commit it was in
+    assert set(confirmed) | set(others) <= names
+    assert len(names) <= len(confirmed) + len(others) + 1  # at most the commit that was interrupted
     again = start_writer(path, "victim", list(range(40)))
     again.communicate(timeout=120)
     store.seal(0)

@@ -1,4 +1,4 @@
-"""The lock between processes."""
+"""Locks between processes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megatron_dagger.store.errors import StoreError
 from megatron_dagger.store.lock import exclusive
 
 
-def test_one_at_a_time(tmp_path: Path) -> None:
-    inside, most = 0, 0
+def test_only_one_thread_holds_the_lock(tmp_path: Path) -> None:
+    inside, peak = 0, 0
 
     def work() -> None:
-        nonlocal inside, most
+        nonlocal inside, peak
         for _ in range(5):
             with exclusive(tmp_path / "lock"):
                 inside += 1
-                most = max(most, inside)
+                peak = max(peak, inside)
                 time.sleep(0.001)
                 inside -= 1
 
@@ -32,10 +32,10 @@ def test_one_at_a_time(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join(timeout=30)
-    assert most == 1
+    assert peak == 1
 
 
-def test_the_deadline_names_the_holder_and_a_dead_holder_holds_nothing(tmp_path: Path) -> None:
+def test_the_timeout_names_the_holder_and_a_dead_holder_frees_the_lock(tmp_path: Path) -> None:
     code = (
         "import sys, time; from megatron_dagger.store.lock import exclusive\n"
         "with exclusive(sys.argv[1]): print('held', flush=True); time.sleep(60)"

@@ -1,4 +1,4 @@
-"""Every tool says what it does, wherever it is called from and with nothing set up for it."""
+"""Every tool explains itself with --help, from the repository root and without any other set-up."""
 
 import os
 import subprocess
@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
-SIGNS = ("--help", "ArgumentParser(")
-WITH_HELP = sorted(tool for tool in TOOLS.rglob("*.py") if any(sign in tool.read_text() for sign in SIGNS))
+ROOT = Path(__file__).resolve().parents[3]
+PROGRAMS = [ROOT / "tools" / name for name in ("quickstart", "setup")]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "tools").rglob("*.py")
+    if "ArgumentParser(" in path.read_text()
+)
+COMMANDS = {path.name: [str(path)] for path in PROGRAMS} | {name: ["-m", name] for name in MODULES}
 
 
-@pytest.mark.parametrize("tool", WITH_HELP, ids=lambda tool: tool.name)
-def test_help(tool, tmp_path):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name):
     done = subprocess.run(
-        [sys.executable, str(tool), "--help"],
-        cwd=tmp_path, env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        [sys.executable, *COMMANDS[name], "--help"],
+        cwd=ROOT, env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The set-up's decisions: what pip's settings mean for uv, which Python it takes, what its errors say."""
+"""The set-up's decisions: pip's settings for uv, the choice of Python, error messages, the lock."""
 
 import os
 import subprocess
@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+from tools.setup_parts import installers, steps, system
 
-from setup_parts import installers, steps, system  # noqa: E402
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
 def pip_config(tmp_path, monkeypatch):
-    """A machine whose only pip settings are those of the returned file."""
+    """The path of a file that holds the only pip settings of this test."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     path = tmp_path / "pip.conf"
@@ -25,7 +24,7 @@ def pip_config(tmp_path, monkeypatch):
     return path
 
 
-def test_pip_settings_are_read_and_the_environment_is_strongest(pip_config, monkeypatch):
+def test_pip_settings_are_read_and_the_environment_overrides_files(pip_config, monkeypatch):
     pip_config.write_text(
         "[global]\nindex-url = https://a.example/simple\nfind-links =\n    /one\n    /two\n"
         "[install]\nextra-index-url = https://b.example/simple\n"
@@ -37,7 +36,7 @@ def test_pip_settings_are_read_and_the_environment_is_strongest(pip_config, monk
     assert settings["extra-index-url"] == ["https://b.example/simple"]
 
 
-def test_uv_is_told_what_pip_is_configured_with():
+def test_uv_gets_pips_settings():
     settings = {
         "index-url": ["https://a.example/simple"],
         "extra-index-url": ["https://b.example/simple"],
@@ -76,10 +75,10 @@ def test_uvs_own_settings_are_not_overridden():
         ),
         ("dns error: failed to lookup address information", "index cannot be reached"),
         ("NewConnectionError: Temporary failure in name resolution", "index cannot be reached"),
-        ("something nobody has seen", "whole output is in"),
+        ("an unknown error", "whole output is in"),
     ],
 )
-def test_a_failed_step_shows_its_output_and_the_way_out(output, hint, tmp_path, monkeypatch):
+def test_a_failed_step_shows_its_output_and_a_hint(output, hint, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "LOG", tmp_path / "log")
     with pytest.raises(steps.SetupError, match="the step: failed") as caught:
         steps.run("the step", [sys.executable, "-c", f"import sys; sys.exit({output!r})"])
@@ -87,7 +86,7 @@ def test_a_failed_step_shows_its_output_and_the_way_out(output, hint, tmp_path, 
     assert hint in str(caught.value)
 
 
-def test_a_wrong_python_is_named_with_the_way_out(tmp_path):
+def test_an_unsuitable_python_is_named_with_a_hint(tmp_path):
     wrong = tmp_path / "python"
     wrong.write_text("#!/bin/sh\necho 3 9\necho $0\n")
     wrong.chmod(0o755)
@@ -97,21 +96,21 @@ def test_a_wrong_python_is_named_with_the_way_out(tmp_path):
         system.find_python("/nowhere/python")
 
 
-def test_too_little_room_is_an_error_with_numbers():
-    system.check_room(0.0)
+def test_too_little_disk_space_is_an_error_with_numbers():
+    system.check_disk(0.0)
     with pytest.raises(steps.SetupError, match=r"GB are free .* 10000000\.0 GB are needed"):
-        system.check_room(1e7)
+        system.check_disk(1e7)
 
 
-def test_two_at_once_wait_for_each_other(tmp_path, monkeypatch):
-    """The second one gets the lock only after the first gave it back, and says for whom it waits."""
+def test_a_second_set_up_waits_for_the_first(tmp_path, monkeypatch):
+    """The second gets the lock only after the first has released it, and names the process it waits for."""
     code = (
-        "import sys; from pathlib import Path; from setup_parts import steps\n"
+        "import sys; from pathlib import Path; from tools.setup_parts import steps\n"
         f"steps.CACHE = Path({str(tmp_path)!r})\n"
         "with steps.lock(): print('held', flush=True); sys.stdin.readline()\n"
     )
     command = [sys.executable, "-c", code]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT / "tools"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
     with subprocess.Popen(command, **pipes) as first:
         assert first.stdout.readline() == "held\n"
         with subprocess.Popen(command, **pipes) as second:

@@ -1,4 +1,4 @@
-"""Attention by block mask: the mask against the definition, place by place, and the output against TreeAttention's."""
+"""FlexAttention over trees: its block mask against the definition, its output against TreeAttention's."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_mask
 from megatron_dagger.training import flex_attention
 from megatron_dagger.training.data.packing import pack
 from megatron_dagger.training.flex_attention import BLOCK, TreeFlexAttention, block_mask, blocks
-from megatron_dagger.training.local_modules import TreeAttention, tree_params
+from megatron_dagger.training.tree_attention import TreeAttention, tree_params
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 HEADS, GROUPS, SIZE, LENGTH = 4, 2, 16, 12 * BLOCK
@@ -20,15 +20,15 @@ CPU = torch.device("cpu")
 
 
 def row(seed):
-    """Two long episodes with branches of all lengths, one short one, and padding."""
+    """Return a row of two long episodes with branches of all lengths, a short one, and padding."""
     rng = np.random.default_rng(seed)
-    made = []
+    episodes = []
     for length in (700, 300, 20):
         tokens = rng.integers(0, 9, length).astype(np.int32)
         positions = np.sort(rng.choice(np.arange(1, length), 3, replace=False))
         labels = [StateLabel(position=int(p), tokens=rng.integers(10, 19, rng.integers(1, 70))) for p in positions]
-        made.append(LabelledEpisode(tokens=tokens, labels=(*labels, StateLabel(position=4, tokens=tokens[4:]))))
-    return pack(made, LENGTH).row(0)
+        episodes.append(LabelledEpisode(tokens=tokens, labels=(*labels, StateLabel(position=4, tokens=tokens[4:]))))
+    return pack(episodes, LENGTH).row(0)
 
 
 def visible(packed):
@@ -39,7 +39,7 @@ def visible(packed):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_blocks_are_left_out_or_whole_exactly_where_the_places_say_so(seed):
+def test_blocks_are_skipped_or_full_as_the_row_says(seed):
     packed = row(seed)
     sees = visible(packed)
     tiles = sees.reshape(LENGTH // BLOCK, BLOCK, LENGTH // BLOCK, BLOCK)
@@ -53,21 +53,21 @@ def test_blocks_are_left_out_or_whole_exactly_where_the_places_say_so(seed):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_the_output_is_that_of_attention_run_by_run(seed):
+def test_the_output_equals_that_of_attention_run_by_run(seed):
     packed = row(seed)
     params = tree_params(packed, CPU)
     params.block_mask = block_mask(packed, CPU)
     generator = torch.Generator().manual_seed(seed)
     inputs = [torch.randn(LENGTH, 1, n, SIZE, generator=generator) for n in (HEADS, GROUPS, GROUPS)]
-    ours, theirs = (
+    output, expected = (
         kind(SimpleNamespace(kv_channels=SIZE), 1, None, "self")(*inputs, packed_seq_params=params)
         for kind in (TreeFlexAttention, TreeAttention)
     )
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_of_many_lengths_are_compiled_a_few_times(monkeypatch):
-    """By Dynamo, and then computed as it is: a GPU's kernels are not made here, but as often."""
+    """Count Dynamo's compilations with an eager backend; a GPU's kernels would be compiled as often."""
     counter = CompileCounterWithBackend("eager")
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
@@ -82,9 +82,9 @@ def test_rows_of_many_lengths_are_compiled_a_few_times(monkeypatch):
         params = tree_params(packed := pack([LabelledEpisode(tokens=tokens, labels=labels)], length).row(0), CPU)
         params.block_mask = block_mask(packed, CPU)
         inputs = [torch.randn(length, 1, heads, SIZE) for heads in (HEADS, GROUPS, GROUPS)]
-        ours, theirs = (
+        output, expected = (
             kind(SimpleNamespace(kv_channels=SIZE), 1, None, "self")(*inputs, packed_seq_params=params)
             for kind in (TreeFlexAttention, TreeAttention)
         )
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
     assert counter.frame_count <= 3, "a row's length must not be compiled in"

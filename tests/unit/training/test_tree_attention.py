@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from megatron_dagger.training.data.packing import pack
-from megatron_dagger.training.local_modules import TreeAttention, tree_params
+from megatron_dagger.training.tree_attention import TreeAttention, tree_params
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 
 
 def row(seed, length=96):
-    """A packed row of a few episodes with branches of many lengths, and padding."""
+    """Return a packed row of a few episodes with branches of many lengths, and padding."""
     rng = np.random.default_rng(seed)
-    made = []
+    episodes = []
     for _ in range(4):
         tokens = rng.integers(0, 9, rng.integers(8, 22)).astype(np.int32)
         positions = np.sort(rng.choice(np.arange(1, len(tokens)), rng.integers(1, 4), replace=False))
@@ -25,12 +25,12 @@ def row(seed, length=96):
             StateLabel(position=int(p), tokens=rng.integers(10, 19, rng.integers(1, 6)).astype(np.int32))
             for p in positions
         ]
-        made.append(LabelledEpisode(tokens=tokens, labels=(*labels, StateLabel(position=4, tokens=tokens[4:6]))))
-    return pack(made, length).row(0)
+        episodes.append(LabelledEpisode(tokens=tokens, labels=(*labels, StateLabel(position=4, tokens=tokens[4:6]))))
+    return pack(episodes, length).row(0)
 
 
 def plainly(packed, query, key, value):
-    """Each place's own softmax over the places it sees."""
+    """Return each place's own softmax over the places that it attends to."""
     out = torch.zeros_like(query)
     starts = np.repeat(packed.trees[:-1], np.diff(packed.trees))
     for place in range(query.size(0)):
@@ -43,29 +43,29 @@ def plainly(packed, query, key, value):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_output_and_gradients_are_those_of_the_plain_computation(seed):
+def test_output_and_gradients_equal_those_of_the_plain_computation(seed):
     packed = row(seed)
     assert packed.prefix_stops.any(), "there are branches"
     generator = torch.Generator().manual_seed(seed)
     inputs = [torch.randn(96, 1, n, SIZE, generator=generator, dtype=torch.float64) for n in (HEADS, GROUPS, GROUPS)]
     attention = TreeAttention(SimpleNamespace(kv_channels=SIZE), 1, None, "self")
-    ours = [x.clone().requires_grad_() for x in inputs]
-    theirs = [x.clone().requires_grad_() for x in inputs]
-    a = attention(*ours, packed_seq_params=tree_params(packed, torch.device("cpu")))
-    b = plainly(packed, *theirs)
+    inputs_of_trees = [x.clone().requires_grad_() for x in inputs]
+    inputs_of_plain = [x.clone().requires_grad_() for x in inputs]
+    a = attention(*inputs_of_trees, packed_seq_params=tree_params(packed, torch.device("cpu")))
+    b = plainly(packed, *inputs_of_plain)
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     weights = torch.randn(a.shape, generator=generator, dtype=torch.float64)
     for result in (a, b):
         (result * weights).sum().backward()
-    for x, y in zip(ours, theirs, strict=True):
+    for x, y in zip(inputs_of_trees, inputs_of_plain, strict=True):
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(("seen", "own"), [(0, 1), (0, 3), (5, 1), (4, 3)])
-def test_a_branch_sees_its_prefix_and_itself_so_far(seen, own):
+def test_a_branch_attends_to_its_prefix_and_causally_to_itself(seen, own):
     params = tree_params(row(0), torch.device("cpu"))
     mask = params.mask(seen, own, torch.float32)
-    in_order = [*range(own, own + seen), *reversed(range(own))]  # the branch's own keys come first, turned round
+    in_order = [*range(own, own + seen), *reversed(range(own))]  # the branch's own keys come first, reversed
     visible = np.tril(np.ones((own, own + seen)), seen).astype(bool)
     assert np.array_equal(mask[:, in_order].numpy(), np.where(visible, 0, -np.inf))
 
@@ -78,7 +78,7 @@ def test_a_label_on_the_first_token_is_a_branch_without_a_prefix():
     assert (tree.trunk, tree.branches) == (5, ((0, 2), (5, 2)))
 
 
-def test_positions_go_on_from_the_prefix():
+def test_positions_continue_from_the_prefix():
     tokens = np.arange(20, dtype=np.int32)
     label = StateLabel(position=12, tokens=np.array([30, 31, 32], np.int32))
     packed = pack([LabelledEpisode(tokens=tokens, labels=(label,))], 32).row(0)

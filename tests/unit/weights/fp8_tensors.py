@@ -1,4 +1,4 @@
-"""Canonical tensors as in a published FP8 checkpoint, each quantised whole, and the way back."""
+"""Canonical tensors as in a published FP8 checkpoint, each quantised whole, and their dequantisation."""
 
 import torch
 
@@ -7,23 +7,23 @@ from megatron_dagger.weights.quantise import quantise_matrix
 
 
 def quantised(model, tensors):
-    """``tensors`` (name, tensor) with those of linear layers as e4m3, and their scales beside them."""
-    names, found = scales_shapes(model), {}
+    """``tensors`` (name, tensor) with those of linear layers in e4m3, followed by their scales."""
+    names, result = scales_shapes(model), {}
     for name, tensor in tensors:
-        found[name] = tensor
+        result[name] = tensor
         if scales_name(name) in names:
-            found[name], found[scales_name(name)] = quantise_matrix(tensor)
-    return found
+            result[name], result[scales_name(name)] = quantise_matrix(tensor)
+    return result
 
 
 def dequantised(values, scales):
-    """A matrix in float32 out of its values and the scales of its blocks."""
+    """The matrix in float32 with these values and blocks' scales."""
     rows, columns = (torch.arange(extent) // 128 for extent in values.shape)
     return values.float() * scales[rows][:, columns]
 
 
-def taken_back(tensors):
-    """``quantised`` tensors without their scales, in float32 where they were quantised."""
+def without_scales(tensors):
+    """``quantised`` tensors without their scales, dequantised to float32."""
     return {
         name: dequantised(tensor, tensors[scales_name(name)]) if scales_name(name) in tensors else tensor
         for name, tensor in tensors.items()

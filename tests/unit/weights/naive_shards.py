@@ -1,17 +1,17 @@
-"""What Megatron's and vLLM's ranks hold, worked out the long way: loops over heads, rows and ranks.
+"""The tensors of Megatron's and vLLM's ranks, computed naively: loops over heads, rows and ranks.
 
-Written from the two libraries' sources and without the package's own geometry, to check it against.
+Written from the two libraries' sources without the package's own geometry, which is checked against it.
 """
 
 import math
 
 import numpy as np
 
-PADDING = -1  # Megatron's padding rows; they must arrive nowhere
+PADDING = -1  # in Megatron's padding rows, which must not be transferred
 
 
 def canonical_tensors(model, names, seed=0):
-    """Random canonical tensors, no element PADDING or zero."""
+    """Random canonical tensors without PADDING and zeros."""
     generator = np.random.default_rng(seed)
     return {name: generator.integers(1, 2**31, size=shape, dtype=np.int32) for name, shape in names.items()}
 
@@ -64,25 +64,25 @@ def _dense_rank(model, tensors, stage, layers, t, source, *, last):
         elif source.pipeline_model_parallel_size > 1:
             held["output_layer.weight"] = _rows(embedding, t, tp)
     for layer in layers:
-        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        attention, norm = theirs + "self_attn.", "self_attention.linear_qkv.layer_norm_weight"
-        held[ours + norm] = tensors[theirs + "input_layernorm.weight"]
+        mcore, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        attention, norm = hf + "self_attn.", "self_attention.linear_qkv.layer_norm_weight"
+        held[mcore + norm] = tensors[hf + "input_layernorm.weight"]
         for end in ("weight", "bias"):
             if attention + "q_proj." + end in tensors:
-                held[ours + "self_attention.linear_qkv." + end] = _qkv(model, tensors, attention, end, t, tp)
+                held[mcore + "self_attention.linear_qkv." + end] = _qkv(model, tensors, attention, end, t, tp)
         for letter in "qk":
             if attention + letter + "_norm.weight" in tensors:
-                held[f"{ours}self_attention.{letter}_layernorm.weight"] = tensors[f"{attention}{letter}_norm.weight"]
-        held[ours + "self_attention.linear_proj.weight"] = _columns(tensors[attention + "o_proj.weight"], t, tp)
-        norm = tensors[theirs + "post_attention_layernorm.weight"]
+                held[f"{mcore}self_attention.{letter}_layernorm.weight"] = tensors[f"{attention}{letter}_norm.weight"]
+        held[mcore + "self_attention.linear_proj.weight"] = _columns(tensors[attention + "o_proj.weight"], t, tp)
+        norm = tensors[hf + "post_attention_layernorm.weight"]
         if model.family == "qwen3_moe":
-            held[ours + "pre_mlp_layernorm.weight"] = norm
-            held[ours + "mlp.router.weight"] = tensors[theirs + "mlp.gate.weight"]
+            held[mcore + "pre_mlp_layernorm.weight"] = norm
+            held[mcore + "mlp.router.weight"] = tensors[hf + "mlp.gate.weight"]
             continue
-        held[ours + "mlp.linear_fc1.layer_norm_weight"] = norm
-        gate, up = (tensors[f"{theirs}mlp.{name}_proj.weight"] for name in ("gate", "up"))
-        held[ours + "mlp.linear_fc1.weight"] = np.concatenate([_rows(gate, t, tp), _rows(up, t, tp)])
-        held[ours + "mlp.linear_fc2.weight"] = _columns(tensors[theirs + "mlp.down_proj.weight"], t, tp)
+        held[mcore + "mlp.linear_fc1.layer_norm_weight"] = norm
+        gate, up = (tensors[f"{hf}mlp.{name}_proj.weight"] for name in ("gate", "up"))
+        held[mcore + "mlp.linear_fc1.weight"] = np.concatenate([_rows(gate, t, tp), _rows(up, t, tp)])
+        held[mcore + "mlp.linear_fc2.weight"] = _columns(tensors[hf + "mlp.down_proj.weight"], t, tp)
     return held
 
 

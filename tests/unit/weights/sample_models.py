@@ -1,4 +1,4 @@
-"""Small models of every family and layouts of both ends, for the tests of the weight map, plan and digests."""
+"""Small models of every family and layouts of both sides, for the tests of the weight maps, plans and digests."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,15 +7,15 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from megatron_dagger.config import ModelConfig
+from megatron_dagger.config import ModelConfig, families
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
 
 VOCAB, PADDED = 130, 144  # vLLM pads to 192
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = tuple(families.FAMILIES)
 
 
 def sample_model(family: str, **settings: Any) -> ModelConfig:
-    """A small model; the hidden size is the heads' unless ``settings`` say otherwise."""
+    """A small model. By default the hidden size is heads x head size."""
     heads, head = settings.setdefault("num_attention_heads", 4), settings.setdefault("kv_channels", 2)
     defaults: dict[str, Any] = {"family": family, "hidden_size": heads * head, "num_layers": 2, "vocab_size": 70}
     if family == "qwen3_moe":
@@ -70,7 +70,7 @@ def sources(groups: int, experts: bool) -> Iterator[SourceLayout]:
 
 
 def targets(groups: int, experts: bool) -> Iterator[TargetLayout]:
-    """All layouts of the engine in the matrix: one rank, one for each KV head, and more than those."""
+    """All layouts of the engine in the matrix: a single rank, a rank per KV head, and more ranks than KV heads."""
     for tp in sorted({1, groups, 2 * groups}):
         yield TargetLayout(tensor_parallel_size=tp)
         yield TargetLayout(tensor_parallel_size=tp, replicas=3, enable_expert_parallel=experts)

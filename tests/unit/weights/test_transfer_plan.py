@@ -1,4 +1,4 @@
-"""The plan, carried out on small arrays and compared with what each end holds, worked out naively."""
+"""Plans carried out on small arrays, compared with the naively computed shards of both sides."""
 
 import itertools
 import time
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_dagger.config import ConfigError, ModelConfig
 from megatron_dagger.weights import families
-from megatron_dagger.weights.blocks import Cut
+from megatron_dagger.weights.blocks import ShardDim
 from megatron_dagger.weights.layouts import SourceLayout, TargetLayout
 from megatron_dagger.weights.transfer_plan import plan
 from tests.unit.weights.naive_shards import canonical_tensors, megatron_ranks, vllm_ranks
@@ -21,26 +21,27 @@ MOE = {"num_moe_experts": 24, "moe_ffn_hidden_size": 24}
 ITEMSIZE = 4
 
 
-def check(model, source, target, held, wanted):
-    """Carry the plan out on what the source ranks have ``held``, and compare with what is ``wanted``."""
+def check(model, source, target, held, expected):
+    """Carry the plan out on the source ranks' ``held`` tensors, and compare with the ``expected`` parameters."""
     result = plan(model, source, target)
-    assert (source.world_size, target.world_size) == (len(held), len(wanted))
-    got = [{name: np.full(array.shape, -2, array.dtype) for name, array in rank.items()} for rank in wanted]
-    writes = [{name: np.zeros(array.shape, np.int8) for name, array in rank.items()} for rank in wanted]
+    assert (source.world_size, target.world_size) == (len(held), len(expected))
+    received = [{name: np.full(array.shape, -2, array.dtype) for name, array in rank.items()} for rank in expected]
+    writes = [{name: np.zeros(array.shape, np.int8) for name, array in rank.items()} for rank in expected]
     for copy in result.copies:
         block = held[copy.source_rank][copy.source_tensor][copy.source.slices]
         assert block.shape == copy.source.shape == copy.target.shape
-        got[copy.target_rank][copy.target_parameter][copy.target.slices] = block
+        received[copy.target_rank][copy.target_parameter][copy.target.slices] = block
         writes[copy.target_rank][copy.target_parameter][copy.target.slices] += 1
     for fill in result.fills:
-        got[fill.target_rank][fill.target_parameter][fill.target.slices] = 0
+        received[fill.target_rank][fill.target_parameter][fill.target.slices] = 0
         writes[fill.target_rank][fill.target_parameter][fill.target.slices] += 1
-    for rank, parameters in enumerate(wanted):
+    for rank, parameters in enumerate(expected):
         for name, array in parameters.items():
             assert (writes[rank][name] == 1).all(), (rank, name)
-            assert np.array_equal(got[rank][name], array), (rank, name)
-    least = sum(np.count_nonzero(array) for rank in wanted for array in rank.values()) * ITEMSIZE  # only padding is 0
-    assert result.bytes_moved(ITEMSIZE) == result.minimum_bytes(ITEMSIZE) == least
+            assert np.array_equal(received[rank][name], array), (rank, name)
+    # only padding is 0
+    minimum = sum(np.count_nonzero(array) for rank in expected for array in rank.values()) * ITEMSIZE
+    assert result.bytes_moved(ITEMSIZE) == result.minimum_bytes(ITEMSIZE) == minimum
     return result
 
 
@@ -60,11 +61,11 @@ def test_every_element_is_written_once_over_the_whole_matrix(family, groups, tie
         **(MOE if experts else {}),
     )
     tensors = canonical_tensors(model, families.canonical_names(model))
-    ends = [(target, vllm_ranks(model, target, tensors)) for target in targets(groups, experts)]
+    expected_by_target = [(target, vllm_ranks(model, target, tensors)) for target in targets(groups, experts)]
     for source in sources(groups, experts):
         held = megatron_ranks(model, source, tensors)
-        for target, wanted in ends:
-            check(model, source, target, held, wanted)
+        for target, expected in expected_by_target:
+            check(model, source, target, held, expected)
 
 
 @st.composite
@@ -123,7 +124,7 @@ def test_every_element_is_written_once_in_any_layout(case, seed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replicas_take_turns(family):
+def test_replicas_send_the_same_amount_of_data(family):
     model = sample_model(family, num_layers=6, tie_embeddings=True)
     source = SourceLayout(
         padded_vocab_size=128, tensor_model_parallel_size=2, pipeline_model_parallel_size=2, data_parallel_size=4
@@ -144,8 +145,8 @@ def test_the_last_stages_copy_of_a_tied_embedding_is_a_source_too():
     assert embedding == {(0, "embedding.word_embeddings.weight"), (1, "output_layer.weight")}
 
 
-def test_what_lies_together_on_both_sides_is_one_copy():
-    """One KV head: QKV has the same order on both sides, as gate and up have anyway; experts go stacked."""
+def test_rows_adjacent_on_both_sides_are_a_single_copy():
+    """With a single KV head QKV has the same order on both sides, as gate and up always do; experts are stacked."""
     model = sample_model("qwen3_moe", num_query_groups=1, vocab_size=128)
     result = plan(model, SourceLayout(padded_vocab_size=128), TargetLayout())
     assert len(result.copies) == len(families.lookup(model).vllm(model))
@@ -165,7 +166,7 @@ def test_views_by_rank_hold_every_copy_once():
     ("tp", "cp", "pp", "dp", "ep", "etp"),
     [(2, 2, 2, 4, 2, None), (2, 1, 2, 8, 4, 1), (4, 1, 3, 2, 2, 2), (1, 2, 1, 2, 4, 1), (2, 1, 4, 3, 3, None)],
 )
-def test_ranks_are_counted_as_megatron_counts_them(tp, cp, pp, dp, ep, etp):
+def test_ranks_are_ordered_as_in_megatron(tp, cp, pp, dp, ep, etp):
     state = pytest.importorskip("megatron.core.parallel_state", reason="Megatron-Core is not installed")
     source = SourceLayout(
         padded_vocab_size=8,
@@ -180,19 +181,19 @@ def test_ranks_are_counted_as_megatron_counts_them(tp, cp, pp, dp, ep, etp):
     dense = state.RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=cp, order=order)
     experts = state.RankGenerator(tp=etp, ep=ep, dp=tp * cp * dp // (etp * ep), pp=pp, cp=1, order=order)
     assert dense.world_size == experts.world_size == source.world_size
-    for layout, theirs, replicas, shares in (
-        (families.Layout(parts=(), cut=Cut.ROWS), dense, "cp-dp", "tp"),
-        (families.Layout(parts=(), experts=1), experts, "dp", "tp-ep"),
-        (families.Layout(parts=()), dense, "tp-cp-dp", None),
+    for tensor, generator, replicas, shards in (
+        (families.MegatronTensor(parts=(), shard_dim=ShardDim.ROWS), dense, "cp-dp", "tp"),
+        (families.MegatronTensor(parts=(), experts=1), experts, "dp", "tp-ep"),
+        (families.MegatronTensor(parts=()), dense, "tp-cp-dp", None),
     ):
-        holders = [[ranks for _, ranks in source.holders(layout, stage)] for stage in range(pp)]
-        assert [list(ranks) for stage in holders for ranks in stage] == theirs.get_ranks(replicas)
-        if shares:
+        holders = [[ranks for _, ranks in source.holders(tensor, stage)] for stage in range(pp)]
+        assert [list(ranks) for stage in holders for ranks in stage] == generator.get_ranks(replicas)
+        if shards:
             together = [list(ranks) for stage in holders for ranks in zip(*stage, strict=True)]
-            assert together == theirs.get_ranks(shares)
+            assert together == generator.get_ranks(shards)
 
 
-def test_virtual_stages_go_round():
+def test_virtual_stages_take_layers_in_turn():
     """Megatron's own example: 8 layers, 2 stages, 2 model chunks each (transformer_block.py)."""
     source = SourceLayout(padded_vocab_size=8, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
     model = sample_model("llama", num_layers=8)
@@ -228,7 +229,9 @@ def test_virtual_stages_go_round():
         ("qwen3_moe", {"num_moe_experts": 2}, {}, {"tensor_parallel_size": 4}, "more than model.num_moe_experts=2"),
     ],
 )
-def test_what_cannot_be_laid_out_is_an_error_that_names_it(family, settings, source, target, message):
+def test_a_model_that_does_not_fit_the_layout_is_an_error_that_names_the_cause(
+    family, settings, source, target, message
+):
     model = sample_model(family, **settings)
     with pytest.raises((ConfigError, families.WeightMapError), match=message):
         plan(model, SourceLayout(**{"padded_vocab_size": 192} | source), TargetLayout(**target))
@@ -236,10 +239,10 @@ def test_what_cannot_be_laid_out_is_an_error_that_names_it(family, settings, sou
 
 @pytest.mark.parametrize("side", ["megatron", "vllm"])
 def test_a_tensor_that_only_one_side_has_is_named(side, monkeypatch):
-    model, entry = sample_model("qwen3"), families.FAMILIES["qwen3"]
+    model, entry = sample_model("qwen3"), families.WEIGHT_MAPS["qwen3"]
     table = dict(getattr(entry, side)(model))
     del table["decoder.final_layernorm.weight" if side == "megatron" else "model.norm.weight"]
-    monkeypatch.setitem(families.FAMILIES, "qwen3", replace(entry, **{side: lambda _: table}))
+    monkeypatch.setitem(families.WEIGHT_MAPS, "qwen3", replace(entry, **{side: lambda _: table}))
     with pytest.raises(families.WeightMapError, match=r"'model\.norm\.weight'"):
         plan(model, SourceLayout(padded_vocab_size=128), TargetLayout())
 

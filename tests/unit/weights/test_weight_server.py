@@ -1,4 +1,4 @@
-"""Asking a trainer for the weights in its memory: who gets which offer, and what is said where there is none."""
+"""The weights in a trainer's memory: which engine gets which source, and the errors when there is none."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,89 +10,89 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed")
 
 from megatron_dagger.store.atomic import read_json, write_json
-from megatron_dagger.weights import weight_server as desk
+from megatron_dagger.weights import weight_server
 from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.layouts import SourceLayout
 from megatron_dagger.weights.transports.p2p import free_address
 from megatron_dagger.weights.transports.shared_memory import socket_path, this_host
 from megatron_dagger.weights.weight_server import WeightServer, request_weights
 
-SOURCE = SourceLayout(padded_vocab_size=128, tensor_model_parallel_size=2)
-
-
+LAYOUT = SourceLayout(padded_vocab_size=128, tensor_model_parallel_size=2)
 HERE = [this_host()] * 2
 
 
 @contextmanager
-def answering(trainer, version):
-    """In the block the trainer answers who asks; the Offers that it has made."""
-    made, ended = [], threading.Event()
+def served(server, version):
+    """In the block the trainer serves tickets; yields the list of its sources."""
+    sources, stop = [], threading.Event()
 
-    def answer():
-        while not ended.is_set():
-            if (offer := trainer.next_offer()) is not None:
-                made.append(offer)
+    def serve():
+        while not stop.is_set():
+            if (source := server.next_source()) is not None:
+                sources.append(source)
 
-    with ThreadPoolExecutor(1) as pool, trainer.serving(version):
-        answers = pool.submit(answer)
+    with ThreadPoolExecutor(1) as pool, server.serving(version):
+        serving = pool.submit(serve)
         try:
-            yield made
+            yield sources
         finally:
-            ended.set()
-            answers.result()
+            stop.set()
+            serving.result()
 
 
 @pytest.mark.parametrize(
-    ("hosts", "kind"), [(HERE, "host"), ([this_host(), "another"], "live"), (["another", "another"], "live")]
+    ("hosts", "kind"),
+    [(HERE, "shared_memory"), ([this_host(), "another"], "p2p"), (["another", "another"], "p2p")],
 )
-def test_each_engine_that_asks_is_told_of_an_offer_of_its_own(tmp_path, hosts, kind):
-    with answering(WeightServer(tmp_path, SOURCE, hosts), 3) as made, ThreadPoolExecutor(3) as pool:
-        told = [asking.result(20) for asking in [pool.submit(request_weights, tmp_path, 3) for _ in range(3)]]
-        if kind == "host":
-            assert all(Path(offer.address).stat().st_mode & 0o777 == 0o700 for offer in told)
-            assert all(len(socket_path(offer.address, 1023)) < 100 for offer in told)
-    assert sorted(offer.address for offer in told) == sorted(offer.address for offer in made)
-    assert len({offer.address for offer in told}) == 3
-    assert all(offer.kind == kind and offer.source == SOURCE for offer in told)
-    assert not any(Path(offer.address).exists() for offer in told)
+def test_each_engine_gets_a_source_of_its_own(tmp_path, hosts, kind):
+    with served(WeightServer(tmp_path, LAYOUT, hosts), 3) as sent, ThreadPoolExecutor(3) as pool:
+        requests = [pool.submit(request_weights, tmp_path, 3) for _ in range(3)]
+        received = [request.result(20) for request in requests]
+        if kind == "shared_memory":
+            assert all(Path(source.address).stat().st_mode & 0o777 == 0o700 for source in received)
+            assert all(len(socket_path(source.address, 1023)) < 100 for source in received)
+    assert sorted(source.address for source in received) == sorted(source.address for source in sent)
+    assert len({source.address for source in received}) == 3
+    assert all(source.kind == kind and source.layout == LAYOUT for source in received)
+    assert not any(Path(source.address).exists() for source in received)
 
 
-def test_engines_on_the_trainers_host_and_elsewhere_are_served_alike(tmp_path):
-    with answering(WeightServer(tmp_path, SOURCE, HERE), 3):
-        assert [request_weights(tmp_path, 3).kind for _ in range(2)] == ["host", "host"]
+def test_engines_on_the_trainers_host_and_elsewhere_are_both_served(tmp_path):
+    with served(WeightServer(tmp_path, LAYOUT, HERE), 3):
+        assert [request_weights(tmp_path, 3).kind for _ in range(2)] == ["shared_memory", "shared_memory"]
         write_json(tmp_path / "trainer.json", {**read_json(tmp_path / "trainer.json"), "host": "another"})
-        assert [request_weights(tmp_path, 3).kind for _ in range(2)] == ["live", "live"]
+        assert [request_weights(tmp_path, 3).kind for _ in range(2)] == ["p2p", "p2p"]
 
 
-def test_a_trainer_that_trains_or_has_other_weights_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(desk, "_READY_S", 0.2)
-    trainer = WeightServer(tmp_path, SOURCE, HERE)
-    with trainer.serving(3), pytest.raises(WeightSyncError, match="offers version 3 of"):
+def test_an_engine_does_not_wait_for_a_trainer_that_trains_or_has_other_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_server, "_READY_S", 0.2)
+    server = WeightServer(tmp_path, LAYOUT, HERE)
+    with server.serving(3), pytest.raises(WeightSyncError, match="serves version 3 of the weights, not 4"):
         request_weights(tmp_path, 4)
-    with pytest.raises(WeightSyncError, match="offers version none of"):
+    with pytest.raises(WeightSyncError, match="serves version none of the weights, not 3"):
         request_weights(tmp_path, 3)
-    assert trainer.next_offer() is None
+    assert server.next_source() is None
 
 
-def test_a_trainer_that_stops_serving_in_between_is_waited_for_until_the_deadline(tmp_path):
+def test_an_engine_waits_until_the_deadline_for_a_trainer_that_does_not_serve_its_ticket(tmp_path):
     with (
-        WeightServer(tmp_path, SOURCE, HERE).serving(3),
+        WeightServer(tmp_path, LAYOUT, HERE).serving(3),
         pytest.raises(WeightSyncError, match="did not answer within 1 s"),
     ):
         request_weights(tmp_path, 3, deadline_s=1.0)
 
 
-def test_no_trainer_and_a_dead_one_are_told_apart(tmp_path):
-    with pytest.raises(WeightSyncError, match="no trainer that lives"):
+def test_a_missing_and_a_dead_trainer_give_different_errors(tmp_path):
+    with pytest.raises(WeightSyncError, match="the run has no resident trainer"):
         request_weights(tmp_path, 0)
     write_json(tmp_path / "trainer.json", {"address": free_address()})
     with pytest.raises(WeightSyncError, match="did not answer within 1 s"):
         request_weights(tmp_path, 0, deadline_s=1.0)
 
 
-def test_who_asked_for_an_earlier_version_and_left_costs_nothing_later(tmp_path):
-    trainer = WeightServer(tmp_path, SOURCE, HERE)
-    with trainer.serving(3), pytest.raises(WeightSyncError, match="did not answer"):
+def test_an_abandoned_ticket_for_an_earlier_version_is_not_served_later(tmp_path):
+    server = WeightServer(tmp_path, LAYOUT, HERE)
+    with server.serving(3), pytest.raises(WeightSyncError, match="did not answer"):
         request_weights(tmp_path, 3, deadline_s=0.2)
-    with trainer.serving(4):
-        assert trainer.next_offer() is None
+    with server.serving(4):
+        assert server.next_source() is None

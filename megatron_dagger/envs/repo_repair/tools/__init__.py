@@ -1,1 +1,1 @@
-"""What is mounted into the sandbox: these files import nothing of megatron_dagger."""
+"""The agent's tools: mounted into the sandbox, they import nothing of megatron_dagger."""

@@ -1,14 +1,14 @@
-"""The commands of the repair agent. They live in the sandbox and import nothing of megatron_dagger.
+"""The commands of the repair agent. They run in the sandbox and import nothing of megatron_dagger.
 
 list [DIR]                  files of the repository
 search WORD                 lines of the modules under repair that contain WORD
-view ADDRESS [COUNT]        a line, its fixes, and which of them no test run has failed; or COUNT lines
-untested ADDRESS            the last of these alone
+view ADDRESS [COUNT]        a line, its fixes, and the fixes that no test run has failed yet; or COUNT lines
+untested ADDRESS            only the fixes that no test run has failed yet
 fix ADDRESS N               apply the N-th fix of a line
 edit ADDRESS OLD NEW [N]    replace the N-th token OLD of a line by NEW
-runtests                    run the tests of the task
-locate                      run them and list the lines that failing tests run most
-An ADDRESS is FILE:LINE, or @K for the K-th line that locate listed.
+runtests                    run the task's tests
+locate                      run the tests and list the most suspicious lines
+An ADDRESS is FILE:LINE, or @K for the K-th line of locate's list.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 
 import swaps
 
-STATE = ".repair"  # task.json: what to test; suspects.json: what locate found; tested.json: lines that failed
-MOST_LINES = 40
+STATE = ".repair"  # task.json: the tests to run; suspects.json: locate's list; tested.json: edits that failed the tests
+MAX_LINES = 40
 
 
 class UsageError(Exception):
-    """The command cannot be carried out as given."""
+    """A command's arguments are wrong; the message tells the agent why."""
 
 
 def main(name: str, arguments: list[str]) -> int:
@@ -43,13 +43,13 @@ def main(name: str, arguments: list[str]) -> int:
 
 
 def command_list(folder: str = "."):  # type: ignore[no-untyped-def]
-    found = []
+    paths = []
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__")
-        found += [os.path.relpath(os.path.join(where, name)) for name in sorted(names)]
-    yield from found[:MOST_LINES]
-    if len(found) > MOST_LINES:
-        yield f"... {len(found) - MOST_LINES} more"
+        paths += [os.path.relpath(os.path.join(where, name)) for name in sorted(names)]
+    yield from paths[:MAX_LINES]
+    if len(paths) > MAX_LINES:
+        yield f"... {len(paths) - MAX_LINES} more"
 
 
 def command_search(word: str):  # type: ignore[no-untyped-def]
@@ -59,12 +59,12 @@ def command_search(word: str):  # type: ignore[no-untyped-def]
         for number, line in enumerate(_lines(path), 1):
             if word in line:
                 count += 1
-                if count <= MOST_LINES // 2:
+                if count <= MAX_LINES // 2:
                     yield f"{path}:{number} {line.strip()[:100]}"
     if count == 0:
         yield "nothing found"
-    elif count > MOST_LINES // 2:
-        yield f"... {count - MOST_LINES // 2} more"
+    elif count > MAX_LINES // 2:
+        yield f"... {count - MAX_LINES // 2} more"
 
 
 def command_view(address: str, count: str = "1"):  # type: ignore[no-untyped-def]
@@ -72,8 +72,8 @@ def command_view(address: str, count: str = "1"):  # type: ignore[no-untyped-def
     lines = _lines(path)
     if not 1 <= number <= len(lines):
         raise UsageError(f"{path} has {len(lines)} lines")
-    if not count.isdigit() or not 1 <= int(count) <= MOST_LINES:
-        raise UsageError(f"COUNT is 1 to {MOST_LINES}")
+    if not count.isdigit() or not 1 <= int(count) <= MAX_LINES:
+        raise UsageError(f"COUNT is 1 to {MAX_LINES}")
     for offset, line in enumerate(lines[number - 1 : number - 1 + int(count)]):
         yield f"{_name(path, number + offset)}: {line.rstrip()}"
     if count == "1":
@@ -87,9 +87,9 @@ def command_untested(address: str):  # type: ignore[no-untyped-def]
     line = lines[number - 1] if 1 <= number <= len(lines) else ""
     failed = _tested()
     fixes = enumerate(swaps.repairs(line), 1)
-    left = [str(n) for n, fix in fixes if (path, number, swaps.replace_token(line, fix)) not in failed]
-    # The lowest last: what stands at one distance from the end is what a small model learns first.
-    yield f"untested: {', '.join(reversed(left)) or 'none'} of {_name(path, number)}"
+    untested = [str(n) for n, fix in fixes if (path, number, swaps.replace_token(line, fix)) not in failed]
+    # The lowest last: a small model first learns what is always at the same distance from the end.
+    yield f"untested: {', '.join(reversed(untested)) or 'none'} of {_name(path, number)}"
 
 
 def command_fix(address: str, number_of_fix: str):  # type: ignore[no-untyped-def]
@@ -137,7 +137,7 @@ def command_locate():  # type: ignore[no-untyped-def]
 
 
 def command_outcomes(trace: str = ""):  # type: ignore[no-untyped-def]
-    """For the judge and the making of tasks: every outcome, and with "trace" the lines each test ran."""
+    """Write every outcome and, with "trace", the lines that each test ran; for the judge and for making tasks."""
     task = _read("task.json")
     recorder = _run(task, trace=bool(trace))
     root = os.getcwd() + os.sep
@@ -152,11 +152,11 @@ def command_outcomes(trace: str = ""):  # type: ignore[no-untyped-def]
 
 
 def suspects(recorder: Any, task: dict) -> list[tuple[str, int]]:
-    """Lines that failing tests run, most suspicious first, by Ochiai's coefficient.
+    """Return the lines that failing tests run, most suspicious first, by Ochiai's coefficient.
 
-    ef / sqrt((ef + nf) * (ef + ep)), with ef and ep the failing and passing tests that ran the line
-    (Abreu et al., "On the accuracy of spectrum-based fault localization", 2007). Lines without a
-    token of the bug family are left out. Equal scores keep the order of the file.
+    ef / sqrt((ef + nf) * (ef + ep)): ef and ep count the failing and passing tests that ran the line, nf the failing
+    tests that did not (Abreu et al., "On the accuracy of spectrum-based fault localization", 2007). Lines without a
+    token of the bug family are omitted. Lines of equal score are in file order.
     """
     root = os.getcwd() + os.sep
     failing = {test for test in task["tests"] if recorder.outcomes.get(test) != "passed"}
@@ -177,7 +177,7 @@ def suspects(recorder: Any, task: dict) -> list[tuple[str, int]]:
 
 
 def _tested() -> set[tuple[str, int, str]]:
-    """Lines (file, number, text) with which, alone changed, the tests have failed."""
+    """Return the lines (file, number, text) with which, as the only change, the tests have failed."""
     try:
         return {(path, number, text) for path, number, text in _read("tested.json")}
     except UsageError:
@@ -185,7 +185,7 @@ def _tested() -> set[tuple[str, int, str]]:
 
 
 def _run(task: dict, *, trace: bool = False):  # type: ignore[no-untyped-def]
-    import testrun  # pytest: the sandbox's server has it loaded, a tool called from a shell rarely needs it
+    import testrun  # imports pytest, which few tools need; the sandbox's server has it loaded
 
     return testrun.run(
         task["test_files"],

@@ -1,7 +1,7 @@
 """The family of bugs: pairs of tokens that programmers confuse.
 
-A bug is one such swap (or an integer one too large) at one place; so is its repair. Both the
-mutator and the expert read this table; neither tells the other where it was applied.
+A bug is one such swap, or an integer that is one too large, at one place; so is its repair. The mutator and the expert
+read the same table, but the expert does not know where the mutator applied it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# name of the operator -> pairs that are each other's repair
+# operator -> pairs of tokens, each the repair of the other
 SWAPS: dict[str, tuple[tuple[str, str], ...]] = {
     "comparison": (("<", "<="), (">", ">="), ("==", "!="), ("is", "is not"), ("in", "not in")),
     "arithmetic": (("+", "-"), ("*", "/"), ("+=", "-="), ("%", "//")),
@@ -45,7 +45,7 @@ _OPERAND_END = re.compile(r"[\w)\]]$")
 
 
 def tokens(line: str) -> Iterator[tuple[int, str]]:
-    """The code tokens of one line with their columns; strings and comments are passed over.
+    """Yield the (column, token) pairs of a line of code, without strings and comments.
 
     Two-word operators (``is not``) are one token.
     """
@@ -55,9 +55,9 @@ def tokens(line: str) -> Iterator[tuple[int, str]]:
 
 
 def repairs(line: str) -> list[Candidate]:
-    """Every repair that one line of code may need, in the order of the table, then from left to right."""
+    """Return every repair that a line of code may need, in the order of the table, then from left to right."""
     seen: dict[str, int] = {}
-    found = []
+    candidates = []
     before = ""
     in_loop_head = False
     for _, token in tokens(line):
@@ -66,21 +66,21 @@ def repairs(line: str) -> list[Candidate]:
             unary = token in _ARITHMETIC and not _OPERAND_END.search(before)
             loop = token == "in" and in_loop_head
             if not unary and not loop:
-                found.append(Candidate(old=token, new=REPLACEMENTS[token], nth=seen[token]))
+                candidates.append(Candidate(old=token, new=REPLACEMENTS[token], nth=seen[token]))
         elif token.isdigit() and 1 <= int(token) <= LARGEST_NUMBER:
-            found.append(Candidate(old=token, new=str(int(token) - 1), nth=seen[token]))
+            candidates.append(Candidate(old=token, new=str(int(token) - 1), nth=seen[token]))
         in_loop_head = token == "for" or (in_loop_head and token != "in")
         before = token
-    return sorted(found, key=lambda candidate: _RANK.get(candidate.old, len(_RANK)))
+    return sorted(candidates, key=lambda candidate: _RANK.get(candidate.old, len(_RANK)))
 
 
 def numbered(fixes: list[Candidate]) -> str:
-    """Fixes as ``view`` shows them."""
+    """Return the fixes as ``view`` shows them."""
     return ", ".join(f"{n} {fix.old} -> {fix.new}" for n, fix in enumerate(fixes, 1))
 
 
 def replace_token(line: str, candidate: Candidate) -> str | None:
-    """The line with the candidate applied, or None where it has no such token."""
+    """Return the line with the candidate applied; None if the line has no such token."""
     count = 0
     for column, token in tokens(line):
         if token == candidate.old:

@@ -1,6 +1,6 @@
-"""Runs chosen pytest tests in this process and says what passed, and which lines each test ran.
+"""Run selected pytest tests in this process; record their outcomes and the lines that each test ran.
 
-It lives in the sandbox, beside the code under repair, and imports nothing of megatron_dagger.
+It runs in the sandbox, beside the code under repair, and imports nothing of megatron_dagger.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import pytest
 UNUSED = "faulthandler unraisableexception threadexception junitxml doctest pastebin stepwise logging cacheprovider"
 OPTIONS = ["-q", "--tb=no", "-c", os.devnull, "--assert=plain"]
 OPTIONS += [option for name in UNUSED.split() for option in ("-p", f"no:{name}")]
-# Plugins of the environment that pytest is installed in are no part of the package under repair, and
-# importing them takes four times as long as importing pytest.
+# Plugins in pytest's own environment are not part of the package under repair, and importing them takes four times as
+# long as importing pytest.
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-# Of processor time, so that a busy machine fails no test; the other is for a test that only waits.
+# Seconds of CPU time, so a busy machine fails no test; and of wall time, for a test that only waits.
 TEST_TIMEOUTS = {signal.SIGPROF: (signal.ITIMER_PROF, 2.0), signal.SIGALRM: (signal.ITIMER_REAL, 15.0)}
 
 
@@ -32,7 +32,7 @@ class TestTimeout(Exception):
 
 
 class Recorder:
-    """A pytest plugin: keeps the wanted tests, times them out, notes outcomes and executed lines."""
+    """A pytest plugin that selects tests, limits their time, and records outcomes and executed lines."""
 
     def __init__(self, files: Sequence[str], wanted: list[str] | None, traced: Sequence[str]):
         self.files = [os.path.abspath(path) for path in files]
@@ -44,8 +44,8 @@ class Recorder:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_ignore_collect(self, collection_path: os.PathLike[str]) -> bool | None:
-        # pytest looks at every entry of every folder on the way to a test file, which took it longer
-        # than the tests; all but that way is ignored here.
+        # pytest would visit every entry of every folder on the way to a test file, which takes longer than the tests:
+        # ignore everything else.
         path = str(collection_path)
         on_the_way = any(file == path or file.startswith(path + os.sep) for file in self.files)
         inside = any(path.startswith(file + os.sep) for file in self.files)
@@ -100,9 +100,9 @@ class Recorder:
 def run(
     files: list[str], wanted: list[str] | None, *, paths: list[str], extra: list[str], traced: Sequence[str] = ()
 ) -> Recorder:
-    """Run the ``wanted`` tests (None: all) of ``files``; outcomes of the rest stay absent."""
+    """Run the ``wanted`` tests (None: all) of ``files``; the others have no outcome."""
     recorder = Recorder(files, wanted, traced)
-    for path in paths:  # a package under repair must not be found among the modules loaded before
+    for path in paths:  # a package under repair must not be shadowed by a module that is already loaded
         for name in os.listdir(path):
             sys.modules.pop(name.removesuffix(".py"), None)
     sys.path[:0] = [os.path.abspath(path) for path in paths]
@@ -112,7 +112,7 @@ def run(
 
 
 def _warm_up() -> None:
-    """Import all that a run needs: children forked from the sandbox's server then start at once."""
+    """Import everything a run needs, so children forked from the sandbox's server start at once."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         pytest.main([*OPTIONS, "--collect-only", os.devnull])
 

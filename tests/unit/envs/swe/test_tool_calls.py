@@ -54,7 +54,7 @@ def called(name, **arguments):
         (called("str_replace_editor", command="insert", path="/a", insert_line=True), "of type integer"),
     ],
 )
-def test_what_is_no_call_says_why(reply, why):
+def test_a_reply_without_a_valid_call_is_an_error_with_the_reason(reply, why):
     with pytest.raises(FormatError, match=why):
         parse_tool_call(reply, TOOLS)
 

@@ -1,0 +1,96 @@
+"""Arguments that several commands share, and a parser whose errors say what to write instead."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_dagger.config import RunConfig
+from megatron_dagger.planning import GPUS
+
+TAKE_OVER = "take the run over from another process (for example on a lost node); that process can no longer write"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of one command: options and positional arguments may alternate; errors come with suggestions."""
+
+    def __init__(self, prog: str, description: str | None = None):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, formatter_class=formatter, allow_abbrev=False)
+        self._nested = False
+
+    def nested(self) -> argparse._SubParsersAction[argparse.ArgumentParser]:
+        """Add commands below this one and return where to add them."""
+        self._nested = True
+        return self.add_subparsers(required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser)
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        return self.parse_args(argv) if self._nested else self.parse_intermixed_args(argv)
+
+    def error(self, message: str) -> NoReturn:
+        kind, _, extra = message.partition(": ")
+        if kind == "unrecognized arguments":
+            message += self._advice(extra.split()[0])
+        self.print_usage(sys.stderr)
+        sys.stderr.write(f"error: {message}\n")
+        raise SystemExit(2)
+
+    def _advice(self, word: str) -> str:
+        if word.startswith("--") and "." in word:
+            return f" (settings are NAME=VALUE, without dashes: {word.lstrip('-')})"
+        options = [option for action in self._actions for option in action.option_strings]
+        return suggestion(word.partition("=")[0], options) if word.startswith("-") else ""
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the nearest of ``known``, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="the run directory")
+
+
+def add_settings(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("settings", nargs="*", default=[], type=setting, metavar="NAME=VALUE", help=text)
+
+
+def add_new_run(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the commands that create a run."""
+    parser.add_argument("--dry-run", "--print", action="store_true", help="check and print the settings, write nothing")
+    parser.add_argument(
+        "--gpu",
+        choices=[*sorted(GPUS), "any"],
+        help="the kind of GPU whose memory the run must fit (default: h100; any: do not check)",
+    )
+
+
+def add_round(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--round", type=int, dest="round_index", metavar="N", help=text)
+
+
+def add_episode_filter(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose recorded episodes; see driver.episodes."""
+    add_round(parser, "the round (default: the last one with episodes)")
+    parser.add_argument("--evaluation", action="store_true", help="episodes of the evaluation, not of the collection")
+    parser.add_argument("--task", default="", metavar="TEXT", help="only tasks whose id contains TEXT")
+    parser.add_argument("--failed", action="store_true", help="only episodes that did not solve their task")
+
+
+def setting(text: str) -> str:
+    """Return ``text`` if it is NAME=VALUE."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a setting: write NAME=VALUE, such as dagger.rounds=5")
+    return text
+
+
+def recipe_config(name: str) -> RunConfig:
+    """Return the config of a recipe. Raises ConfigError with a suggestion if there is no such recipe."""
+    from megatron_dagger.recipes import find_recipe
+
+    return find_recipe(name)()

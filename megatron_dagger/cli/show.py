@@ -1,0 +1,33 @@
+"""Print an episode turn by turn: what was seen, who acted, and what the teacher would have done."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_dagger.cli.arguments import add_episode_filter, add_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    add_episode_filter(parser)
+    parser.add_argument("--list", action="store_true", help="list the matching episodes instead of printing the first")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from megatron_dagger.driver.episodes import find_episodes
+    from megatron_dagger.observability.show import show
+
+    episodes = find_episodes(
+        arguments.run_dir,
+        round_index=arguments.round_index,
+        evaluation=arguments.evaluation,
+        task=arguments.task,
+        failed=arguments.failed,
+    )
+    if not arguments.list:
+        show(next(episodes))
+        return 0
+    for episode in episodes:
+        outcome = "solved" if episode.solved else str(episode.stop_reason)
+        print(f"{episode.task_id:60} {len(episode.turns):3} turns  {outcome}")
+    return 0

@@ -1,0 +1,83 @@
+"""The steps that collection and evaluation share.
+
+Sync the weights, run one episode per task, wait for the other workers, seal the round, write the report.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_dagger.config import SamplingConfig, build
+from megatron_dagger.dagger.collect import run_episodes
+from megatron_dagger.dagger.context import RunContext, Score, train_dir, train_manifest
+from megatron_dagger.dagger.worker import Worker, all_finished, recorded_by_workers, wait_for_workers
+from megatron_dagger.policies.base import Policy
+from megatron_dagger.rollout.episode import EpisodeKey, TurnPolicy
+from megatron_dagger.store.atomic import read_json, write_json
+from megatron_dagger.weights.verify.canary import Canary
+
+if TYPE_CHECKING:
+    from megatron_dagger.store.aggregated import DataStore
+    from megatron_dagger.store.manifest import Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of one round: which tasks, who acts, where the episodes go and what the report says of them."""
+
+    name: Literal["collect", "evaluate"]
+    round_index: int
+    store: DataStore
+    tasks: Sequence[str]  # of all workers
+    weight_version: int  # the round whose weights the student acts with; -1: there is no student yet
+    sampling: SamplingConfig
+    beta: float
+    turn_policy: Callable[[Policy | None, EpisodeKey], TurnPolicy]  # of the student, which is None before round 1
+    summary: Callable[[Manifest], dict[str, Any]]  # of the sealed round
+    score: Score | None = None
+
+
+async def run_stage(context: RunContext, stage: Stage, worker: Worker | None = None) -> None:
+    """Run a stage to its report, or do one worker's part of it. A stage that has its report is skipped.
+
+    Raises TooManyBroken, TimeoutError if the other workers do not finish, and what ``Student.sync`` raises.
+    """
+    report = context.round_dir(stage.round_index) / f"{stage.name}.json"
+    if report.exists():
+        return
+    started = time.monotonic()
+    tasks = worker.share(stage.tasks) if worker else stage.tasks
+    broken = 0
+    if not all_finished(stage.store, stage.round_index, tasks):
+        student = None
+        if stage.weight_version >= 0:
+            sync(context, stage.weight_version)
+            student = context.student().with_sampling(stage.sampling)
+        broken = await run_episodes(context, stage, tasks, lambda key: stage.turn_policy(student, key))
+    duration_s = time.monotonic() - started
+    if worker:
+        worker.record(report, broken_episodes=broken, duration_s=duration_s)
+        deadline_s = context.config.rollout.stage_deadline_s
+        if not await wait_for_workers(worker, stage.store, stage.round_index, stage.tasks, deadline_s):
+            return
+        broken, duration_s = 0, 0.0  # recorded already
+    manifest = stage.store.seal(stage.round_index)
+    workers_broken, workers_s = recorded_by_workers(report)
+    values = stage.summary(manifest) | {
+        "weight_version": stage.weight_version,
+        "broken_episodes": broken + workers_broken,
+        "duration_s": duration_s + workers_s,
+    }
+    context.metrics.record(stage.round_index, stage.name, values)
+    write_json(report, {"round": stage.round_index, **values})
+
+
+def sync(context: RunContext, round_index: int) -> None:
+    """Load a round's weights into the rollout engine, verified tensor by tensor and by a canary's log-probs."""
+    manifest = read_json(train_manifest(context.run_dir, round_index))
+    canary = build(Canary, manifest["canary"])
+    checkpoint = train_dir(context.run_dir, round_index) / manifest["checkpoint"]
+    context.student().sync(checkpoint, round_index, manifest["digests"], canary)

@@ -1,0 +1,105 @@
+"""Refuse a run that cannot work, before anything of it is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_dagger.config import ConfigError, RepoRepairConfig, RunConfig
+from megatron_dagger.config.base import require
+from megatron_dagger.config.trainer_support import check_supported
+from megatron_dagger.envs.repo_repair import sources
+from megatron_dagger.envs.repo_repair.pinned_packages import find_package
+from megatron_dagger.gpus import has_gpus
+from megatron_dagger.planning import GPUS, Assumptions, nearest_that_fits
+from megatron_dagger.planning.memory import GIB
+from megatron_dagger.planning.run_plan import memory_of
+from megatron_dagger.weights.checkpoints import HF_FILES
+
+DEFAULT_GPU = "h100"
+ANY_GPU = "any"  # no kind is assumed: memory is not checked
+
+
+def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) -> None:
+    """Raise ConfigError unless the run can work: trainer, memory of the GPUs, checkpoint, packages, data sets.
+
+    ``here``: the run trains on this machine, so its rules are those of a machine with or without GPUs; otherwise
+    settings that either kind of machine can run pass. ``gpu``: the kind of GPU whose memory the run must fit
+    (a name of ``planning.GPUS``, or ``any`` for no check; default: h100); not checked in fp32, which is for the CPU.
+    """
+    _check_trainer(config, cuda=has_gpus(os.environ) if here else None)
+    _check_init_checkpoint(config)
+    if config.swe.train:
+        _check_data_sets(config)
+    else:
+        _check_packages(config.repo_repair)
+    if gpu != ANY_GPU and config.training.precision != "fp32":
+        _check_memory(config, gpu or DEFAULT_GPU)
+
+
+def _check_trainer(config: RunConfig, *, cuda: bool | None) -> None:
+    if cuda is not None:
+        check_supported(config.model, config.training, cuda=cuda)
+        return
+    try:
+        check_supported(config.model, config.training, cuda=True)
+    except ConfigError:
+        if config.training.precision != "fp32":
+            raise
+        check_supported(config.model, config.training, cuda=False)
+
+
+def _check_init_checkpoint(config: RunConfig) -> None:
+    if config.init_checkpoint is None:
+        return
+    folder = Path(config.init_checkpoint)
+    require(folder.is_dir(), f"init_checkpoint={folder}: no such directory")
+    require(
+        (folder / HF_FILES).is_dir(),
+        f"init_checkpoint={folder} has no {HF_FILES}/ with the tokenizer: it must be a checkpoint made by "
+        "`megatron-dagger convert hf-to-megatron`",
+    )
+
+
+def _check_data_sets(config: RunConfig) -> None:
+    from megatron_dagger.envs.swe.rows import check_source
+
+    for name, source in (("swe.train", config.swe.train), ("swe.heldout", config.swe.heldout)):
+        if source:
+            try:
+                check_source(source)
+            except ConfigError as error:
+                raise ConfigError(f"{name}={error}") from None
+    validation = config.swe.validation
+    require(
+        not validation or Path(validation).is_file(),
+        f"swe.validation={validation}: no such file; `megatron-dagger validate {validation} ...` writes it",
+    )
+
+
+def _check_packages(tasks: RepoRepairConfig) -> None:
+    for setting in ("train_packages", "heldout_packages"):
+        for name in getattr(tasks, setting):
+            try:
+                if tasks.source == "stdlib":
+                    sources.stdlib_tree(name)
+                else:
+                    find_package(name)
+            except ValueError as error:
+                raise ConfigError(f"repo_repair.{setting}: {error}") from None
+
+
+def _check_memory(config: RunConfig, gpu_name: str) -> None:
+    gpu, assumed = GPUS[gpu_name], Assumptions()
+    problems = memory_of(config, gpu, assumed).problems()
+    if not problems:
+        return
+    change = nearest_that_fits(config, gpu, assumed)
+    advice = "take more GPUs, or a smaller model"
+    if change is not None:
+        advice = f"the nearest settings that fit: {' '.join(change.settings)}"
+        advice += f" ({change.memory.fullest.total / GIB:.1f} GiB in training)"
+    raise ConfigError(
+        f"does not fit {config.training.parallel.world_size} x {gpu.name}: {'; '.join(problems)}; {advice}. "
+        f"`megatron-dagger plan` shows the calculation; --gpu names another kind of GPU, --gpu {ANY_GPU} skips this"
+    )

@@ -1,0 +1,169 @@
+"""A run directory's settings: create a run, change an existing one, read its config.
+
+``config.yaml`` holds the resolved settings. ``origin.yaml`` holds what the run was created from (recipe and
+settings), so that a job script that is submitted again is told apart from a new wish.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_dagger.config import ConfigError, RunConfig, differing, dump_yaml, load_yaml, override
+from megatron_dagger.config.base import current_name, parse_value
+from megatron_dagger.config.run import CHANGEABLE, fixed_differences
+from megatron_dagger.driver.checks import check_run
+from megatron_dagger.store.atomic import write_text
+from megatron_dagger.store.fence import claim
+
+logger = logging.getLogger(__name__)
+
+CONFIG, ORIGIN = "config.yaml", "origin.yaml"
+_LISTED = 5  # settings named in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a run was created from: the recipe's name, if it had one, and the settings that were changed."""
+
+    recipe: str | None = None
+    settings: tuple[str, ...] = ()
+
+
+def cache_dir() -> Path:
+    """Return where packages and tasks are kept between runs; ``MEGATRON_DAGGER_CACHE`` overrides the default."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron-dagger"
+    return Path(os.environ.get("MEGATRON_DAGGER_CACHE", default))
+
+
+def load_run_config(run_dir: Path) -> RunConfig:
+    """Return the config of an existing run. Raises ConfigError if ``run_dir`` is not one."""
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is not a run directory (it has no {CONFIG}){_recipe_hint(run_dir)}")
+    return load_yaml(RunConfig, path)
+
+
+def create_run(
+    base: RunConfig,
+    run_dir: Path,
+    settings: Sequence[str] = (),
+    *,
+    recipe: str | None = None,
+    here: bool = False,
+    gpu: str | None = None,
+    dry_run: bool = False,
+) -> RunConfig:
+    """Create a run from ``base`` (of ``recipe``) with NAME=VALUE ``settings``, and return its config.
+
+    If the run exists, its settings must be the same, except for those that can be changed: a value that differs
+    from the one the run was created with is a change, as by ``change_run``. A run without a committed episode may be
+    created anew with any settings. ``here``, ``gpu``: see ``check_run``, which refuses a run that cannot work before
+    anything is written; with ``dry_run`` nothing is. Raises ConfigError.
+    """
+    config, origin = _absolute(override(base, list(settings))), load_origin(run_dir)
+    existing = load_run_config(run_dir) if (run_dir / CONFIG).exists() else None
+    others = fixed_differences(existing, config) if existing else []
+    if existing is None or (others and not has_episodes(run_dir)):
+        check_run(config, here=here, gpu=gpu)
+        if not dry_run:
+            _write(run_dir, config, Origin(recipe=recipe, settings=tuple(settings)), replaces=existing is not None)
+        return config
+    if others:
+        creator = f"was created by recipe {origin.recipe} and " if origin.recipe else ""
+        raise ConfigError(
+            f"{run_dir} {creator}has other settings ({_some(others)}): resume it with `megatron-dagger run {run_dir}` "
+            "(no --recipe), or name another directory"
+        )
+    if wishes := _changed_wishes(existing, config, settings, origin):
+        return change_run(run_dir, wishes, dry_run=dry_run)
+    if kept := differing(existing, config):
+        logger.warning("%s: the run keeps its own %s", run_dir, _some(kept))
+    return existing
+
+
+def change_run(run_dir: Path, settings: Sequence[str], *, take_over: bool = False, dry_run: bool = False) -> RunConfig:
+    """Change NAME=VALUE ``settings`` of an existing run, and return its config.
+
+    Raises ConfigError for a setting that changes results that exist, LockedError while the run is worked on.
+    """
+    existing = load_run_config(run_dir)
+    config = override(existing, list(settings))
+    if others := fixed_differences(existing, config):
+        raise ConfigError(
+            f"{_some(others)}: an existing run's results depend on it, so it cannot be changed; start a new run with "
+            f"--recipe. These can be changed: {', '.join(CHANGEABLE)}; dagger.rounds can be raised"
+        )
+    if config != existing:
+        check_run(config)
+        if not dry_run:
+            with claim(run_dir, take_over=take_over):
+                write_text(run_dir / CONFIG, dump_yaml(config))
+    return config
+
+
+def load_origin(run_dir: Path) -> Origin:
+    """Return what a run was created from; an empty Origin for a run of a version that did not record it."""
+    path = run_dir / ORIGIN
+    return load_yaml(Origin, path) if path.is_file() else Origin()
+
+
+def has_episodes(run_dir: Path) -> bool:
+    """Return whether a run has a committed episode."""
+    rounds = run_dir / "data.zarr" / "rounds"
+    return any(next(rounds.glob(pattern), None) for pattern in ("*/episodes", "*/segments/*"))
+
+
+def check_round(config: RunConfig, round_index: int) -> None:
+    """Raise ConfigError unless the run has this round."""
+    rounds = config.dagger.rounds
+    if not 0 <= round_index <= rounds:
+        raise ConfigError(f"round {round_index}: this run has rounds 0 to {rounds} (dagger.rounds={rounds})")
+
+
+def _write(run_dir: Path, config: RunConfig, origin: Origin, *, replaces: bool) -> None:
+    """Write a new run's settings; if it ``replaces`` one without an episode, remove what that one had prepared."""
+    with claim(run_dir) if replaces else nullcontext():
+        if replaces:
+            logger.warning("%s had no episode yet: its settings are replaced", run_dir)
+            for name in ("tasks", "student", "data.zarr", "evaluations.zarr"):
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+        write_text(run_dir / ORIGIN, dump_yaml(origin))
+        write_text(run_dir / CONFIG, dump_yaml(config))
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """Return ``config`` with an absolute ``init_checkpoint``: jobs may start in another directory."""
+    if config.init_checkpoint is None:
+        return config
+    return replace(config, init_checkpoint=str(Path(config.init_checkpoint).resolve()))
+
+
+def _changed_wishes(existing: RunConfig, config: RunConfig, settings: Sequence[str], origin: Origin) -> list[str]:
+    """Return the settings that ask for a change: they differ from the run's value and from the one at its creation."""
+    differences = set(differing(existing, config))
+    created = {_parsed(setting) for setting in origin.settings}
+    named = {current_name(RunConfig, setting.partition("=")[0].strip()): setting for setting in settings}
+    return [setting for name, setting in named.items() if name in differences and _parsed(setting) not in created]
+
+
+def _parsed(setting: str) -> tuple[str, str]:
+    return current_name(RunConfig, setting.partition("=")[0].strip()), repr(parse_value(setting))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _recipe_hint(run_dir: Path) -> str:
+    from megatron_dagger.recipes import RECIPES
+
+    if str(run_dir) in RECIPES:
+        return f"; {run_dir} is a recipe: megatron-dagger run runs/{run_dir} --recipe {run_dir}"
+    return "; start a run with `megatron-dagger run RUN --recipe NAME` (`megatron-dagger recipes` lists them)"

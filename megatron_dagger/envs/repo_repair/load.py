@@ -1,0 +1,52 @@
+"""The environment of repair tasks: bugs planted in real packages, repaired in a local sandbox."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+from megatron_dagger.envs.environment import Environment, EnvironmentContext
+from megatron_dagger.envs.repo_repair.corpus import texts
+from megatron_dagger.envs.repo_repair.env import RepairEnv, TestMemory
+from megatron_dagger.envs.repo_repair.expert import RepairExpert
+from megatron_dagger.envs.repo_repair.repository import read_repository
+from megatron_dagger.envs.repo_repair.task import write_tasks
+from megatron_dagger.envs.repo_repair.taskset import prepare_tasks
+from megatron_dagger.envs.repo_repair.testing import repair_sandbox
+from megatron_dagger.sandbox.local import SandboxPool, bubblewrap_works
+
+logger = logging.getLogger(__name__)
+
+CACHED_REPOSITORIES = 256
+
+
+def load_environment(context: EnvironmentContext) -> Environment:
+    """Make the tasks that ``config.repo_repair`` names, or read them from the cache.
+
+    Raises ConfigError if a package is unknown or yields no task, EnvironmentBroken if the sandbox does not work.
+    """
+    if not bubblewrap_works():
+        logger.warning("bubblewrap is missing or does not work: commands run with limits, but not isolated")
+    config = context.config
+    pool = context.stack.enter_context(SandboxPool(repair_sandbox))
+    tasks = prepare_tasks(config.repo_repair, config.seed, context.cache_dir, pool, context.track)
+    by_id = {task.instance_id: task for task in (*tasks.train, *tasks.heldout)}
+    memory: TestMemory = {}
+
+    @functools.lru_cache(maxsize=CACHED_REPOSITORIES)
+    def repository(task_id: str) -> dict[str, bytes]:
+        return read_repository(tasks.repository(by_id[task_id]))
+
+    def prepare(folder: Path) -> None:
+        write_tasks(folder / "train.jsonl", list(tasks.train))
+        write_tasks(folder / "heldout.jsonl", list(tasks.heldout))
+
+    return Environment(
+        train_tasks=tuple(task.instance_id for task in tasks.train),
+        heldout_tasks=tuple(task.instance_id for task in tasks.heldout),
+        make_env=lambda task_id: RepairEnv(by_id[task_id], repository(task_id), pool, memory),
+        expert=RepairExpert,
+        prepare=prepare,
+        tokenizer_texts=lambda: texts(tasks.trees, tasks.train),
+    )

@@ -1,0 +1,9 @@
+# The settings of your cluster, in one place: edit them once, for all sbatch files. slurm/rounds.sh reads this file.
+
+VENV=${VENV:-$PWD/.venv}               # the environment with the engines (tools/setup)
+export PATH="$VENV/bin:$PATH"
+SRUN=(srun --kill-on-bad-exit=1 --wait=60)                # starts a step
+# In a container (pyxis and enroot), with the environment in the image instead of VENV:
+# SRUN+=(--container-image=IMAGE --container-mounts="$PWD" --container-workdir="$PWD")
+# export MEGATRON_DAGGER_CACHE=$SCRATCH/megatron-dagger   # packages and tasks, kept between runs
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0    # if the default network interface is the wrong one

@@ -1,0 +1,64 @@
+"""The architecture's settings: checks per family, and the conversion to and from Hugging Face's config.json."""
+
+import pytest
+
+from megatron_dagger.config import ConfigError, ModelConfig, build, to_dict
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": {"num_moe_experts": 8, "moe_ffn_hidden_size": 96, "moe_router_topk": 3, "norm_topk_prob": False},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_takes_every_setting(family, tied):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = ModelConfig(family=family, tie_embeddings=tied, rotary_base=123_000, **FAMILIES[family])
+    values = model.hf_config()
+    config = transformers.AutoConfig.for_model(**values)
+    by_class = {
+        "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+        "qwen3_moe": transformers.Qwen3MoeConfig,
+    }
+    assert type(config) is by_class[family]
+    assert config.architectures == [type(config).__name__.removesuffix("Config") + "ForCausalLM"]
+    assert config.rope_parameters["rope_theta"] == 123_000
+    assert config.rope_parameters["rope_type"] == "default"
+    for name in values.keys() - {"rope_theta", "torch_dtype", "model_type"}:
+        assert getattr(config, name) == values[name], name
+    known = set(type(config)().to_dict()) | set(config.attribute_map) | {"rope_theta", "torch_dtype"}
+    if family == "qwen3_moe":
+        known.add("head_dim")  # its model reads it; its config class does not declare it
+    assert values.keys() <= known
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_survives_its_file(family):
+    model = ModelConfig(family=family, **FAMILIES[family])
+    assert build(ModelConfig, to_dict(model)) == model
+
+
+def test_settings_from_before_there_were_experts_are_read():
+    values = {name: value for name, value in to_dict(ModelConfig()).items() if "moe" not in name and "topk" not in name}
+    assert build(ModelConfig, values) == ModelConfig()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"family": "qwen3_moe"}, "model.num_moe_experts=None"),
+        ({"family": "qwen3_moe", "num_moe_experts": 4}, "model.moe_ffn_hidden_size=None"),
+        ({"family": "qwen3_moe", "num_moe_experts": 1, "moe_ffn_hidden_size": 8}, "model.moe_router_topk=2"),
+        ({"family": "llama", "num_moe_experts": 4}, "model.num_moe_experts=4: family llama has no experts"),
+        ({"family": "qwen2", "kv_channels": 64}, "model.kv_channels=64"),
+        ({"family": "llama", "hidden_size": 130}, "model.num_attention_heads=4 must divide"),
+    ],
+)
+def test_settings_that_a_family_does_not_allow_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**settings)

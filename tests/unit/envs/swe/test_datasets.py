@@ -1,0 +1,94 @@
+"""Rows of each data set become tasks, or are refused with the reason."""
+
+import gzip
+import json
+from typing import get_args
+
+import pytest
+
+from megatron_dagger.config import SweConfig, override
+from megatron_dagger.config.base import ConfigError
+from megatron_dagger.config.swe import Dataset
+from megatron_dagger.envs.swe.datasets import DATASETS, read_tasks
+from megatron_dagger.envs.swe.r2e_gym import r2e_gym_task
+from megatron_dagger.envs.swe.swebench import swebench_task
+from megatron_dagger.envs.swe.swegym import swegym_task
+from megatron_dagger.envs.swe.swesmith import swesmith_image, swesmith_task
+from tests.unit.envs.swe.rows import BENCH, GYM, PATCH, R2E, SMITH, VERIFIED, needs_verified_rows, without
+
+
+@needs_verified_rows
+def test_real_rows_of_swebench_verified():
+    tasks, refused = read_tasks("swe-bench", str(VERIFIED))
+    rows = [json.loads(line) for line in gzip.decompress(VERIFIED.read_bytes()).splitlines()]
+    assert rows
+    assert (len(tasks), refused) == (len(rows), {})
+    for task, row in zip(tasks, rows, strict=True):
+        assert swebench_task(without(row, "image")).image == row["image"]
+        assert task.fail_to_pass
+        assert task.eval_script in row["eval_script"]
+        older, why = without(row, "image", "eval_script", "log_parser", "eval_type"), "older schema"
+        with pytest.raises(ConfigError, match=why):
+            swebench_task(older)
+
+
+def test_a_row_of_the_older_schema_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match=r"Org__pkg-12 has .*older schema, without log_parser: use"):
+        swebench_task(without(BENCH, "log_parser"))
+    with pytest.raises(ConfigError, match="has no base_commit"):
+        swebench_task(without(BENCH, "base_commit"))
+
+
+def test_swegym_rows_get_image_and_script():
+    task = swegym_task(GYM)
+    assert task.image == "xingyaoww/sweb.eval.x86_64.getmoto_s_moto-5:latest"
+    lines = task.eval_script.splitlines()
+    start = lines.index(": '>>>>> Start Test Output'")
+    assert lines[start + 1] == "pytest -n0 -rA tests/test_a.py tests/test_new.py"
+    assert lines[start + 2] == ": '>>>>> End Test Output'"
+    restore = ["rm -f -- tests/test_new.py", f"git checkout {GYM['base_commit']} -- tests/test_a.py tests/data.json"]
+    assert lines[start + 3 :] == restore
+    assert lines[lines.index(restore[0]) + 1] == restore[1]
+    with pytest.raises(ConfigError, match="no test command is known for other/repo, only for bokeh/bokeh, "):
+        swegym_task({**GYM, "repo": "other/repo"})
+
+
+def test_swegym_rows_are_judged_as_its_fork_of_the_harness_does():
+    data = "diff --git a/test-data/a.test b/test-data/a.test\n--- a/test-data/a.test\n+++ b/test-data/a.test\n"
+    data += "@@ -1 +1,3 @@\n [case testA]\n+[case testB]\n+x = 1\n"
+    mypy = {**GYM, "repo": "python/mypy", "test_patch": data, "FAIL_TO_PASS": ["mypy/test/testcheck.py::S::a::testB"]}
+    assert "\npytest -n0 -rA -k 'testA or testB'\n" in swegym_task(mypy).eval_script
+    plain = swegym_task({**mypy, "test_patch": GYM["test_patch"]})  # no cases: files
+    assert "\npytest -n0 -rA tests/test_a.py tests/test_new.py\n" in plain.eval_script
+    conan = swegym_task({**GYM, "repo": "conan-io/conan"}).eval_script
+    assert "\nexport PYTHONPATH=${PYTHONPATH:-}:$(pwd)\npytest -n0 -rA tests/test_a.py" in conan
+    assert swegym_task({**GYM, "repo": "pydantic/pydantic"}).log_parser == "parse_log_pytest_v2"
+
+
+def test_swesmith_rows_are_bugs_to_be_undone():
+    task = swesmith_task(SMITH)
+    assert task.image == "jyangballin/swesmith.x86_64.org_1776_pkg.c0ffee00:latest"
+    assert swesmith_image("someone/swesmith.x86_64.a_1776_b.c:2") == "someone/swesmith.x86_64.a_1776_b.c:2"
+    assert (task.setup_patch, task.patch_reversed, task.base_commit) == (PATCH, True, "c0ffee00")
+    assert task.pass_to_pass == ("tests/test_a.py::test_y",)
+    assert task.hidden == ("tests/test_a.py",)
+    with pytest.raises(ConfigError, match="only pytest tests are supported"):
+        swesmith_task({**SMITH, "FAIL_TO_PASS": ["TestSomething"]})
+    with pytest.raises(ConfigError, match="bugs without an issue text"):
+        swesmith_task({**SMITH, "problem_statement": ""})
+
+
+def test_r2e_gym_rows_have_their_gold_patch_made():
+    task = r2e_gym_task(R2E)
+    assert (task.image, task.problem_statement) == (R2E["docker_image"], "x is wrong")
+    assert dict(task.expected_outcomes) == {"TestA.test_x": "PASSED", "TestA.test_y": "FAILED"}
+    lost = "\\ No newline at end of file\n"
+    head = "diff --git a/pkg/a.py b/pkg/a.py\n--- a/pkg/a.py\n+++ b/pkg/a.py\n@@ -1 +1 @@\n"
+    assert task.patch == f"{head}-x = 1\n{lost}+x = 2\n{lost}"
+    assert r2e_gym_task(without(R2E, "parsed_commit_content")).patch == ""
+
+
+def test_every_format_of_the_settings_has_a_reader():
+    assert tuple(DATASETS) == get_args(Dataset)
+    with pytest.raises(ConfigError, match="swe-bench"):
+        override(SweConfig(), ["train_dataset=swebench"])

@@ -1,0 +1,113 @@
+"""The FileSandbox contract, for every engine, with hostile commands."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from megatron_dagger.sandbox.base import EnvironmentBroken
+from megatron_dagger.types import StopReason
+from tests.unit.sandbox.conftest import MEMORY_IS_SHARED
+from tools.support.docker_engine import processes_with
+
+
+def test_runs_commands_on_written_files(sandbox):
+    sandbox.write({"a/b.txt": b"hello\n"})
+    result = sandbox.run("cat a/b.txt; echo oops >&2; exit 3")
+    assert (result.output, result.exit_code, result.timed_out) == ("hello\noops\n", 3, False)
+    sandbox.run("echo more >> a/b.txt; mkdir c; echo x > c/d")
+    assert sandbox.read() == {"a/b.txt": b"hello\nmore\n", "c/d": b"x\n"}
+
+
+def test_a_timeout_kills_every_process_of_the_command(sandbox):
+    word = f"31{os.getpid()}"
+    started = time.monotonic()
+    result = sandbox.run(f"echo begun; sleep {word} & sleep {word}", timeout_s=1)
+    assert result.timed_out
+    assert result.output == "begun\n"
+    assert time.monotonic() - started < 4
+    assert not processes_with(f"sleep {word}")
+    assert sandbox.run("echo alive").output == "alive\n"
+
+
+def test_background_process_does_not_outlive_its_command(sandbox):
+    word = f"32{os.getpid()}"
+    assert sandbox.run(f"sleep {word} & echo started").output == "started\n"
+    assert not processes_with(f"sleep {word}")
+
+
+def test_output_is_truncated_in_the_middle(sandbox):
+    output = sandbox.run("echo first; yes | head -c 100000; echo last").output
+    assert output.startswith("first\n")
+    assert output.endswith("last\n")
+    assert "bytes cut" in output
+    assert len(output) < 2100
+    assert "bytes cut" not in sandbox.run("yes | head -c 3000", output_bytes=4000).output
+
+
+def test_memory_is_limited(sandbox, engine):
+    greedy = "python3 -c 'x = bytearray(900 << 20); print(len(x))'"
+    if engine in MEMORY_IS_SHARED:
+        with pytest.raises(EnvironmentBroken, match="400 MiB") as broken:
+            sandbox.run(greedy)
+        assert broken.value.reason is StopReason.OUT_OF_MEMORY
+        return
+    result = sandbox.run(greedy)
+    assert result.exit_code != 0
+    assert "MemoryError" in result.output
+
+
+def test_links_are_not_followed(sandbox):
+    sandbox.run("ln -s /etc/passwd stolen; ln -s /tmp away")
+    assert sandbox.read() == {}
+    with pytest.raises(EnvironmentBroken, match="leads out"):
+        sandbox.write({"../escaped": b"x"})
+    with pytest.raises(EnvironmentBroken, match="leads out"):
+        sandbox.write({"away/escaped": b"x"})
+
+
+def test_any_file_is_read_and_written(sandbox):
+    root = sandbox.run("pwd").output.strip()
+    note = f"{root}/deep/er/a note.txt"
+    sandbox.write_file(note, b"one\ntwo\x00\xff")
+    assert sandbox.read_file(note) == b"one\ntwo\x00\xff"
+    assert sandbox.read_file("deep/er/a note.txt", limit=3) == b"one"
+    assert sandbox.read() == {"deep/er/a note.txt": b"one\ntwo\x00\xff"}
+    assert sandbox.read_file("/proc/version").startswith(b"Linux")
+    with pytest.raises(FileNotFoundError):
+        sandbox.read_file(f"{root}/nothing")
+    with pytest.raises(IsADirectoryError):
+        sandbox.read_file(root)
+    with pytest.raises(IsADirectoryError):
+        sandbox.write_file(root, b"")
+
+
+def test_reset_leaves_nothing(sandbox):
+    sandbox.run("mkdir -p a/b; touch a/b/c .hidden")
+    sandbox.reset()
+    assert sandbox.run("ls -A").output == ""
+
+
+def test_a_closed_sandbox_is_an_error(sandbox):
+    sandbox.close()
+    with pytest.raises(EnvironmentBroken, match="closed"):
+        sandbox.run("true")
+
+
+def test_closing_while_a_command_runs_ends_both(sandbox):
+    finished = []
+
+    def command():
+        with pytest.raises(EnvironmentBroken):
+            sandbox.run("sleep 60", timeout_s=60)
+        finished.append(time.monotonic())
+
+    thread = threading.Thread(target=command)
+    thread.start()
+    time.sleep(0.5)
+    with pytest.raises(EnvironmentBroken, match="busy"):
+        sandbox.reset()
+    sandbox.close()
+    thread.join(timeout=10)
+    assert finished

@@ -54,7 +54,7 @@ def test_a_resident_run_with_a_teacher_survives_preemption(cluster, batch_enviro
     assert cluster.job(run.job)["Restarts"] == "1"
     rank = (run.path / "logs/train/rank-0.log").read_text()
     assert "resuming after step" in rank
-    assert "a rollout engine took weights 1 (host)" in rank
+    assert "a rollout engine took weights 1 (shared_memory)" in rank
     assert (run.path / "report.html").exists()
 
 

@@ -12,12 +12,12 @@ _OTHER_DRIVERS = ("kfd", "dxg")  # AMD's, and a Windows host's
 
 
 def has_gpus(environ: Mapping[str, str], devices: Path = _DEVICES) -> bool:
-    """Return whether NVIDIA's driver is here and the environment does not hide all GPUs from a process."""
+    """Return whether NVIDIA's driver is loaded and ``environ`` does not hide all GPUs from a process."""
     return (devices / _NVIDIA).exists() and environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 
 
 def visible_gpus(environ: Mapping[str, str], devices: Path = _DEVICES) -> int | None:
-    """Return how many NVIDIA GPUs a process with this environment sees; None if it sees none."""
+    """Return how many NVIDIA GPUs a process with the environment ``environ`` sees; None if it sees none."""
     if not (devices / _NVIDIA).exists():
         return None
     visible = environ.get("CUDA_VISIBLE_DEVICES")
@@ -27,5 +27,5 @@ def visible_gpus(environ: Mapping[str, str], devices: Path = _DEVICES) -> int | 
 
 
 def any_driver(devices: Path = _DEVICES) -> bool:
-    """Return whether any vendor's GPU driver is here, whatever the environment hides."""
+    """Return whether any vendor's GPU driver is loaded, whatever the environment hides."""
     return any((devices / name).exists() for name in (_NVIDIA, *_OTHER_DRIVERS))

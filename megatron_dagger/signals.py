@@ -1,4 +1,4 @@
-"""Which signals ask a process to stop, its exit code then, and how a child is bound to its parent. No engines.
+"""The signals that ask a process to stop, its exit code then, and a hook that binds a child to its parent.
 
 ``driver.preemption`` reacts to these signals in the driver, ``training.ranks.stop_signal`` in a rank.
 """
@@ -16,9 +16,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def parent_death_hook() -> Callable[[], None]:
-    """Return a function that a child calls first, to be killed when the thread that forked it ends. Linux only.
+    """Return a function that a child calls first: the kernel then kills it when the thread that forked it ends.
 
-    Call this in the parent, before the fork. The setting survives an exec.
+    Call ``parent_death_hook`` in the parent, before the fork. The setting survives an exec. Linux only.
     """
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 

@@ -36,7 +36,7 @@ class StopReason(StrEnum):
 
     @property
     def is_clean(self) -> bool:
-        """Whether the policies ended the episode, and not an infrastructure failure."""
+        """Whether neither the infrastructure nor a policy failed."""
         return self not in _BROKEN
 
     @property
@@ -108,7 +108,10 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trajectory:
-    """One episode. ``(round_index, task_id, attempt)`` identifies it within a run."""
+    """One episode. ``(round_index, task_id, attempt)`` identifies it within a run.
+
+    ``beta`` is the teacher's intended share of the turns. ``details`` are the environment's notes, as JSON values.
+    """
 
     task_id: str
     attempt: int

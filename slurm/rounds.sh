@@ -1,7 +1,7 @@
-# What the jobs of the sbatch files share: how a step runs, and the rounds of a run as steps. Read with `.`.
+# Functions that the sbatch files share: run a step, and run the rounds of a run as steps. Source this file with `.`.
 #
-# SLURM starts a copy of the sbatch file, so this file is found by the directory that the job runs in: the repository's
-# root. serve_teacher needs SERVE and PAUSE, run_rounds needs NODES (the nodes that collect and train).
+# SLURM starts a copy of the sbatch file, so this file is found from the job's working directory: the repository's root.
+# serve_teacher needs SERVE and PAUSE, run_rounds needs NODES (the nodes that collect and train).
 
 . slurm/site.sh || return              # VENV, PATH, SRUN
 
@@ -25,7 +25,7 @@ step() {                               # run one step; the job ends if the step 
     continue_or_exit
 }
 
-continue_or_exit() {                   # by the last command's code, and by whether the job was told to stop
+continue_or_exit() {                   # depending on the last command's code and on $stopping
     # Stopped by a signal and not by scancel: requeue for the rest of the run. The code alone does not tell: srun may
     # kill a step's last task when its first has stopped.
     if { [ $code = 75 ] || [ $stopping = yes ]; } && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T | head -n1)" = RUNNING ]; then

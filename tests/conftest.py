@@ -1,4 +1,4 @@
-"""What unit and integration tests share: one Docker daemon for all of them."""
+"""Fixtures of unit and integration tests: one Docker daemon for all of them."""
 
 from contextlib import ExitStack
 
@@ -7,15 +7,14 @@ import pytest
 
 @pytest.fixture(scope="session")
 def daemon():
-    from tools.support.docker_engine import DoesNotStart, docker_daemon, missing
+    from tools.support.docker_engine import DaemonStartError, docker_daemon, missing
 
-    why = missing()
-    if why:
-        pytest.skip(why)
+    if reason := missing():
+        pytest.skip(reason)
     with ExitStack() as stack:
         try:
             running = stack.enter_context(docker_daemon())
-        except DoesNotStart as error:
+        except DaemonStartError as error:
             pytest.skip(f"dockerd does not start here: {error}")
         yield running
 

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and a parser whose errors say what to write instead."""
+"""Arguments that several commands share, and a parser whose errors suggest a correction."""
 
 from __future__ import annotations
 

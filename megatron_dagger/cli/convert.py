@@ -32,9 +32,8 @@ from megatron_dagger.store.resumable import fingerprint, unfinished
 from megatron_dagger.weights import families
 from megatron_dagger.weights.checkpoints import HF_FILES, MARKER, Checkpoint, MegatronFiles, open_checkpoint
 from megatron_dagger.weights.errors import CheckpointReadError, WeightMapError
-from megatron_dagger.weights.hf_files import CONFIG, carry_along, write_hf
+from megatron_dagger.weights.hf_files import CONFIG, copy_companion_files, write_hf
 from megatron_dagger.weights.layouts import SourceLayout, padded_vocab_size
-from megatron_dagger.weights.torch_dist.reader import parameters
 from megatron_dagger.weights.torch_dist.writer import write_megatron
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -60,7 +59,7 @@ def reshard(arguments: argparse.Namespace) -> int:
 
 
 def gguf_to_hf(arguments: argparse.Namespace) -> int:
-    """Convert with Transformers, which reads, dequantises and renames; the file has tokenizer and template too."""
+    """Convert with Transformers, which dequantises and renames tensors; the file has tokenizer and template too."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,7 +84,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
             write_hf(folder, source.model, read, dtype, max_bytes=arguments.shard_mib << 20)
         files = arguments.files or arguments.source / HF_FILES
         if files.is_dir():
-            carry_along(files, folder)
+            copy_companion_files(files, folder)
     print(f"wrote {arguments.target}: {total} tensors in {dtype}")
     return 0
 
@@ -113,7 +112,9 @@ def inspect(arguments: argparse.Namespace) -> int:
     source = open_checkpoint(arguments.source, _model(arguments))
     model = source.model
     kind = type(source).__name__
-    print(f"{arguments.source}: {kind}, {model.family}, {parameters(model):,} weights in {source.dtype()}")
+    print(
+        f"{arguments.source}: {kind}, {model.family}, {families.parameter_count(model):,} weights in {source.dtype()}"
+    )
     for name, value in to_dict(model).items():
         print(f"  {name} = {value}")
     for name, shape in families.canonical_names(model).items():
@@ -147,7 +148,7 @@ def _to_megatron(arguments: argparse.Namespace, source: Checkpoint, files: Path)
         with _counted(build, total, "writing") as read:
             write_megatron(folder, model, read, layout, dtype, max_bytes=arguments.shard_mib << 20)
         if files.is_dir():
-            carry_along(files, folder / HF_FILES)
+            copy_companion_files(files, folder / HF_FILES)
         (folder / HF_FILES).mkdir(exist_ok=True)
         atomic.write_json(folder / HF_FILES / CONFIG, model.hf_config() | {"torch_dtype": dtype})
         atomic.write_json(folder / MARKER, _marker(model))
@@ -246,6 +247,6 @@ def add_arguments(parser: CommandParser) -> None:
     sub = command("verify", verify, "compare two checkpoints of any kind, tensor by tensor; exit code 1 if they differ")
     sub.add_argument("target", type=Path, help="the other checkpoint")
     model(sub)
-    sub = command("inspect", inspect, "print what is in a checkpoint, without loading it")
+    sub = command("inspect", inspect, "print a checkpoint's settings and tensors without loading it")
     sub.add_argument("--digests", action="store_true", help="also print every tensor's digest, which reads the tensors")
     model(sub)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--recipe", metavar="NAME", help="the recipe to start from (`megatron-dagger recipes`)")
     source.add_argument("--config", type=Path, metavar="FILE", help="resolved settings in YAML; - for stdin")
     add_new_run(parser)
-    add_settings(parser, "settings that differ from these")
+    add_settings(parser, "settings that differ from the recipe's, the file's or the run's")
 
 
 def main(arguments: argparse.Namespace) -> int:

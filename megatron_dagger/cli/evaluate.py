@@ -12,7 +12,7 @@ import asyncio
 from megatron_dagger.cli.arguments import TAKE_OVER, add_run
 from megatron_dagger.cli.rollout import add_worker
 from megatron_dagger.dagger.worker import Worker
-from megatron_dagger.driver.preemption import stops_when_asked
+from megatron_dagger.driver.preemption import stop_on_signals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--take-over", action="store_true", help=TAKE_OVER)
 
 
-@stops_when_asked()
+@stop_on_signals()
 def main(arguments: argparse.Namespace) -> int:
     from megatron_dagger.dagger.loop import evaluate
-    from megatron_dagger.driver.stages import run_stage
+    from megatron_dagger.driver.stages import run_stage_function
 
     index = arguments.round_index
     worker = Worker.parse(arguments.worker) if arguments.worker else None
-    run_stage(
+    run_stage_function(
         arguments.run_dir,
         lambda context: asyncio.run(evaluate(context, index, worker)),
         worker,

@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -24,7 +25,7 @@ from megatron_dagger.cli.arguments import add_round
 from megatron_dagger.config import ConfigError, SweConfig
 from megatron_dagger.config.base import require
 from megatron_dagger.config.swe import Dataset
-from megatron_dagger.driver.preemption import stops_when_asked
+from megatron_dagger.driver.preemption import stop_on_signals
 from megatron_dagger.evaluation.harness import Harness
 from megatron_dagger.evaluation.resolved import Outcome, resolve_rate, table
 from megatron_dagger.observability.export import prediction
@@ -36,14 +37,16 @@ if TYPE_CHECKING:
     from megatron_dagger.types import Trajectory
 
 REPORT = "report.json"
-_NEEDED = ("instance_id", "model_name_or_path", "model_patch")
+_REQUIRED_FIELDS = ("instance_id", "model_name_or_path", "model_patch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, nargs="?", metavar="RUN", help="grade a run's held-out episodes")
     add_round(parser, "the round to grade (default: the last one)")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="grade these (.jsonl or .json) instead")
-    parser.add_argument("--tasks", metavar="SOURCE", help="their tasks: a file of rows, or a data set's id on the hub")
+    parser.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="grade the predictions in FILE (.jsonl or .json)"
+    )
+    parser.add_argument("--tasks", metavar="SOURCE", help="the predictions' tasks: a file of rows, or an id on the hub")
     parser.add_argument(
         "--dataset", default="swe-bench", help=f"dataset format: {', '.join(get_args(Dataset))} (default: swe-bench)"
     )
@@ -58,17 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pull", action="store_true", help="let the harness pull missing images")
 
 
-@stops_when_asked()
+@stop_on_signals()
 def main(arguments: argparse.Namespace) -> int:
-    """Return 0 if everything is graded (and the check passes), 1 if a part could not be graded."""
+    """Return 0 if every task is graded (and the check passes), 1 otherwise."""
     if arguments.check:
         return _check(arguments)
-    tasks, predictions, directory, episodes = _of_run(arguments) if arguments.run_dir else _of_file(arguments)
+    subject = _run_subject(arguments) if arguments.run_dir else _file_subject(arguments)
+    tasks, predictions, directory = subject.tasks, subject.predictions, subject.directory
     outcomes = _grade(arguments, tasks, predictions, directory)
     rates = resolve_rate(outcomes, {task.instance_id: task.repo for task in tasks})
     model = predictions[0]["model_name_or_path"]
     print(f"{model}, {len(predictions)} predictions for {len(tasks)} tasks, in {directory}\n\n{table(rates)}")
-    verdicts = {episode.task_id: episode.solved for episode in episodes}
+    verdicts = {episode.task_id: episode.solved for episode in subject.episodes}
     disagreeing = [task for task, solved in verdicts.items() if solved != (outcomes[task] is Outcome.RESOLVED)]
     if verdicts:
         print(f"the run's own judge agrees in {len(verdicts) - len(disagreeing)} of {len(verdicts)}")
@@ -84,7 +88,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    tasks, directory = _tasks(arguments), arguments.out or _default(arguments, "check")
+    tasks, directory = _tasks(arguments), arguments.out or _default_directory(arguments, "check")
     without = [task.instance_id for task in tasks if not task.patch]
     require(not without, f"--check: {len(without)} tasks have no gold patch, such as {without[:3]}")
     gold = [_prediction(task, "gold", task.patch) for task in tasks]
@@ -106,14 +110,23 @@ def _check(arguments: argparse.Namespace) -> int:
     return _finish(directory, report, not_graded) or int(not holds)
 
 
-def _of_run(
-    arguments: argparse.Namespace,
-) -> tuple[list[SweTask], list[dict[str, Any]], Path, Sequence[Trajectory]]:
-    """Return a sealed evaluation's tasks, the patch of each held-out episode, the report's directory, the episodes."""
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """The predictions to grade, their tasks, the report's directory, and the run's episodes if there is a run."""
+
+    tasks: list[SweTask]
+    predictions: list[dict[str, Any]]
+    directory: Path
+    episodes: Sequence[Trajectory] = ()
+
+
+def _run_subject(arguments: argparse.Namespace) -> _Subject:
+    """Return a sealed evaluation's held-out tasks with the patches of its episodes."""
+    from megatron_dagger.driver.run_dir import EVALUATED
     from megatron_dagger.store.aggregated import DataStore
 
     require(arguments.predictions is None, "grade: give RUN or --predictions, not both")
-    path = arguments.run_dir / "evaluations.zarr"
+    path = arguments.run_dir / EVALUATED
     require(path.is_dir(), f"{arguments.run_dir} has no evaluation yet")
     store = DataStore.open(path)
     sealed = store.sealed()
@@ -123,15 +136,15 @@ def _of_run(
     by_id = {task.instance_id: task for task in _tasks(arguments)}
     episodes = [episode for episode in store.episodes(index) if episode.task_id in by_id]
     require(bool(episodes), f"{path}: round {index} has no episode of a held-out task")
-    directory = arguments.out or _default(arguments, f"round-{index:04d}")
+    directory = arguments.out or _default_directory(arguments, f"round-{index:04d}")
     abandoned = sorted(store.abandoned(index).tasks() & by_id.keys())  # they count, without a prediction
     tasks = [by_id[task] for task in (*(e.task_id for e in episodes), *abandoned)]
-    return tasks, [prediction(e) for e in episodes], directory, episodes
+    predictions = [prediction(e) for e in episodes]
+    return _Subject(tasks=tasks, predictions=predictions, directory=directory, episodes=episodes)
 
 
-def _of_file(
-    arguments: argparse.Namespace,
-) -> tuple[list[SweTask], list[dict[str, Any]], Path, Sequence[Trajectory]]:
+def _file_subject(arguments: argparse.Namespace) -> _Subject:
+    """Return the predictions in a file with all tasks of a data set."""
     from megatron_dagger.envs.swe.rows import read_rows
 
     complete = arguments.predictions is not None and arguments.out is not None
@@ -140,16 +153,16 @@ def _of_file(
     names = {task.instance_id for task in tasks}
     predictions = []
     for row in read_rows(str(arguments.predictions)):
-        absent = [name for name in _NEEDED if name not in row]
+        absent = [name for name in _REQUIRED_FIELDS if name not in row]
         require(not absent, f"{arguments.predictions}: a prediction has no {', '.join(absent)}")
         task = row["instance_id"]
         require(task in names, f"{arguments.predictions}: {task} is not a task of {arguments.tasks}")
         require(task not in known, f"{arguments.predictions}: there are two predictions for {task}")
         known.add(task)
-        predictions.append({name: row[name] for name in _NEEDED})
+        predictions.append({name: row[name] for name in _REQUIRED_FIELDS})
     models = sorted({str(row["model_name_or_path"]) for row in predictions})
     require(len(models) == 1, f"{arguments.predictions}: grade the predictions of one model at a time, not {models}")
-    return tasks, predictions, arguments.out, []
+    return _Subject(tasks=tasks, predictions=predictions, directory=arguments.out)
 
 
 def _tasks(arguments: argparse.Namespace) -> list[SweTask]:
@@ -178,8 +191,8 @@ def _settings(run_dir: Path) -> SweConfig:
     return load_run_config(run_dir).swe
 
 
-def _default(arguments: argparse.Namespace, name: str) -> Path:
-    require(arguments.run_dir is not None, "grade: name a directory by --out")
+def _default_directory(arguments: argparse.Namespace, name: str) -> Path:
+    require(arguments.run_dir is not None, "grade: name a directory with --out")
     return Path(arguments.run_dir) / "grades" / name
 
 
@@ -227,12 +240,12 @@ def _locked(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _daemon(harness: Harness, tasks: Sequence[SweTask], *, pull: bool) -> Iterator[None]:
-    """Check that the daemon has the images, and remove what a harness left there, before and after the block."""
+    """Check that the daemon has the images; before and after the block, remove containers that the harness left."""
     from megatron_dagger.sandbox.docker.daemon import DockerHost
-    from megatron_dagger.sandbox.docker.images import is_here
+    from megatron_dagger.sandbox.docker.images import has_image
 
     with DockerHost(harness.run_id, harness.docker_url) as host:
-        absent = [] if pull else sorted({task.image for task in tasks if not is_here(host, task.image)})
+        absent = [] if pull else sorted({task.image for task in tasks if not has_image(host, task.image)})
         require(not absent, f"{len(absent)} images are missing, such as {absent[:3]}: pull them, or give --pull")
         host.remove_named(harness.run_id)
         try:

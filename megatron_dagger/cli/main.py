@@ -16,7 +16,7 @@ from megatron_dagger.cli.arguments import CommandParser, suggestion
 from megatron_dagger.config import ConfigError
 from megatron_dagger.policies.base import BudgetSpent
 
-logger = logging.getLogger("megatron_dagger.cli.main")  # also where this module runs as __main__
+logger = logging.getLogger("megatron_dagger.cli.main")  # the same name when this module runs as __main__
 
 GROUPS = {
     "run": ("run", "create", "rollout", "train", "evaluate"),
@@ -50,7 +50,7 @@ SIGUSR1 after saving (a job's script requeues its job then)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return its exit code. Wrong usage ends in SystemExit(2), as argparse does it."""
+    """Run a command; return its exit code. Wrong usage raises SystemExit(2), as in argparse."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]

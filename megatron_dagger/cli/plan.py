@@ -33,7 +33,7 @@ _PARTS = ("weights", "fp8_weights", "gradients", "optimizer", "activations", "wo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="NAME", help="the recipe to plan; its name alone means the same")
     parser.add_argument(
-        "words", nargs="*", metavar="RECIPE|RUN|NAME=VALUE", help="a recipe or a run directory; settings"
+        "subject", nargs="*", metavar="RECIPE|RUN|NAME=VALUE", help="a recipe or a run directory; settings"
     )
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="the kind of GPU (default: h100)")
     parser.add_argument(
@@ -68,9 +68,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _subject(arguments: argparse.Namespace) -> tuple[str, RunConfig]:
-    """Return the name and the config of what is to be planned: a recipe, or an existing run."""
-    names = [word for word in arguments.words if "=" not in word]
-    settings = [word for word in arguments.words if "=" in word]
+    """Return the name and the config of the recipe or run to plan."""
+    names = [argument for argument in arguments.subject if "=" not in argument]
+    settings = [argument for argument in arguments.subject if "=" in argument]
     names += [arguments.recipe] if arguments.recipe else []
     if len(names) != 1:
         raise ConfigError(f"name one recipe or run directory to plan, not {len(names)} ({' '.join(names) or 'none'})")
@@ -100,7 +100,7 @@ def report(
         "kv_tokens": serving.kv_tokens,
         "full_sequences": serving.full_sequences,
         "fit_together": plan.memory.fit_together,
-        "episode": to_dict(plan.episodes),
+        "episode": to_dict(plan.episode),
         "rollout": to_dict(plan.rollout),
         "teacher": to_dict(plan.teacher),
         "rounds": [to_dict(r) | {"total_s": r.total_s} for r in plan.rounds],
@@ -166,7 +166,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _training_table(plan: RunPlan) -> Table:
-    """Show the first, the fullest and the last pipeline stage: the ones between are alike."""
+    """Show the first, the fullest and the last pipeline stage: the stages between them are alike."""
     stages = plan.memory.training
     shown = sorted({0, plan.memory.fullest.stage, len(stages) - 1})
     table = _table("training, GiB per GPU", "", *(f"stage {index}" for index in shown))

@@ -19,7 +19,7 @@ from megatron_dagger.cli.arguments import add_episode_filter, add_run
 from megatron_dagger.config import RunConfig
 from megatron_dagger.driver.environments import open_environment
 from megatron_dagger.driver.episodes import find_episodes
-from megatron_dagger.driver.preemption import stops_when_asked
+from megatron_dagger.driver.preemption import stop_on_signals
 from megatron_dagger.driver.run_dir import cache_dir, load_run_config
 from megatron_dagger.envs.environment import Environment
 from megatron_dagger.observability.progress import track
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="all matching episodes, not only the first")
 
 
-@stops_when_asked()
+@stop_on_signals()
 def main(arguments: argparse.Namespace) -> int:
     """Print the differences; return 0 if every episode ends as it was recorded, 1 otherwise."""
     episodes = find_episodes(
@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def replay(run_dir: Path, recorded: Sequence[Trajectory]) -> int:
-    """Re-execute episodes of a run and print the differences; the return value is the command's."""
+    """Re-execute episodes of a run and print the differences; return the command's exit code."""
     config = load_run_config(run_dir)
     with ExitStack() as stack:
         environment = open_environment(config, run_dir, cache_dir(), track, stack)

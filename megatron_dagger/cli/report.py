@@ -25,7 +25,8 @@ def main(arguments: argparse.Namespace) -> int:
 
 def write(run_dir: Path, out: Path | None = None, episodes: int = EPISODES) -> int:
     """Write the page and print its path."""
-    from megatron_dagger.driver.episodes import COLLECTED, EVALUATED, open_store
+    from megatron_dagger.driver.episodes import open_store
+    from megatron_dagger.driver.run_dir import COLLECTED, EVALUATED
     from megatron_dagger.observability.report import write_report
 
     data, evaluations = open_store(run_dir, COLLECTED), open_store(run_dir, EVALUATED)

@@ -12,7 +12,7 @@ import asyncio
 
 from megatron_dagger.cli.arguments import TAKE_OVER, add_run
 from megatron_dagger.dagger.worker import Worker
-from megatron_dagger.driver.preemption import stops_when_asked
+from megatron_dagger.driver.preemption import stop_on_signals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,19 +29,21 @@ def add_worker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--worker", metavar="I/K", help=text)
 
 
-@stops_when_asked()
+@stop_on_signals()
 def main(arguments: argparse.Namespace) -> int:
     from megatron_dagger.dagger.loop import collect
     from megatron_dagger.dagger.resident import work_rounds
-    from megatron_dagger.driver.stages import run_stage
+    from megatron_dagger.driver.stages import run_stage_function
 
     run_dir, index, take_over = arguments.run_dir, arguments.round_index, arguments.take_over
     if arguments.resident:
         resident = Worker.parse(arguments.worker or "0/1", resident=True)
-        run_stage(run_dir, lambda context: asyncio.run(work_rounds(context, resident)), resident, take_over=take_over)
+        run_stage_function(
+            run_dir, lambda context: asyncio.run(work_rounds(context, resident)), resident, take_over=take_over
+        )
         return 0
     worker = Worker.parse(arguments.worker) if arguments.worker else None
-    run_stage(
+    run_stage_function(
         run_dir,
         lambda context: asyncio.run(collect(context, index, worker)),
         worker,

@@ -16,7 +16,7 @@ import sys
 
 from megatron_dagger.cli.arguments import TAKE_OVER, add_new_run, add_run, add_settings, recipe_config
 from megatron_dagger.config import dump_yaml
-from megatron_dagger.driver.preemption import stops_when_asked
+from megatron_dagger.driver.preemption import stop_on_signals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_new_run(parser)
     parser.add_argument("--take-over", action="store_true", help=TAKE_OVER)
-    add_settings(parser, "settings that differ from the recipe's, or from the run's")
+    add_settings(parser, "settings that differ from the recipe's or the run's")
 
 
-@stops_when_asked()
+@stop_on_signals()
 def main(arguments: argparse.Namespace) -> int:
     from megatron_dagger.cli import report
     from megatron_dagger.dagger.loop import run_rounds

@@ -1,4 +1,4 @@
-"""Print an episode turn by turn: what was seen, who acted, and what the teacher would have done."""
+"""Print an episode turn by turn: the observation, who acted, the action, and the teacher's label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Show a run's rounds and stages: progress, rates, and the errors of what failed.
+"""Show a run's rounds and stages: progress, rates, and the errors of failed stages.
 
 It reads files only, so it works on any node and while the run runs.
 """
@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.driver.episodes import COLLECTED, open_store
-    from megatron_dagger.driver.run_dir import load_run_config
+    from megatron_dagger.driver.episodes import open_store
+    from megatron_dagger.driver.run_dir import COLLECTED, load_run_config
     from megatron_dagger.observability.status import status
 
     load_run_config(arguments.run_dir)  # raises if this is not a run

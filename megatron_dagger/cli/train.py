@@ -12,7 +12,7 @@ import logging
 import os
 
 from megatron_dagger.cli.arguments import TAKE_OVER, add_run
-from megatron_dagger.driver.preemption import stops_when_asked
+from megatron_dagger.driver.preemption import stop_on_signals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,15 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--round", type=int, dest="round_index", metavar="N", help="the round to train")
     which.add_argument("--resident", action="store_true", help="stay alive and train all rounds")
     parser.add_argument("--take-over", action="store_true", help=TAKE_OVER)
-    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)  # be one rank; see driver.training
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)  # run as one rank; see driver.training
 
 
 def main(arguments: argparse.Namespace) -> int:
-    return _be_rank(arguments) if arguments.rank else _start_ranks(arguments)
+    return _run_rank(arguments) if arguments.rank else _start_ranks(arguments)
 
 
-def _be_rank(arguments: argparse.Namespace) -> int:
-    """Be one rank; its number is in torchrun's variables. SIGTERM is the trainer's own business there."""
+def _run_rank(arguments: argparse.Namespace) -> int:
+    """Run as one rank, whose number is in torchrun's variables. The trainer itself handles SIGTERM."""
     from megatron_dagger.driver.run_dir import load_run_config
     from megatron_dagger.driver.training import train_rank, train_resident_rank
 
@@ -43,13 +43,13 @@ def _be_rank(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@stops_when_asked()
+@stop_on_signals()
 def _start_ranks(arguments: argparse.Namespace) -> int:
     """Start this node's ranks. The first node holds the run; the others only start their ranks."""
     from megatron_dagger.dagger.loop import train
     from megatron_dagger.driver.run_dir import check_round, load_run_config
-    from megatron_dagger.driver.stages import run_stage
-    from megatron_dagger.driver.training import train_beside, train_resident
+    from megatron_dagger.driver.stages import run_stage_function
+    from megatron_dagger.driver.training import train_on_further_node, train_resident
     from megatron_dagger.training.ranks.launch import node_rank
 
     run_dir, index, take_over = arguments.run_dir, arguments.round_index, arguments.take_over
@@ -59,7 +59,7 @@ def _start_ranks(arguments: argparse.Namespace) -> int:
         return 0
     check_round(config, index)
     if node_rank(config.training.parallel) == 0:
-        run_stage(run_dir, lambda context: train(context, index), stage=("train", index), take_over=take_over)
+        run_stage_function(run_dir, lambda context: train(context, index), stage=("train", index), take_over=take_over)
     else:
-        train_beside(config, run_dir, index)
+        train_on_further_node(config, run_dir, index)
     return 0

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_dagger.config import SweConfig, override
 from megatron_dagger.config.base import require
-from megatron_dagger.driver.preemption import stops_when_asked
+from megatron_dagger.driver.preemption import stop_on_signals
 from megatron_dagger.observability.progress import track
 
 _LISTED = 20
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@stops_when_asked()
+@stop_on_signals()
 def main(arguments: argparse.Namespace) -> int:
     """Return 0 if every task was judged, 1 if some could not be: no image, or the container broke."""
     from megatron_dagger.envs.swe import validation

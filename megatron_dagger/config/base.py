@@ -1,7 +1,7 @@
 """Typed settings: frozen keyword-only dataclasses, read from plain dicts, checked on construction.
 
-A wrong name, type or value raises a ConfigError that says which setting is wrong, its value and what to write
-instead. A class whose settings were renamed lists the old names in ``RENAMED``, so that old files are still read.
+A wrong name, type or value raises a ConfigError that names the setting, its value and a correction. A class whose
+settings were renamed lists the old names in ``RENAMED``: old files are still read.
 """
 
 from __future__ import annotations

@@ -24,8 +24,12 @@ class BetaConfig:
         for name in ("start", "floor", "decay"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"dagger.beta.{name} must lie in [0, 1], got {value}")
-        require(self.floor <= self.start, "dagger.beta.floor must not exceed dagger.beta.start")
-        require(self.step_rounds > 0 and self.horizon_rounds > 0, "dagger.beta: rounds must be positive")
+        require(
+            self.floor <= self.start, f"dagger.beta.floor={self.floor} must not exceed dagger.beta.start={self.start}"
+        )
+        for name in ("step_rounds", "horizon_rounds"):
+            value = getattr(self, name)
+            require(value > 0, f"dagger.beta.{name} must be positive, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class AggregationConfig:
     max_labels_per_round: int | None = None  # drawn at random from each round's labels; None: all
 
     def __post_init__(self) -> None:
-        require(self.last_rounds > 0, "dagger.aggregation.last_rounds must be positive")
+        require(self.last_rounds > 0, f"dagger.aggregation.last_rounds must be positive, got {self.last_rounds}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,4 +64,10 @@ class DaggerConfig:
 
     def __post_init__(self) -> None:
         require(self.rounds >= 0, f"dagger.rounds must not be negative, got {self.rounds}")
-        require(self.tasks_per_round > 0 and self.sft_tasks > 0, "dagger: every round needs tasks")
+        for name in ("tasks_per_round", "sft_tasks"):
+            value = getattr(self, name)
+            require(value > 0, f"dagger.{name} must be positive, got {value}")
+
+    def evaluates(self, round_index: int) -> bool:
+        """Return whether a round is evaluated."""
+        return self.evaluate_rounds == "all" or round_index >= self.rounds

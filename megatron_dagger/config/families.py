@@ -1,4 +1,4 @@
-"""The model families that can be trained: what sets each one apart from a plain decoder.
+"""The model families that can be trained, by their differences from a plain decoder.
 
 The plain decoder has RMSNorm, SwiGLU, GQA and RoPE. Whatever depends on the family (the settings, the trainer, the
 weight map, the planner) asks this table, mostly through the properties of ``ModelConfig``. A new family is an entry
@@ -21,7 +21,7 @@ class Family:
     qkv_bias: bool = False  # biases on Q, K and V
     experts: bool = False  # a mixture of experts (no shared ones) instead of the MLP in every layer
     hf_head_dim: bool = True  # config.json has head_dim; False: a head's size is hidden_size / num_attention_heads
-    heads_divide_hidden: bool = False  # transformers insists on it
+    heads_divide_hidden: bool = False  # required by transformers
     hf_entries: Mapping[str, Any] = field(default_factory=dict)  # constant entries of its config.json
 
 

@@ -40,7 +40,8 @@ class VllmEngineConfig:
     def __post_init__(self) -> None:
         require(
             self.quantization == "none" or self.dtype == "bfloat16",
-            f"engine.quantization={self.quantization} needs engine.dtype=bfloat16 (vLLM refuses {self.dtype} with it)",
+            f"rollout.engine.quantization={self.quantization} needs rollout.engine.dtype=bfloat16, got {self.dtype} "
+            "(vLLM's rule)",
         )
 
 
@@ -55,7 +56,7 @@ class LimitsConfig:
     max_seconds: float = 300.0  # of the whole episode
 
     def __post_init__(self) -> None:
-        require(self.max_turns > 0, f"limits.max_turns must be positive, got {self.max_turns}")
+        require(self.max_turns > 0, f"rollout.limits.max_turns must be positive, got {self.max_turns}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,10 +37,10 @@ class SweConfig:
     disk_mib: int = 8_192
     processes: int = 512
     command_timeout_s: float = 120.0  # of one command of the agent
-    observation_characters: int = 12_000  # longer output is clipped
+    observation_characters: int = 12_000  # longer output is truncated in the middle
 
     def __post_init__(self) -> None:
         require(
             not self.train or bool(self.heldout) or self.heldout_of_train > 0,
-            "swe.heldout is missing: name a dataset to evaluate on, or hold tasks out by swe.heldout_of_train",
+            "swe.heldout is missing: name a dataset to evaluate on, or hold tasks out with swe.heldout_of_train=N",
         )

@@ -33,7 +33,9 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         for url in self.urls:
             require(url.startswith(("http://", "https://")), f"teacher.urls: {url!r} is not an http address")
-            require("@" not in url, "teacher.urls: an address must hold no key; name a variable in teacher.api_key_env")
+            require(
+                "@" not in url, "teacher.urls: an address must contain no key; name a variable in teacher.api_key_env"
+            )
         require(not self.urls or bool(self.model), "teacher.model is missing: the name the endpoint serves")
         require(bool(self.urls) or not self.score_student_turns, "teacher.score_student_turns needs teacher.urls")
         require(

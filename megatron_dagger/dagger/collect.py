@@ -1,9 +1,9 @@
 """Run a stage's episodes: one per task, several at a time, each committed as soon as it ends.
 
 A committed episode is never run again. A broken one (its sandbox or engine failed) never becomes data. It is
-retried once with the same random draws, because the machine may have been at fault and the data are then those
-of an undisturbed run, and after that with new draws. After ``TRIES`` the task is abandoned for this round, which
-the store records. If too many tasks are abandoned, the run stops instead.
+retried once with the same random draws: if only the machine was at fault, the data are those of an undisturbed run.
+Later retries use new draws. After ``TRIES`` the task is abandoned for this round, which the store records. If too
+many tasks are abandoned, the run stops instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 TRIES = 3  # of an episode that breaks
 TOO_MANY, TOO_LARGE_SHARE = 3, 0.1  # abandoned tasks of a stage: this many, and more than this share
-COMMIT_EPISODES = 8  # so many finished episodes are committed together
+COMMIT_EPISODES = 8  # finished episodes that are committed together
 
 
 class TooManyBroken(RuntimeError):
@@ -94,8 +94,8 @@ async def run_episodes(
 def _abandon(stage: Stage, last: Trajectory, tasks: Sequence[str]) -> None:
     """Record that the task of ``last`` is skipped this round.
 
-    If too many tasks of the stage are skipped, put all of ``tasks`` back, to be tried again once the
-    environment is mended, and raise TooManyBroken.
+    If too many tasks of the stage are skipped, un-skip all of ``tasks`` (they are tried again once the environment
+    is fixed) and raise TooManyBroken.
     """
     abandoned = stage.store.abandoned(stage.round_index)
     abandoned.add(last)

@@ -1,4 +1,4 @@
-"""RunContext: the parts a run is made of (tasks, policies, stores, the trainer). The loop knows nothing else."""
+"""RunContext: the parts a run is made of (tasks, policies, stores, the trainer). The loop depends on nothing else."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Score = Callable[[Trajectory], Awaitable[Trajectory]]
 
 
 class Student(Protocol):
-    """The student as a rollout worker serves it. New weights replace the old ones in place."""
+    """The student, served by a rollout worker. New weights replace the old weights in place."""
 
     def with_sampling(self, sampling: SamplingConfig) -> Policy:
         """Return a policy that samples with these parameters from the weights that are served."""
         ...
 
     def sync(self, checkpoint: Path, version: int, digests: Mapping[str, str], canary: Canary | None = None) -> object:
-        """Serve a checkpoint's weights as ``version``. Raises WeightSyncError unless they are what was trained."""
+        """Serve a checkpoint's weights as ``version``. Raises WeightSyncError unless they equal the trained ones."""
         ...
 
 
@@ -46,7 +46,7 @@ class RunContext:
     train_tasks: tuple[str, ...]
     heldout_tasks: tuple[str, ...]
     make_env: Callable[[str], Env]  # by task id
-    prefetch: Callable[[Sequence[str]], None]  # fetches in the background what episodes of these tasks will need
+    prefetch: Callable[[Sequence[str]], None]  # fetches images and files of these tasks in the background
     teacher: Policy
     score: Score | None  # adds the teacher's log-probs of the student's tokens to a collected episode
     student: Callable[[], Student]  # the first call starts the engine in the background and returns at once

@@ -87,7 +87,7 @@ async def evaluate(context: RunContext, round_index: int, worker: Worker | None 
     ``worker``: as in ``collect``.
     """
     config, store = context.config, context.evaluations
-    if config.dagger.evaluate_rounds == "last" and round_index < config.dagger.rounds:
+    if not config.dagger.evaluates(round_index):
         return
     heldout = list(itertools.islice(context.heldout_tasks, config.dagger.evaluation_tasks))
     trained = list(itertools.islice(context.train_tasks, config.dagger.evaluation_train_tasks))

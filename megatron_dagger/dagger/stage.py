@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of one round: which tasks, who acts, where the episodes go and what the report says of them."""
+    """One stage of one round: its tasks, who acts in them, the store of its episodes and the report's summary."""
 
     name: Literal["collect", "evaluate"]
     round_index: int
@@ -63,7 +63,7 @@ async def run_stage(context: RunContext, stage: Stage, worker: Worker | None = N
         deadline_s = context.config.rollout.stage_deadline_s
         if not await wait_for_workers(worker, stage.store, stage.round_index, stage.tasks, deadline_s):
             return
-        broken, duration_s = 0, 0.0  # recorded already
+        broken, duration_s = 0, 0.0  # they are in the worker's record
     manifest = stage.store.seal(stage.round_index)
     workers_broken, workers_s = recorded_by_workers(report)
     values = stage.summary(manifest) | {

@@ -22,7 +22,7 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """Worker ``index`` (from 0) of ``count``: it runs every ``count``-th task, the same ones each time.
+    """Worker ``index`` (from 0) of ``count``: it runs every ``count``-th task, always the same.
 
     A ``resident`` worker stays alive through all rounds and takes the weights from the trainer's memory.
     """
@@ -59,7 +59,7 @@ class Worker:
         return list(tasks[self.index :: self.count])
 
     def record(self, report: Path, *, broken_episodes: int, duration_s: float) -> None:
-        """Add to this worker's own record, beside the stage's ``report``, what it has just done."""
+        """Add these numbers to the worker's own record, a file beside the stage's ``report``."""
         path = report.with_name(f"{report.stem}-{self.name}.json")
         before = read_json(path) if path.exists() else {}
         values = {"broken_episodes": broken_episodes, "duration_s": duration_s}
@@ -96,7 +96,7 @@ def all_finished(store: DataStore, round_index: int, tasks: Sequence[str]) -> bo
 
 
 async def wait_until(condition: Callable[[], bool], deadline_s: float, awaited: str) -> None:
-    """Wait for something that other processes write. Raises TimeoutError, naming ``awaited``, after ``deadline_s``."""
+    """Wait until ``condition`` holds, for files of other processes. Raises TimeoutError, naming ``awaited``."""
     end = time.monotonic() + deadline_s
     while not condition():
         if time.monotonic() > end:

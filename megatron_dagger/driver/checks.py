@@ -1,4 +1,4 @@
-"""Refuse a run that cannot work, before anything of it is written."""
+"""Refuse a run that cannot work before any of its files is written."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ ANY_GPU = "any"  # no kind is assumed: memory is not checked
 def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) -> None:
     """Raise ConfigError unless the run can work: trainer, memory of the GPUs, checkpoint, packages, data sets.
 
-    ``here``: the run trains on this machine, so its rules are those of a machine with or without GPUs; otherwise
-    settings that either kind of machine can run pass. ``gpu``: the kind of GPU whose memory the run must fit
+    ``here``: the run trains on this machine, so the rules for a machine with or without GPUs apply; otherwise the
+    settings need to work on one of the two kinds. ``gpu``: the kind of GPU whose memory the run must fit
     (a name of ``planning.GPUS``, or ``any`` for no check; default: h100); not checked in fp32, which is for the CPU.
     """
     _check_trainer(config, cuda=has_gpus(os.environ) if here else None)

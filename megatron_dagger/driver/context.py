@@ -15,7 +15,7 @@ from megatron_dagger.config import ConfigError, RunConfig
 from megatron_dagger.dagger.context import RunContext, Score, Student, train_manifest
 from megatron_dagger.dagger.worker import Worker
 from megatron_dagger.driver.environments import open_environment
-from megatron_dagger.driver.run_dir import cache_dir
+from megatron_dagger.driver.run_dir import COLLECTED, EVALUATED, cache_dir
 from megatron_dagger.driver.training import train_with_progress
 from megatron_dagger.envs.environment import Environment
 from megatron_dagger.observability.logs import DRIVER, log_file
@@ -45,7 +45,7 @@ def open_run_context(
     worker: Worker | None = None,
     take_over: bool = False,
 ) -> Iterator[RunContext]:
-    """Yield a run's context, and close all of it in the end.
+    """Yield a run's context, and close everything in it afterwards.
 
     ``trains``: the rounds that this process may train. The run is claimed by this process alone or, with ``worker``,
     as one of several. ``take_over``: see store.fence. Raises ConfigError, LockedError, EnvironmentBroken.
@@ -96,8 +96,8 @@ def open_run_context(
             teacher=teacher,
             score=score,
             student=student,
-            data=DataStore.create_or_open(run_dir / "data.zarr", writer=writer),
-            evaluations=DataStore.create_or_open(run_dir / "evaluations.zarr", writer=writer),
+            data=DataStore.create_or_open(run_dir / COLLECTED, writer=writer),
+            evaluations=DataStore.create_or_open(run_dir / EVALUATED, writer=writer),
             metrics=StageMetrics(run_dir, wandb_project=config.wandb_project),
             train=functools.partial(train_with_progress, config, process, {VARIABLE: token}),
             track=progress,
@@ -108,13 +108,15 @@ def open_run_context(
 def make_teacher(
     config: RunConfig, run_dir: Path, environment: Environment, renderer: ChatRenderer, stack: ExitStack
 ) -> tuple[Policy, Score | None]:
-    """Return the teacher, and what scores the student's tokens with it (None unless the settings ask for it).
+    """Return the teacher, and the function that scores the student's tokens with it (None unless configured).
 
     The teacher is the environment's own expert or a language model behind endpoints. The endpoints may change from
-    job to job, so the environment variable TEACHER_URLS overrides the settings.
+    job to job, so the environment variable TEACHER_URLS overrides the settings. Raises ConfigError if there is no
+    teacher.
     """
     if not config.teacher.urls:
-        assert environment.expert is not None, "RunConfig checks it"
+        if environment.expert is None:
+            raise ConfigError("teacher.urls is missing: this environment has no expert of its own")
         return environment.expert(renderer.action), None
     from megatron_dagger.policies.openai.cache import ResponseCache
     from megatron_dagger.policies.openai.endpoint_pool import EndpointPool

@@ -1,4 +1,4 @@
-"""Choose the environment that a run's settings name."""
+"""Open the environment that a run's settings name."""
 
 from __future__ import annotations
 

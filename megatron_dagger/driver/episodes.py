@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dagger.config import ConfigError
-from megatron_dagger.driver.run_dir import check_round, load_run_config
+from megatron_dagger.driver.run_dir import COLLECTED, EVALUATED, check_round, load_run_config
 
 if TYPE_CHECKING:
     from megatron_dagger.store.aggregated import DataStore
     from megatron_dagger.types import Trajectory
-
-COLLECTED, EVALUATED = "data.zarr", "evaluations.zarr"
 
 
 def open_store(run_dir: Path, name: str) -> DataStore | None:
@@ -48,7 +46,7 @@ def choose_round(run_dir: Path, store: DataStore, round_index: int | None) -> in
 def find_episodes(
     run_dir: Path, *, round_index: int | None, evaluation: bool, task: str = "", failed: bool = False
 ) -> Iterator[Trajectory]:
-    """Yield a round's episodes by task id: of tasks whose id contains ``task``; with ``failed``, the unsolved ones.
+    """Yield a round's episodes of tasks whose id contains ``task``, by task id; with ``failed``, only unsolved ones.
 
     ``round_index`` None is the last round. Raises ConfigError if there is no such episode.
     """

@@ -1,6 +1,6 @@
-"""Stop in good order on SIGTERM and SIGUSR1, which a cluster sends before it takes a machine away.
+"""Stop cleanly on SIGTERM and SIGUSR1, which a cluster sends before it takes a machine away.
 
-Finished episodes are committed, a training saves after the current step, children are ended. The exit code tells
+Finished episodes are committed, a training saves after the current step, and child processes end. The exit code tells
 a job's script to requeue the job: the repeated command resumes.
 """
 
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def stops_when_asked() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """Raise SystemExit(STOPPED) in the main thread on the first of the signals; ignore the later ones.
 
     SystemExit rather than an error of our own, because asyncio lets it through at once and cancels its tasks.
     """
-    asked = False
+    stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if not asked:
-            asked = True
+        nonlocal stopping
+        if not stopping:
+            stopping = True
             logger.warning("%s: stopping; repeat the command to resume", signal.Signals(number).name)
             raise SystemExit(STOPPED)
 
@@ -36,11 +36,11 @@ def stops_when_asked() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not asked:
+        if not stopping:
             raise
         logger.warning("while stopping: %s: %s", type(error).__name__, error)
         raise SystemExit(STOPPED) from error
     finally:
-        if not asked:  # else the process is about to end, and must do so with its code
+        if not stopping:  # else the process is about to end with its exit code, and a later signal must not change that
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -1,7 +1,7 @@
 """A run directory's settings: create a run, change an existing one, read its config.
 
 ``config.yaml`` holds the resolved settings. ``origin.yaml`` holds what the run was created from (recipe and
-settings), so that a job script that is submitted again is told apart from a new wish.
+settings). With it, a job script that is submitted again is not mistaken for a request to change settings.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from megatron_dagger.store.fence import claim
 logger = logging.getLogger(__name__)
 
 CONFIG, ORIGIN = "config.yaml", "origin.yaml"
+COLLECTED, EVALUATED = "data.zarr", "evaluations.zarr"  # the stores of episodes
 _LISTED = 5  # settings named in a message
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What a run was created from: the recipe's name, if it had one, and the settings that were changed."""
+    """The origin of a run: the recipe's name, if there was one, and the NAME=VALUE settings given with it."""
 
     recipe: str | None = None
     settings: tuple[str, ...] = ()
@@ -64,26 +65,26 @@ def create_run(
     If the run exists, its settings must be the same, except for those that can be changed: a value that differs
     from the one the run was created with is a change, as by ``change_run``. A run without a committed episode may be
     created anew with any settings. ``here``, ``gpu``: see ``check_run``, which refuses a run that cannot work before
-    anything is written; with ``dry_run`` nothing is. Raises ConfigError.
+    anything is written. With ``dry_run`` nothing is written. Raises ConfigError.
     """
     config, origin = _absolute(override(base, list(settings))), load_origin(run_dir)
     existing = load_run_config(run_dir) if (run_dir / CONFIG).exists() else None
-    others = fixed_differences(existing, config) if existing else []
-    if existing is None or (others and not has_episodes(run_dir)):
+    conflicts = fixed_differences(existing, config) if existing else []
+    if existing is None or (conflicts and not has_episodes(run_dir)):
         check_run(config, here=here, gpu=gpu)
         if not dry_run:
             _write(run_dir, config, Origin(recipe=recipe, settings=tuple(settings)), replaces=existing is not None)
         return config
-    if others:
+    if conflicts:
         creator = f"was created by recipe {origin.recipe} and " if origin.recipe else ""
         raise ConfigError(
-            f"{run_dir} {creator}has other settings ({_some(others)}): resume it with `megatron-dagger run {run_dir}` "
-            "(no --recipe), or name another directory"
+            f"{run_dir} {creator}has other settings ({_first_few(conflicts)}): resume it with "
+            f"`megatron-dagger run {run_dir}` (no --recipe), or name another directory"
         )
-    if wishes := _changed_wishes(existing, config, settings, origin):
-        return change_run(run_dir, wishes, dry_run=dry_run)
+    if changes := _requested_changes(existing, config, settings, origin):
+        return change_run(run_dir, changes, dry_run=dry_run)
     if kept := differing(existing, config):
-        logger.warning("%s: the run keeps its own %s", run_dir, _some(kept))
+        logger.warning("%s: the run keeps its own %s", run_dir, _first_few(kept))
     return existing
 
 
@@ -94,10 +95,10 @@ def change_run(run_dir: Path, settings: Sequence[str], *, take_over: bool = Fals
     """
     existing = load_run_config(run_dir)
     config = override(existing, list(settings))
-    if others := fixed_differences(existing, config):
+    if conflicts := fixed_differences(existing, config):
         raise ConfigError(
-            f"{_some(others)}: an existing run's results depend on it, so it cannot be changed; start a new run with "
-            f"--recipe. These can be changed: {', '.join(CHANGEABLE)}; dagger.rounds can be raised"
+            f"{_first_few(conflicts)}: an existing run's results depend on it, so it cannot be changed; start a new "
+            f"run with --recipe. These can be changed: {', '.join(CHANGEABLE)}; dagger.rounds can be raised"
         )
     if config != existing:
         check_run(config)
@@ -108,14 +109,14 @@ def change_run(run_dir: Path, settings: Sequence[str], *, take_over: bool = Fals
 
 
 def load_origin(run_dir: Path) -> Origin:
-    """Return what a run was created from; an empty Origin for a run of a version that did not record it."""
+    """Return the origin of a run; an empty one if an older version, which did not record it, created the run."""
     path = run_dir / ORIGIN
     return load_yaml(Origin, path) if path.is_file() else Origin()
 
 
 def has_episodes(run_dir: Path) -> bool:
     """Return whether a run has a committed episode."""
-    rounds = run_dir / "data.zarr" / "rounds"
+    rounds = run_dir / COLLECTED / "rounds"
     return any(next(rounds.glob(pattern), None) for pattern in ("*/episodes", "*/segments/*"))
 
 
@@ -127,11 +128,11 @@ def check_round(config: RunConfig, round_index: int) -> None:
 
 
 def _write(run_dir: Path, config: RunConfig, origin: Origin, *, replaces: bool) -> None:
-    """Write a new run's settings; if it ``replaces`` one without an episode, remove what that one had prepared."""
+    """Write a new run's settings. If it ``replaces`` a run without an episode, remove the files of that run."""
     with claim(run_dir) if replaces else nullcontext():
         if replaces:
             logger.warning("%s had no episode yet: its settings are replaced", run_dir)
-            for name in ("tasks", "student", "data.zarr", "evaluations.zarr"):
+            for name in ("tasks", "student", COLLECTED, EVALUATED):
                 shutil.rmtree(run_dir / name, ignore_errors=True)
         write_text(run_dir / ORIGIN, dump_yaml(origin))
         write_text(run_dir / CONFIG, dump_yaml(config))
@@ -144,8 +145,8 @@ def _absolute(config: RunConfig) -> RunConfig:
     return replace(config, init_checkpoint=str(Path(config.init_checkpoint).resolve()))
 
 
-def _changed_wishes(existing: RunConfig, config: RunConfig, settings: Sequence[str], origin: Origin) -> list[str]:
-    """Return the settings that ask for a change: they differ from the run's value and from the one at its creation."""
+def _requested_changes(existing: RunConfig, config: RunConfig, settings: Sequence[str], origin: Origin) -> list[str]:
+    """Return the settings that request a change: those that differ from the run's value and from its origin."""
     differences = set(differing(existing, config))
     created = {_parsed(setting) for setting in origin.settings}
     named = {current_name(RunConfig, setting.partition("=")[0].strip()): setting for setting in settings}
@@ -156,7 +157,7 @@ def _parsed(setting: str) -> tuple[str, str]:
     return current_name(RunConfig, setting.partition("=")[0].strip()), repr(parse_value(setting))
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_few(names: Sequence[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 

@@ -17,7 +17,7 @@ from megatron_dagger.observability.metrics import read_metrics
 logger = logging.getLogger(__name__)
 
 
-def run_stage(
+def run_stage_function(
     run_dir: Path,
     stage_function: Callable[[RunContext], None],
     worker: Worker | None = None,
@@ -28,7 +28,7 @@ def run_stage(
     """Open a run and call ``stage_function``.
 
     ``stage``: the stage's name and round, if it is one round's. Raises ConfigError for a round that the run does not
-    have. A stage that is done is only logged: neither tasks nor engines are opened for it.
+    have. For a finished stage, only a log line is written: neither tasks nor engines are opened.
     """
     config = load_run_config(run_dir)
     if stage is not None:
@@ -42,8 +42,8 @@ def run_stage(
 
 
 def _already_done(config: RunConfig, run_dir: Path, name: str, round_index: int) -> str:
-    """Return why there is nothing to do for a stage; empty if there is something."""
-    if name == "evaluate" and config.dagger.evaluate_rounds == "last" and round_index < config.dagger.rounds:
+    """Return why a stage has nothing left to do, or an empty string."""
+    if name == "evaluate" and not config.dagger.evaluates(round_index):
         return "nothing to do (dagger.evaluate_rounds=last)"
     folder = round_dir(run_dir, round_index)
     last_file = train_manifest(run_dir, round_index) if name == "train" else folder / f"{name}.json"

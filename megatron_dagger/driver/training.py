@@ -1,4 +1,4 @@
-"""Train the rounds of a run: start the ranks on a node, and be one of them."""
+"""Train the rounds of a run: start the ranks on a node, and run one rank in a process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from megatron_dagger.config import RunConfig
 from megatron_dagger.dagger.context import round_dir, train_dir, train_manifest
+from megatron_dagger.driver.run_dir import COLLECTED
 from megatron_dagger.observability.metrics import read_lines
 from megatron_dagger.observability.progress import Tracker, track
 from megatron_dagger.observability.status_file import RunProcess, failure_recorded
-from megatron_dagger.store.atomic import check_room
+from megatron_dagger.store.atomic import check_disk_space
 from megatron_dagger.store.fence import VARIABLE, claim, inherit
 from megatron_dagger.types import LabelledEpisode
 
@@ -29,7 +30,7 @@ RESIDENT = "trainer"  # the name under which a resident trainer claims a run
 
 
 def train_job(config: RunConfig, run_dir: Path, round_index: int) -> TrainJob:
-    """Return the job that the ranks of a round's training do."""
+    """Return the job of the ranks that train a round."""
     from megatron_dagger.training.job import TrainJob
 
     previous = train_dir(run_dir, round_index - 1) / "checkpoint"
@@ -46,7 +47,7 @@ def train_job(config: RunConfig, run_dir: Path, round_index: int) -> TrainJob:
 
 
 def train_with_progress(config: RunConfig, process: RunProcess, env: Mapping[str, str], round_index: int) -> None:
-    """Train a round as the run's holder, with its progress shown and written to the status file."""
+    """Train a round as the process that holds the run; show the progress and write it to the status file."""
     process = replace(process, log_file=train_logs(process.run_dir, round_index))
     with report_progress(process, round_index):
         launch_training(config, process.run_dir, round_index, env=env)
@@ -99,7 +100,8 @@ def _launch(
     try:
         launch(command, config.training.parallel, log_dir, deadline_s, threads=threads, env=env)
     except RuntimeError:
-        check_room(run_dir)  # torch's writer does not say that the disk is full, and the ranks' logs may be cut off
+        # torch's writer does not say that the disk is full, and the ranks' logs may be cut off.
+        check_disk_space(run_dir)
         raise
 
 
@@ -123,14 +125,14 @@ def _resident_process(run_dir: Path) -> RunProcess:
     return RunProcess(run_dir=run_dir, worker=RESIDENT, log_file=train_logs(run_dir))
 
 
-def train_beside(config: RunConfig, run_dir: Path, round_index: int) -> None:
-    """Do a further node's part in a round's training: its ranks. The first node holds the run and writes."""
+def train_on_further_node(config: RunConfig, run_dir: Path, round_index: int) -> None:
+    """Start the ranks of a node other than the first, unless the round is trained. The first node holds the run."""
     if not train_manifest(run_dir, round_index).exists():
         launch_training(config, run_dir, round_index)
 
 
 def train_rank(config: RunConfig, run_dir: Path, round_index: int) -> None:
-    """Be one rank of a round's training."""
+    """Run one rank of a round's training in this process."""
     from megatron_dagger.training import compat
     from megatron_dagger.training.trainer import train_round
 
@@ -141,7 +143,7 @@ def train_rank(config: RunConfig, run_dir: Path, round_index: int) -> None:
 
 
 def train_resident_rank(config: RunConfig, run_dir: Path) -> None:
-    """Be one rank of the resident trainer."""
+    """Run one rank of the resident trainer in this process."""
     from megatron_dagger.store.aggregated import DataStore
     from megatron_dagger.training import compat
     from megatron_dagger.training.resident import ResidentRun, train_rounds
@@ -150,7 +152,7 @@ def train_resident_rank(config: RunConfig, run_dir: Path) -> None:
     inherit(run_dir, os.environ)
 
     def collected(index: int) -> bool:
-        store = run_dir / "data.zarr"
+        store = run_dir / COLLECTED
         return (store / "zarr.json").exists() and DataStore.open(store).manifest(index) is not None
 
     run = ResidentRun(
@@ -172,6 +174,6 @@ def training_data(config: RunConfig, run_dir: Path, round_index: int) -> list[La
     from megatron_dagger.dagger.aggregation import aggregate, select_rounds
     from megatron_dagger.store.aggregated import DataStore
 
-    store = DataStore.open(run_dir / "data.zarr")
+    store = DataStore.open(run_dir / COLLECTED)
     chosen = select_rounds(config.dagger.aggregation, round_index, store.sealed())
     return aggregate((e for index in chosen for e in store.episodes(index)), config.dagger.aggregation)

@@ -1,6 +1,6 @@
 """An environment: the tasks of a run, and everything a run needs to play and label episodes of them.
 
-A kind of tasks is one function, ``load_environment(context)``, that returns an Environment. Three fields are
+Every environment provides a function ``load_environment(context)`` that returns an Environment. Three fields are
 required; the defaults of the others suit an environment that needs no preparation and whose commands are one line.
 """
 
@@ -38,7 +38,7 @@ def last_line(response: Response) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentContext:
-    """What a load function gets. Whatever it opens (pools, connections) it enters into ``stack``."""
+    """The arguments of a load function, which enters every resource it opens (pools, connections) into ``stack``."""
 
     config: RunConfig
     run_dir: Path
@@ -56,7 +56,7 @@ class Environment:
     make_env: Callable[[str], Env]
     """Return a new Env for a task id; called from several threads."""
     prefetch: Callable[[Sequence[str]], None] = lambda task_ids: None
-    """Start to fetch what these tasks need (images, files) in the background, and return at once."""
+    """Start to fetch the images and files of these tasks in the background, and return at once."""
     expert: Callable[[Encode], Policy] | None = None
     """Make the environment's own teacher; None if labels come from a language model (``teacher.urls``)."""
     read: Callable[[Response], str] = last_line

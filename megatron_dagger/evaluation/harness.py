@@ -54,7 +54,7 @@ class Harness:
 
     @property
     def run_id(self) -> str:
-        """Return a name that is part of the containers' names, by which those of a killed harness are found."""
+        """The part of the containers' names by which a killed harness's containers are found."""
         return f"megatron-dagger-{hashlib.sha256(str(self.directory.resolve()).encode()).hexdigest()[:12]}"
 
     def run(self, on_progress: Callable[[int], None] = lambda done: None) -> dict[str, Outcome]:
@@ -91,9 +91,11 @@ class Harness:
                     os.killpg(process.pid, signal.SIGKILL)
         on_progress(len(self._reports()))
         if process.returncode:
-            how = "took too long" if time.monotonic() > deadline else f"failed with exit code {process.returncode}"
+            problem = f"failed with exit code {process.returncode}"
+            if time.monotonic() > deadline:
+                problem = f"took over {self._deadline_s():.0f} s"
             tail = log_path.read_text(errors="replace")[-_TAIL_CHARACTERS:]
-            raise RuntimeError(f"SWE-bench's harness {how}; the end of {log_path}:\n{tail}")
+            raise RuntimeError(f"SWE-bench's harness {problem}; the end of {log_path}:\n{tail}")
         return self._outcomes()
 
     def _command(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 To add an executor, write a function like ``slurm`` with the same two decorators in a module of yours and name that
 module as an entry point of the group ``nemo_run.cli``: ``run.executor=NAME`` then finds it. If it can run a stage on
-several nodes without a field ``nodes`` or ``num_nodes``, add its type to ``PLACE``.
+several nodes without a field ``nodes`` or ``num_nodes``, add its type to ``NODE_SETTERS``.
 """
 
 from collections.abc import Callable
@@ -49,8 +49,9 @@ def for_stage(executor: run.Executor, nodes: int) -> run.Executor:
     Raises ValueError if the executor has one node only and the stage needs more.
     """
     copy = executor.clone()
-    place = next((PLACE[cls] for cls in type(copy).__mro__ if cls in PLACE), _by_attribute)
-    place(copy, nodes)
+    types = type(copy).__mro__
+    set_nodes = next((NODE_SETTERS[cls] for cls in types if cls in NODE_SETTERS), _set_attribute)
+    set_nodes(copy, nodes)
     return copy
 
 
@@ -73,7 +74,7 @@ def _on_one_node(executor: run.Executor, nodes: int) -> None:
         )
 
 
-def _by_attribute(executor: run.Executor, nodes: int) -> None:
+def _set_attribute(executor: run.Executor, nodes: int) -> None:
     """Set the number of nodes, whose ranks find each other by the variables that the executor's launcher sets."""
     name = next((name for name in ("nodes", "num_nodes") if hasattr(executor, name)), None)
     if name is None:
@@ -82,8 +83,8 @@ def _by_attribute(executor: run.Executor, nodes: int) -> None:
         setattr(executor, name, nodes)
 
 
-# How each type of executor is given a stage's nodes; other types have a field for it (``_by_attribute``) or one node.
-PLACE: dict[type, Callable[..., None]] = {
+# Functions that set a stage's number of nodes, by type of executor; other types have a field for it or one node.
+NODE_SETTERS: dict[type, Callable[..., None]] = {
     run.SlurmExecutor: _on_slurm,
-    run.LocalExecutor: _on_one_node,  # its field ``nodes`` is not obeyed
+    run.LocalExecutor: _on_one_node,  # it ignores its field ``nodes``
 }

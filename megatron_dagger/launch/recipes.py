@@ -45,7 +45,7 @@ def _register(recipe: Callable[[], RunConfig]) -> None:
 
 
 def _resolve_annotations(cls: type) -> None:
-    """Replace the annotations of ``__init__``, strings so far, by types that NeMo-Run's parser knows."""
+    """Replace the annotations of ``__init__``, which are strings, by types that NeMo-Run's parser knows."""
     for name, hint in typing.get_type_hints(cls).items():
         arguments = typing.get_args(hint)
         if isinstance(hint, types.UnionType):

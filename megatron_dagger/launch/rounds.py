@@ -73,7 +73,7 @@ def _check_recipe(args: list[str]) -> None:
     known = {factory.__name__ for factory in run.cli.list_factories(RunConfig)}
     for arg in args:
         name, _, value = arg.partition("=")
-        # what is no identifier is an import path or a call, which NeMo-Run resolves
+        # any other value is an import path or a call, which NeMo-Run resolves
         if name == "config" and value.isidentifier() and value not in known:
             find_recipe(value)
 

@@ -1,4 +1,4 @@
-"""The rounds of a run as jobs: which commands, in which order, on how many nodes. Independent of any launcher.
+"""The rounds of a run as jobs, independent of any launcher: their commands, order and numbers of nodes.
 
 The first job writes the settings into the run directory; all others name only the run and a round. A finished
 stage is not run again, so a job may be repeated at any time.
@@ -7,7 +7,7 @@ stage is not run again, so a job may be repeated at any time.
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dagger.config import RunConfig, dump_yaml
@@ -31,22 +31,19 @@ def round_stages(config: RunConfig, directory: Path, work_dir: Path, program: st
     as the nodes see them. ``program`` is the shell command for our command line there. With several ``workers``, one
     job on as many nodes collects a round, a worker on each; the round's rollout then completes and seals it.
     """
-    run, last = shlex.quote(str(directory)), config.dagger.rounds
+    run = shlex.quote(str(directory))
     begin = f"set -e\ncd {shlex.quote(str(work_dir))}\n"
     create = f"{program} create {run} --config - <<'{_END}'\n{dump_yaml(config)}{_END}\n"
     nodes = {"collect": workers, "train": config.training.parallel.nodes}
     commands = {"collect": "rollout", "rollout": "rollout", "train": "train", "evaluate": "evaluate"}
 
-    def script(stage: str, index: int) -> str:
-        share = " --worker $SLURM_PROCID/$SLURM_NTASKS" if stage == "collect" else ""
-        # exec: the signal that ends the job reaches our program instead of killing a shell around it
-        return f"{begin}exec {program} {commands[stage]} {run} --round {index}{share}\n"
-
-    stages = [
-        Stage(name=f"round{index}-{stage}", script=script(stage, index), nodes=nodes.get(stage, 1))
-        for index in range(last + 1)
-        for stage in commands
-        if not (stage == "collect" and workers == 1)
-        and not (stage == "evaluate" and config.dagger.evaluate_rounds == "last" and index < last)
-    ]
-    return [replace(stages[0], script=stages[0].script.replace(begin, begin + create)), *stages[1:]]
+    stages: list[Stage] = []
+    for index in range(config.dagger.rounds + 1):
+        for name, command in commands.items():
+            if (name == "collect" and workers == 1) or (name == "evaluate" and not config.dagger.evaluates(index)):
+                continue
+            share = " --worker $SLURM_PROCID/$SLURM_NTASKS" if name == "collect" else ""
+            # exec: the signal that ends the job reaches our program instead of killing a shell around it
+            script = f"{begin if stages else begin + create}exec {program} {command} {run} --round {index}{share}\n"
+            stages.append(Stage(name=f"round{index}-{name}", script=script, nodes=nodes.get(name, 1)))
+    return stages

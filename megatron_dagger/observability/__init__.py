@@ -1,1 +1,1 @@
-"""What a run shows of itself: logs, metrics, progress, status, the report page, and exports of its episodes."""
+"""The visible side of a run: logs, metrics, progress, status, the report page, and exports of its episodes."""

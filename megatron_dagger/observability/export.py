@@ -28,7 +28,7 @@ Format = Literal["openai", "labels", "traj", "predictions", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 MODEL = "megatron-dagger"
 TRAJ_VERSION = "mini-swe-agent-1.1"
-_TURNS_A_BATCH = 2048
+_TURNS_PER_BATCH = 2048
 _COLUMNS = {
     "task_id": "text",
     "attempt": "int",
@@ -149,7 +149,7 @@ def _parquet(episodes: Iterator[tuple[Trajectory, str]], path: Path) -> None:
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for episode, _ in episodes:
             rows += [_row(episode, depth, turn) for depth, turn in enumerate(episode.turns)]
-            if len(rows) >= _TURNS_A_BATCH:
+            if len(rows) >= _TURNS_PER_BATCH:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
                 rows = []
         writer.write_table(pa.Table.from_pylist(rows, schema))

@@ -58,6 +58,12 @@ class _LogFile(logging.FileHandler):
 
     _reported = False
 
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # the file cannot be opened again: its folder is gone; a log must not end the run
+            self.handleError(record)
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not self._reported:
             self._reported = True

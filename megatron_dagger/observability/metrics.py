@@ -1,6 +1,6 @@
 """``metrics.jsonl``: one line per finished stage, append-only. TensorBoard and W&B get the same numbers.
 
-One write and a sync put a line on the disk. An unfinished last line of a killed process is cut off before the next
+A line is written by one write and a sync. An unfinished last line of a killed process is cut off before the next
 line is appended, and readers skip it. Recording a stage again after a resume changes nothing unless its numbers
 changed. Readers take the last line of each (round, stage).
 """
@@ -97,7 +97,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(value, dict):
             values.append(value)
         else:
-            logger.warning("%s: line %d is no JSON object and is skipped", path, number)
+            logger.warning("%s: line %d is not a JSON object and is skipped", path, number)
     return values
 
 

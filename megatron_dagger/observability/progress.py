@@ -15,6 +15,8 @@ from megatron_dagger.store.errors import StoreError
 
 logger = logging.getLogger(__name__)
 
+LOG_INTERVAL_S = 10.0  # between log lines off a terminal
+
 _POLL_S = 2.0
 _JOIN_S = 10.0
 
@@ -22,13 +24,12 @@ _JOIN_S = 10.0
 class Tracker:
     """Counts the units of work done. Made by ``track``; call ``advance`` from one thread at a time."""
 
-    def __init__(self, description: str, total: int | None, unit: str, done: int, interval_s: float):
+    def __init__(self, description: str, total: int | None, unit: str, done: int):
         self.description, self.total, self.unit = description, total, unit
         self.done = done
         self.note = ""
         self._first = done  # units done before a resume do not count for the rate
         self._started = self._reported = time.monotonic()
-        self._interval_s = interval_s
         self._listeners: list[Callable[[bool], None]] = []  # called with: is a periodic report due?
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
@@ -36,7 +37,7 @@ class Tracker:
         self.done += count
         self.note = self.note if note is None else note
         now = time.monotonic()
-        periodic = now - self._reported >= self._interval_s
+        periodic = now - self._reported >= LOG_INTERVAL_S
         if periodic:
             self._reported = now
         for listener in self._listeners:
@@ -76,7 +77,6 @@ def track(
     count: Callable[[], int] | None = None,
     process: RunProcess | None = None,
     stage: tuple[int, str] | None = None,
-    interval_s: float = 10.0,
     stream: TextIO | None = None,
 ) -> Iterator[Tracker]:
     """Show the progress of the work in the ``with`` block. ``done`` units were done before.
@@ -84,10 +84,10 @@ def track(
     If another process does the work, ``count()`` returns how many units are done; it is called every few seconds.
     With ``process`` the progress also goes to a status file of the run, of the stage ``stage`` (round, stage name) or,
     without one, of the preparation. The file records how the block ended, including an exception that leaves it. Off a
-    terminal a log line is written every ``interval_s`` seconds.
+    terminal a log line is written every ``LOG_INTERVAL_S`` seconds.
     """
     stream = stream or sys.stderr
-    tracker = Tracker(description, total, unit, done, interval_s)
+    tracker = Tracker(description, total, unit, done)
     status = None
     if process is not None:
         status = StatusFile(process, description, stage=stage, progress=tracker.values)

@@ -35,7 +35,7 @@ def write_report(
     """Write the page of a run, finished or not, to ``path`` (default: RUN/report.html), and return the path.
 
     ``data`` and ``evaluations`` are the run's stores; without them the page has no episodes. At most ``max_episodes``
-    episodes are embedded. Raises NoRunError if ``run_dir`` is no run directory.
+    episodes are embedded. Raises NoRunError if ``run_dir`` is not a run directory.
     """
     run = read_run(run_dir)
     content = gather(run, data, evaluations, max_episodes=max_episodes)

@@ -93,8 +93,9 @@ def clip(text: str) -> str:
 
 def _slots(run: RunFiles, data: EpisodeSource | None, evaluations: EpisodeSource | None) -> Iterator[Slot]:
     for source, collected in ((evaluations, False), (data, True)):
-        for index in source.rounds() if source else []:
-            assert source is not None
+        if source is None:
+            continue
+        for index in source.rounds():
             for key in sorted(source.committed(index)):
                 kind = "collected" if collected else ("heldout" if key[0] in run.heldout_tasks else "train")
                 yield kind, source, index, key

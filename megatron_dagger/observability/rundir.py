@@ -20,7 +20,7 @@ MANIFESTS = {"collect": "collect.json", "train": "train/manifest.json", "evaluat
 
 
 class NoRunError(ValueError):
-    """The directory is no run directory."""
+    """The directory is not a run directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,12 +67,12 @@ class RunFiles:
 
 
 def read_run(path: Path) -> RunFiles:
-    """Read the files of a run. Raises NoRunError if ``path`` is no run directory."""
+    """Read the files of a run. Raises NoRunError if ``path`` is not a run directory."""
     path = Path(path)
     if not path.is_dir():
         raise NoRunError(f"{path}: there is no such directory")
     if not any((path / name).exists() for name in ("config.yaml", "rounds", "data.zarr")):
-        raise NoRunError(f"{path}: no run directory (it has no config.yaml, rounds or data.zarr)")
+        raise NoRunError(f"{path}: not a run directory (it has no config.yaml, rounds or data.zarr)")
     return RunFiles(
         path=path,
         config=_config(path / "config.yaml"),

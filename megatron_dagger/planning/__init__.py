@@ -1,4 +1,4 @@
-"""What a run needs before it is queued: memory per GPU, rates, hours. Formulas over settings, without any engine.
+"""Predicts a run's memory per GPU, rates and hours before it is queued. Formulas over settings, without any engine.
 
 Each formula names its source; each number that cannot be derived is a named field of ``Assumptions``.
 """

@@ -14,10 +14,10 @@ from megatron_dagger.planning.saved_tensors import FP32, SavedTensor, Split, ite
 def layer_bytes(model: ModelConfig, training: TrainingConfig, *, te: bool, expert_load: float = 1.0) -> float:
     """Return the bytes that one layer keeps of one micro-batch on one rank between forward and backward pass."""
     if training.recompute == "full":
-        return training.sequence_length * _layer_input(model, training).here(training)
+        return training.sequence_length * _layer_input(model, training).per_rank(training)
     recomputed = set(training.recompute_modules) if training.recompute == "selective" else set()
     tensors = layer_tensors(model, training, te=te, expert_load=expert_load)
-    return training.sequence_length * sum(t.here(training) for t in tensors if not recomputed & set(t.modules))
+    return training.sequence_length * sum(t.per_rank(training) for t in tensors if not recomputed & set(t.modules))
 
 
 def recomputed_bytes(model: ModelConfig, training: TrainingConfig, *, te: bool, expert_load: float = 1.0) -> float:
@@ -27,11 +27,11 @@ def recomputed_bytes(model: ModelConfig, training: TrainingConfig, *, te: bool, 
     tensors = layer_tensors(model, training, te=te, expert_load=expert_load)
     if training.recompute == "selective":
         of_modules = [[t for t in tensors if module in t.modules] for module in training.recompute_modules]
-        sizes = (sum(t.here(training) for t in of_module) for of_module in of_modules)
+        sizes = (sum(t.per_rank(training) for t in of_module) for of_module in of_modules)
         return training.sequence_length * max(sizes, default=0.0)
-    per_token = sum(t.here(training) for t in tensors)
+    per_token = sum(t.per_rank(training) for t in tensors)
     if te or training.precision == "fp32":  # kept already: the norm's input is the layer's input
-        per_token -= _layer_input(model, training).here(training)
+        per_token -= _layer_input(model, training).per_rank(training)
     return training.sequence_length * per_token
 
 
@@ -41,7 +41,7 @@ def gradient_bytes(model: ModelConfig, training: TrainingConfig, *, expert_load:
     They are the gradients of down's input, of gate and up, of the layer's output and of the norm's output; sequence
     parallelism gathers the last of these over the ranks, together with the norm's output itself. With experts they
     are the gradients of the dispatched tokens at the experts' input and, twice while ranks exchange them, at their
-    output; the gradients of the layer's output are then cut over the ranks.
+    output; the gradients of the layer's output are then split over the ranks.
     """
     size, parallel = itemsize(training), training.parallel
     tp, hidden = parallel.tensor_model_parallel_size, model.hidden_size
@@ -76,7 +76,7 @@ def in_flight_layers(model: ModelConfig, training: TrainingConfig, stage: int) -
 def head_bytes(model: ModelConfig, training: TrainingConfig, label_tokens: int, *, te: bool) -> float:
     """Return the bytes that the last stage's norm and the output layer's input keep."""
     saved = (2 if te else 2 * FP32) * model.hidden_size
-    norm = SavedTensor(name="last norm", bytes=saved, split=Split.SEQUENCE).here(training)
+    norm = SavedTensor(name="last norm", bytes=saved, split=Split.SEQUENCE).per_rank(training)
     size = itemsize(training)
     if training.parallel.sequence_parallel:
         return training.sequence_length * (

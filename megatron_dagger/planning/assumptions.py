@@ -31,9 +31,8 @@ class Assumptions:
     # shares of the GPU's peak
     mfu: float = 0.4  # training's matrix products in BF16 and fp32 and its attention, communication included
     mfu_fp8: float = 0.25  # matrix products in FP8, of FP8's peak
-    experts_share: float = (
-        0.6  # factor on these two for experts: their products are small and many, and tokens are exchanged
-    )
+    # factor on these two for experts: their products are small and many, and tokens are exchanged
+    experts_share: float = 0.6
     prefill_mfu: float = 0.4  # of prompts
     bandwidth_share: float = 0.7  # of the memory's bandwidth, in decoding
     decode_step_s: float = 0.008  # added to every decoding step: launches, all-reduces, sampling
@@ -41,9 +40,8 @@ class Assumptions:
     turns_share: float = 0.5  # an episode's turns, of limits.max_turns
     tokens_share: float = 0.5  # its tokens at the end, of limits.max_tokens
     reply_share: float = 0.25  # of these tokens, the share that policies wrote; the rest is read
-    agreement: float = (
-        0.3  # share of the student's turns whose label is the executed action: such a label adds no tokens
-    )
+    # share of the student's turns whose label is the executed action: such a label adds no tokens
+    agreement: float = 0.3
     tool_s: float = 2.0  # per turn, outside the engine: the command in the sandbox
     other_s: float = 180.0  # per stage: start-up, loading, checkpoints
 

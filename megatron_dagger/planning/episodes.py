@@ -9,7 +9,7 @@ from megatron_dagger.planning.assumptions import Assumptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Episodes:
+class MeanEpisode:
     """The mean episode."""
 
     turns: float
@@ -17,7 +17,7 @@ class Episodes:
     reply: float  # tokens of a turn that a policy writes
 
     @classmethod
-    def of(cls, config: RunConfig, assumed: Assumptions) -> Episodes:
+    def of(cls, config: RunConfig, assumed: Assumptions) -> MeanEpisode:
         """Return the mean episode under the limits of ``config``."""
         limits = config.rollout.limits
         turns, tokens = limits.max_turns * assumed.turns_share, limits.max_tokens * assumed.tokens_share
@@ -43,23 +43,23 @@ def student_share(dagger: DaggerConfig, beta: float, round_index: int, turns: fl
     return sum(min(k, turns) for k in range(longest + 1)) / (longest + 1) / turns
 
 
-def row_tokens(training: TrainingConfig, assumed: Assumptions, episodes: Episodes, share: float) -> float:
+def row_tokens(training: TrainingConfig, assumed: Assumptions, episode: MeanEpisode, share: float) -> float:
     """Return the tokens that one episode takes in packed rows: its trunk, and each label that differs from it.
 
     Such a label is a branch or, with ``training.packing=separate``, a sample with a copy of its prefix, which is half
     the episode on average.
     """
-    prefix = 0.0 if training.packing == "shared_prefix" else episodes.tokens / 2
-    return episodes.tokens + episodes.branches(share, assumed) * (prefix + episodes.reply)
+    prefix = 0.0 if training.packing == "shared_prefix" else episode.tokens / 2
+    return episode.tokens + episode.branches(share, assumed) * (prefix + episode.reply)
 
 
-def mean_sample(training: TrainingConfig, assumed: Assumptions, episodes: Episodes, share: float) -> float:
+def mean_sample(training: TrainingConfig, assumed: Assumptions, episode: MeanEpisode, share: float) -> float:
     """Return the mean length of the sample around a token, averaged over tokens: sum of squares over sum.
 
     A prefix ends anywhere in the episode with the same probability, so its mean square is 4/3 of its squared mean.
     """
     if training.packing == "shared_prefix":
-        return episodes.tokens
-    trunk, alone = episodes.tokens, episodes.tokens / 2 + episodes.reply
-    branches = episodes.branches(share, assumed)
+        return episode.tokens
+    trunk, alone = episode.tokens, episode.tokens / 2 + episode.reply
+    branches = episode.branches(share, assumed)
     return (trunk**2 + branches * 4 / 3 * alone**2) / (trunk + branches * alone)

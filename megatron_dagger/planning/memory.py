@@ -82,13 +82,13 @@ class ServingMemory:
 def state_bytes(training: TrainingConfig, parameters: int, experts: int = 0) -> tuple[float, float, float]:
     """Return weights, gradients and optimizer state of a rank with ``parameters``, ``experts`` of them in experts.
 
-    Weights in the training precision, gradients in fp32 (``grad_reduce_in_fp32``), AdamW's two moments in
-    fp32 and, with BF16 weights, their main copy in fp32: 6 + 12 / d bytes a parameter, d the data-parallel
-    size, with the distributed optimizer, else 18 (Megatron-LM, ``training/theoretical_memory_usage.py``).
-    In fp32 the weights are their own main copy: 8 + 8 / d, else 16. Moments of fewer bytes and offloading
-    count in the optimizer's part. Experts have their own buffers and optimizer, whose state is cut over the
-    ranks that hold the same experts (``_get_param_groups_and_buffers`` for ``expert_parallel_buffers``, with the
-    group ``intra_expt_dp``, in Megatron-Core's ``optimizer/__init__.py``).
+    Weights are in the training precision, gradients in fp32 (``grad_reduce_in_fp32``), AdamW's two moments in fp32 and,
+    with BF16 weights, their main copy in fp32: 6 + 12 / d bytes per parameter with the distributed optimizer, d the
+    data-parallel size, else 18 (Megatron-LM, ``training/theoretical_memory_usage.py``). In fp32 the weights are their
+    own main copy: 8 + 8 / d, else 16. Moments of fewer bytes and offloading count in the optimizer's part. Experts have
+    their own buffers and optimizer, whose state is split over the ranks that hold the same experts
+    (``_get_param_groups_and_buffers`` for ``expert_parallel_buffers``, with the group ``intra_expt_dp``, in
+    Megatron-Core's ``optimizer/__init__.py``).
     """
     low, config, parallel = training.precision != "fp32", training.optimizer, training.parallel
     state = ((4.0 if low else 0.0) + 2 * _MOMENT_BYTES[config.moments]) * (1 - config.cpu_offload_fraction)
@@ -101,7 +101,7 @@ def state_bytes(training: TrainingConfig, parameters: int, experts: int = 0) -> 
 def training_memory(
     model: ModelConfig, training: TrainingConfig, gpu: Gpu, assumed: Assumptions, stage: int
 ) -> TrainingMemory:
-    """Return what a rank of stage ``stage`` holds at the worst moment of a round."""
+    """Return the memory of a rank of pipeline stage ``stage`` at the worst moment of a round."""
     parameters = rank_parameters(model, training.parallel, stage)
     weights, gradients, optimizer = state_bytes(training, parameters.total, parameters.experts)
     te = training.precision != "fp32"
@@ -125,7 +125,7 @@ def training_memory(
 def _activations(
     model: ModelConfig, training: TrainingConfig, assumed: Assumptions, stage: int, *, te: bool
 ) -> tuple[float, float]:
-    """Return the peak of what is kept, and what is added at the worst moment."""
+    """Return the peak of the bytes kept for backward passes, and the bytes added at the worst moment."""
     length = training.sequence_length
     layers = activations.in_flight_layers(model, training, stage)
     load = assumed.expert_load

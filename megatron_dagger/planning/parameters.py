@@ -2,7 +2,7 @@
 
 The shapes are those of Megatron-Core's GPTModel: Q, K and V in one matrix, gate and up projection in another,
 norms and routers on every tensor-parallel rank; with tied embeddings and a pipeline the last stage has a copy.
-Experts are cut over ranks of their own: whole ones over expert parallelism, each one over expert tensor parallelism.
+Expert parallelism distributes whole experts; expert tensor parallelism splits each one.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def total_parameters(model: ModelConfig) -> int:
 
 
 def active_parameters(model: ModelConfig) -> int:
-    """Return the parameters that a token passes: of the experts ``moe_router_topk``."""
+    """Return the parameters that a token passes: those of ``moe_router_topk`` experts per layer, and all others."""
     return _parameters(model, model.moe_router_topk * expert_matrices(model))
 
 
@@ -72,7 +72,7 @@ def _parameters(model: ModelConfig, experts: int) -> int:
 
 
 def rank_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> Parameters:
-    """Return what each rank of pipeline stage ``stage`` holds, over all of its virtual stages."""
+    """Return the parameters on each rank of pipeline stage ``stage``, over all of its virtual stages."""
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     layers, first, last = model.num_layers // stages, stage == 0, stage == stages - 1
     own_output = last and not (model.tie_embeddings and first)
@@ -87,9 +87,11 @@ def rank_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) ->
 
 
 def worker_parameters(model: ModelConfig, tensor_parallel_size: int) -> Parameters:
-    """Return what each tensor-parallel worker of vLLM holds; with fewer KV heads than workers each has a copy of one.
+    """Return the parameters on each tensor-parallel worker of vLLM.
 
-    The number of expert weights is the same whether experts are cut over the workers or, with
+    With fewer KV heads than workers, each worker has a copy of one head.
+
+    The number of expert weights is the same whether experts are split over the workers or, with
     ``enable_expert_parallel``, distributed whole (``FusedMoEParallelConfig.make``).
     """
     tp = tensor_parallel_size

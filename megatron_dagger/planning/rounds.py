@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_dagger.config import RunConfig
 from megatron_dagger.planning.assumptions import Assumptions
-from megatron_dagger.planning.episodes import Episodes, mean_sample, row_tokens, student_share
+from megatron_dagger.planning.episodes import MeanEpisode, mean_sample, row_tokens, student_share
 from megatron_dagger.planning.gpus import Gpu
 from megatron_dagger.planning.speed import RolloutSpeed, training_speed
 
@@ -38,32 +38,32 @@ def round_times(
     gpu: Gpu,
     assumed: Assumptions,
     rollout: RolloutSpeed,
-    episodes: Episodes,
+    episode: MeanEpisode,
 ) -> tuple[RoundTime, ...]:
     """Return the seconds of every round; ``betas`` are the teacher's shares of the turns, by round."""
     dagger, training = config.dagger, config.training
-    shares = [student_share(dagger, beta, index, episodes.turns) for index, beta in enumerate(betas)]
+    shares = [student_share(dagger, beta, index, episode.turns) for index, beta in enumerate(betas)]
     tasks = [dagger.sft_tasks] + [dagger.tasks_per_round] * dagger.rounds
     data = [
-        _labels_kept(config, count * episodes.turns) * count * row_tokens(training, assumed, episodes, share)
+        _labels_kept(config, count * episode.turns) * count * row_tokens(training, assumed, episode, share)
         for share, count in zip(shares, tasks, strict=True)
     ]
     rounds = []
     for index, share in enumerate(shares):
         steps = _steps(config, sum(data[_first_round(config, index) : index + 1]))
         trained = float(steps) * training.global_batch_tokens
-        speed = training_speed(config, gpu, assumed, mean_sample(training, assumed, episodes, share))
+        speed = training_speed(config, gpu, assumed, mean_sample(training, assumed, episode, share))
         rounds.append(
             RoundTime(
                 round_index=index,
                 student_share=share,
-                turns=tasks[index] * episodes.turns,
+                turns=tasks[index] * episode.turns,
                 train_tokens=trained,
                 optimizer_steps=steps,
                 train_tokens_per_s=speed.tokens_per_s,
-                rollout_s=assumed.other_s + tasks[index] * episodes.turns / rollout.turns_per_s,
+                rollout_s=assumed.other_s + tasks[index] * episode.turns / rollout.turns_per_s,
                 train_s=assumed.other_s + trained / speed.tokens_per_s,
-                evaluate_s=_evaluate_s(config, index, assumed, episodes.turns / rollout.turns_per_s),
+                evaluate_s=_evaluate_s(config, index, assumed, episode.turns / rollout.turns_per_s),
             )
         )
     return tuple(rounds)

@@ -9,7 +9,7 @@ from megatron_dagger.config import RunConfig
 from megatron_dagger.config.base import require
 from megatron_dagger.config.trainer_support import check_supported
 from megatron_dagger.planning.assumptions import Assumptions
-from megatron_dagger.planning.episodes import Episodes
+from megatron_dagger.planning.episodes import MeanEpisode
 from megatron_dagger.planning.gpus import Gpu
 from megatron_dagger.planning.memory import (
     GIB,
@@ -77,7 +77,7 @@ class RunPlan:
 
     memory: Memory
     problems: tuple[str, ...]
-    episodes: Episodes
+    episode: MeanEpisode
     rollout: RolloutSpeed
     teacher: TeacherLoad
     rounds: tuple[RoundTime, ...]
@@ -105,15 +105,15 @@ def plan_run(config: RunConfig, betas: Sequence[float], gpu: Gpu, assumed: Assum
     Raises ConfigError for settings that no GPU can run, and ValueError for a precision that ``gpu`` lacks.
     """
     memory = memory_of(config, gpu, assumed)
-    episodes = Episodes.of(config, assumed)
-    rollout = rollout_speed(config, gpu, assumed, memory.serving, episodes)
+    episode = MeanEpisode.of(config, assumed)
+    rollout = rollout_speed(config, gpu, assumed, memory.serving, episode)
     return RunPlan(
         memory=memory,
         problems=tuple(memory.problems()),
-        episodes=episodes,
+        episode=episode,
         rollout=rollout,
-        teacher=teacher_load(rollout, episodes),
-        rounds=round_times(config, betas, gpu, assumed, rollout, episodes),
+        teacher=teacher_load(rollout, episode),
+        rounds=round_times(config, betas, gpu, assumed, rollout, episode),
     )
 
 

@@ -43,17 +43,17 @@ class SavedTensor:
     split: Split = Split.TENSOR
     modules: tuple[RecomputeModule, ...] = ()
 
-    def here(self, training: TrainingConfig) -> float:
+    def per_rank(self, training: TrainingConfig) -> float:
         """Return the bytes per token of the row on one rank."""
         parallel = training.parallel
-        cut = self.split is Split.TENSOR or (self.split is Split.SEQUENCE and parallel.sequence_parallel)
-        return self.bytes / (parallel.tensor_model_parallel_size if cut else 1)
+        is_split = self.split is Split.TENSOR or (self.split is Split.SEQUENCE and parallel.sequence_parallel)
+        return self.bytes / (parallel.tensor_model_parallel_size if is_split else 1)
 
 
 def layer_tensors(
     model: ModelConfig, training: TrainingConfig, *, te: bool, expert_load: float = 1.0
 ) -> tuple[SavedTensor, ...]:
-    """Return what one layer keeps: Transformer Engine's layer with ``te``, else the local one."""
+    """Return the tensors that one layer keeps: Transformer Engine's layer with ``te``, else the local one."""
     attention = (_te_attention if te else _local_attention)(model, training)
     if model.num_moe_experts is None:
         return attention + (_te_mlp if te else _local_mlp)(model, training)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_dagger.config import RunConfig
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.planning.assumptions import Assumptions
-from megatron_dagger.planning.episodes import Episodes
+from megatron_dagger.planning.episodes import MeanEpisode
 from megatron_dagger.planning.gpus import Gpu
 from megatron_dagger.planning.memory import ServingMemory, dtype_bytes
 from megatron_dagger.planning.parameters import dense_matrices, expert_matrices, router_weights
@@ -92,7 +92,7 @@ def training_speed(config: RunConfig, gpu: Gpu, assumed: Assumptions, sample: fl
 
 
 def rollout_speed(
-    config: RunConfig, gpu: Gpu, assumed: Assumptions, memory: ServingMemory, episodes: Episodes
+    config: RunConfig, gpu: Gpu, assumed: Assumptions, memory: ServingMemory, episode: MeanEpisode
 ) -> RolloutSpeed:
     """Return the turns per second of one engine in a steady state.
 
@@ -103,20 +103,20 @@ def rollout_speed(
     is in its sandbox. The number of episodes in the engine follows by Little's law.
     """
     engine, model = config.rollout.engine, config.model
-    tp, context = engine.tensor_parallel_size, episodes.tokens / 2
-    kv_room = int(memory.kv_tokens / context) if context else 0
-    concurrent = max(1, min(config.rollout.concurrent_episodes, engine.max_num_seqs, kv_room))
+    tp, context = engine.tensor_parallel_size, episode.tokens / 2
+    cached_sequences = int(memory.kv_tokens / context) if context else 0
+    concurrent = max(1, min(config.rollout.concurrent_episodes, engine.max_num_seqs, cached_sequences))
     bandwidth = gpu.bandwidth * assumed.bandwidth_share
-    new_tokens = max(0.0, episodes.tokens / episodes.turns - episodes.reply)
+    new_tokens = max(0.0, episode.tokens / episode.turns - episode.reply)
     forward = flops_per_token(model, context, head_share=0.0, causal=False) / 3
     rate = tp * assumed.prefill_mfu * gpu.flops("fp32" if dtype_bytes(engine) == 4 else "bf16")
     prefill_s = new_tokens * forward / rate
 
     def turn_s(running: float) -> float:
         """Return the seconds of a turn in the engine while ``running`` sequences are in it."""
-        asleep = (1 - model.moe_router_topk / (model.num_moe_experts or 1)) ** running if memory.experts else 0.0
-        read = memory.weights - asleep * memory.experts + running * context * memory.kv_bytes_per_token
-        return episodes.reply * (assumed.decode_step_s + read / bandwidth) + running * prefill_s
+        idle_experts = (1 - model.moe_router_topk / (model.num_moe_experts or 1)) ** running if memory.experts else 0.0
+        read = memory.weights - idle_experts * memory.experts + running * context * memory.kv_bytes_per_token
+        return episode.reply * (assumed.decode_step_s + read / bandwidth) + running * prefill_s
 
     low, high = 0.0, float(concurrent)  # turn_s grows with running: one point balances both sides
     for _ in range(60):
@@ -125,15 +125,15 @@ def rollout_speed(
         arriving = concurrent * in_engine / (in_engine + assumed.tool_s)
         low, high = (running, high) if arriving > running else (low, running)
     per_s = concurrent / (turn_s(high) + assumed.tool_s)
-    return RolloutSpeed(episodes=concurrent, decoding=high, turns_per_s=per_s, tokens_per_s=per_s * episodes.reply)
+    return RolloutSpeed(episodes=concurrent, decoding=high, turns_per_s=per_s, tokens_per_s=per_s * episode.reply)
 
 
-def teacher_load(rollout: RolloutSpeed, episodes: Episodes) -> TeacherLoad:
+def teacher_load(rollout: RolloutSpeed, episode: MeanEpisode) -> TeacherLoad:
     """Return the load of one label per turn; if the teacher acts, its action is the label."""
-    new = episodes.tokens / episodes.turns
+    new = episode.tokens / episode.turns
     return TeacherLoad(
         requests_per_s=rollout.turns_per_s,
-        written_per_s=rollout.turns_per_s * episodes.reply,
+        written_per_s=rollout.turns_per_s * episode.reply,
         read_per_s=rollout.turns_per_s * new,
-        context=episodes.tokens / 2,
+        context=episode.tokens / 2,
     )

@@ -19,7 +19,7 @@ class NoAction(PolicyError):
 
 
 class PolicyGone(PolicyError):
-    """The policy answers nobody any more, so no episode can continue: its engine stopped, or its endpoint is down."""
+    """The policy can answer no more requests (its engine stopped, its endpoint is down): no episode can continue."""
 
 
 class BudgetSpent(RuntimeError):

@@ -1,7 +1,7 @@
 """Qwen's chat format: the only place where text becomes tokens, for rollouts and for training.
 
-A conversation is only ever extended. The tokens a policy produced stay as they are, and what follows is encoded
-separately and appended. Nothing is tokenized a second time.
+A conversation is only ever extended. The tokens a policy produced stay as they are; later messages are encoded
+separately and appended. No text is tokenized a second time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ChatRenderer:
         return np.append(self._text(text), np.int32(self.end_token))
 
     def observation(self, text: str, after: np.ndarray) -> np.ndarray:
-        """Encode what follows the action tokens ``after``: the observation and the next reply's header.
+        """Encode the observation and the next reply's header, which follow the action tokens ``after``.
 
         If the reply was cut off, the missing end-of-turn token comes first.
         """

@@ -40,7 +40,7 @@ class TurnPolicy(Protocol):
     """Chooses and labels the actions of an episode: one policy alone, or student and teacher mixed."""
 
     async def decide(self, state: State, turn: int) -> TurnDecision:
-        """Return what to execute in ``state``, in turn ``turn`` (from 0). Raises as Policy.act."""
+        """Return the decision for ``state``, in turn ``turn`` (from 0). Raises as Policy.act."""
         ...
 
 
@@ -77,7 +77,7 @@ class EpisodeRunner:
     async def run(
         self, make_env: Callable[[], Env], policy: TurnPolicy, key: EpisodeKey, beta: float = 1.0
     ) -> Trajectory:
-        """Run one episode and return it, also if it broke; ``stop_reason`` tells.
+        """Run one episode and return it, even if it broke (see ``stop_reason``).
 
         ``beta`` is only recorded. Raises PolicyGone, since then no other episode can continue either.
         """

@@ -1,4 +1,4 @@
-"""Sandboxes: isolated places in which an untrusted agent's commands run. The contract; each engine has a folder."""
+"""Sandboxes isolate the commands of an untrusted agent. This package holds the contract; each engine has a folder."""
 
 from megatron_dagger.sandbox.base import CommandResult, EnvironmentBroken, FileSandbox, Sandbox, SandboxLimits
 

@@ -37,7 +37,7 @@ class CommandResult:
 
 @dataclass(frozen=True, kw_only=True)
 class SandboxLimits:
-    """What a command in a sandbox may use. Sizes in MiB, times in seconds."""
+    """The limits of a command in a sandbox. Sizes are in MiB, times in seconds."""
 
     timeout_s: float = 20.0
     memory_mib: int = 1024

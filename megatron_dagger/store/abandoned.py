@@ -13,7 +13,7 @@ from megatron_dagger.store.atomic import write_json
 from megatron_dagger.store.fence import permitted
 from megatron_dagger.types import Trajectory
 
-FOLDER = "given_up"  # of the round's directory; named so before the class was, and stored runs have it
+FOLDER = "given_up"  # of the round's directory; the name is older than the class's, and stored runs have it
 
 
 class AbandonedTasks:

@@ -14,7 +14,7 @@ Invariants:
 - An episode (round_index, task_id, attempt) is stored once. A second commit of it is ignored.
 - A sealed round never changes. Its content and digest do not depend on the order in which episodes arrived.
 
-Sealing a round holds all of it in memory: about 26 bytes a token, plus its texts.
+Sealing a round holds all of it in memory: about 26 bytes per token, plus its texts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class DataStore:
 
     @classmethod
     def open(cls, path: str | Path, *, writer: str = "driver") -> DataStore:
-        """Open an existing store. Raises StoreError if there is none, its schema differs, or ``writer`` is no name."""
+        """Open an existing store. Raises StoreError if there is none, its schema differs, or ``writer`` is invalid."""
         path = Path(path)
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", writer):
             raise StoreError(f"writer {writer!r}: use at most 64 letters, digits, '_', '-' and '.'")
@@ -89,8 +89,8 @@ class DataStore:
         parts = {trajectory.key: encode(trajectory) for trajectory in reversed(trajectories)}
         added: list[tuple[int, str, int]] = []
         for round_index, group in groupby(sorted(parts), key=lambda key: key[0]):
-            mine = {(task_id, attempt): parts[round_index, task_id, attempt] for _, task_id, attempt in group}
-            added += [(round_index, *key) for key in self._round(round_index).commit(mine)]
+            of_round = {(task_id, attempt): parts[round_index, task_id, attempt] for _, task_id, attempt in group}
+            added += [(round_index, *key) for key in self._round(round_index).commit(of_round)]
         if len(added) < len(trajectories):
             logger.info("%s: ignored %d episodes that were committed before", self.path, len(trajectories) - len(added))
         return added

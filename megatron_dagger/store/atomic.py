@@ -143,7 +143,7 @@ def explain_full_disk(error: OSError, path: str | os.PathLike[str], size: int | 
     )
 
 
-def check_room(folder: str | os.PathLike[str], size: int = 1 << 20) -> None:
+def check_disk_space(folder: str | os.PathLike[str], size: int = 1 << 20) -> None:
     """Write ``size`` bytes in ``folder`` and remove them. Raises DiskFullError if they do not fit.
 
     Finds the cause when a writer of another library failed without giving one.

@@ -30,8 +30,8 @@ def encode(trajectory: Trajectory) -> Columns:
     where = f"episode {trajectory.task_id!r} attempt {trajectory.attempt} of round {trajectory.round_index}"
     if not trajectory.stop_reason.is_clean:
         raise BrokenEpisodeError(
-            f"{where} ended with {trajectory.stop_reason.value}: the environment or a policy failed, so it is no data; "
-            "run it again"
+            f"{where} ended with {trajectory.stop_reason.value}: the environment or a policy failed, so it is not "
+            "data; run it again"
         )
     try:
         details = json.dumps(trajectory.details).encode()

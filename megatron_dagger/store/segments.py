@@ -21,8 +21,9 @@ from megatron_dagger.store.errors import CorruptDataError
 from megatron_dagger.types import SCHEMA_VERSION
 
 CHUNK_ROWS = {"turns": 1024, "episodes": 1024, "episode_floats": 1024}
-DEFAULT_CHUNK_ROWS = 65536  # of tokens 256 KiB, the least that reading an episode decompresses
-CHUNKS_PER_SHARD = 64  # of tokens 16 MiB a file before compression
+DEFAULT_CHUNK_ROWS = 65536  # 256 KiB of tokens: the least that reading an episode decompresses
+CHUNKS_PER_SHARD = 64  # 16 MiB of tokens per file, before compression
+_BYTES_PER_COUNT = {"token_count": 12, "label_count": 8, "text_count": 1}  # in memory: ids, log-probs; texts
 
 
 def write_segment(path: Path, columns: Columns) -> None:
@@ -118,11 +119,8 @@ class SealedEpisodes:
 
     def blocks(self, first: int, bytes_per_block: int = 32 << 20) -> list[tuple[int, int]]:
         """Return ranges [start, stop) that cover the episodes from ``first`` on, of about ``bytes_per_block`` each."""
-        sizes = self._episodes[:, [c.EPISODE["token_count"], c.EPISODE["label_count"], c.EPISODE["text_count"]]] @ [
-            12,
-            8,
-            1,
-        ]
+        counts = self._episodes[:, [c.EPISODE[name] for name in _BYTES_PER_COUNT]]
+        sizes = counts @ list(_BYTES_PER_COUNT.values())
         ranges, start, size = [], first, 0
         for index in range(first, len(sizes)):
             if size and size + sizes[index] > bytes_per_block:

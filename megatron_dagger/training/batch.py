@@ -12,22 +12,22 @@ from megatron_dagger.training.data.packing import PackedRow
 from megatron_dagger.training.megatron_config import Attention
 from megatron_dagger.training.tree_attention import ROPE_TABLE_MULTIPLE, tree_params
 
-_LABEL_MULTIPLE = 8  # the number of label positions is rounded up to it: GEMMs are faster so
+_LABEL_MULTIPLE = 8  # the number of label tokens is rounded up to a multiple of this, for faster GEMMs
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """A packed row of s tokens on this rank's device, and the normaliser of its step.
 
-    ``tokens`` and ``position_ids`` are (1, s) int64. ``positions`` (k,) int64 are the places whose target is a label
-    token; ``targets`` (1, k) int64 and ``weights`` (1, k) float32 are of those places. If ``positions`` is None,
-    both are (1, s).
+    ``tokens`` and ``position_ids`` are (1, s) int64. ``label_places`` (k,) int64 are the places in the row whose target
+    is a label token, and a few others; ``targets`` (1, k) int64 and ``weights`` (1, k) float32 are of those places. If
+    ``label_places`` is None, both are (1, s).
     """
 
     tokens: torch.Tensor
     position_ids: torch.Tensor
-    packed: PackedSeqParams  # what the core attention needs
-    positions: torch.Tensor | None
+    packed: PackedSeqParams  # for the core attention
+    label_places: torch.Tensor | None
     targets: torch.Tensor
     weights: torch.Tensor
     normaliser: float
@@ -36,8 +36,8 @@ class MicroBatch:
 def micro_batch(
     row: PackedRow, normaliser: float, device: torch.device, *, labels_only: bool, attention: Attention = "trees"
 ) -> MicroBatch:
-    """Move ``row`` to ``device``; with ``labels_only`` the output layer gets the label positions only."""
-    chosen = _label_positions(row.weights) if labels_only else np.arange(len(row.tokens))
+    """Move ``row`` to ``device``; with ``labels_only`` the output layer gets the label places only."""
+    chosen = _label_places(row.weights) if labels_only else np.arange(len(row.tokens))
 
     def put(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device).unsqueeze(0)
@@ -46,7 +46,7 @@ def micro_batch(
         tokens=put(row.tokens),
         position_ids=put(row.position_ids),
         packed=_packed(row, device, attention),
-        positions=torch.from_numpy(chosen).to(device) if labels_only else None,
+        label_places=torch.from_numpy(chosen).to(device) if labels_only else None,
         targets=put(row.targets[chosen]),
         weights=put(row.weights[chosen]),
         normaliser=normaliser,
@@ -68,7 +68,7 @@ def _segments(row: PackedRow, device: torch.device) -> PackedSeqParams:
     size, cu_seqlens = len(row.tokens), torch.from_numpy(row.trees).to(device)
     longest = int(np.diff(row.trees).max())
     padded = -(-longest // ROPE_TABLE_MULTIPLE) * ROPE_TABLE_MULTIPLE
-    # Megatron takes a RoPE table as long as the row for positions that continue from segment to segment.
+    # If the RoPE table is as long as the row, Megatron assumes that positions continue from segment to segment.
     longest = padded if padded < size else longest
     return PackedSeqParams(
         qkv_format="thd",
@@ -79,8 +79,8 @@ def _segments(row: PackedRow, device: torch.device) -> PackedSeqParams:
     )
 
 
-def _label_positions(weights: np.ndarray) -> np.ndarray:
-    """Return the places with a weight, filled up with other places, whose loss has weight zero."""
+def _label_places(weights: np.ndarray) -> np.ndarray:
+    """Return the places with a weight, and enough others, whose loss has weight zero, to round their number up."""
     labels = np.flatnonzero(weights)
     missing = -len(labels) % _LABEL_MULTIPLE or (_LABEL_MULTIPLE if not len(labels) else 0)
     return np.sort(np.concatenate([labels, np.flatnonzero(weights == 0)[:missing]]))

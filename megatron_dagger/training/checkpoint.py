@@ -92,7 +92,7 @@ def load(directory: Path, chunks: list[Any], optimizer: Any | None, *, exact: bo
 
 
 def read_state(directory: Path) -> CheckpointState:
-    """Return a checkpoint's ``complete.json``; raise CheckpointError if the checkpoint is missing or half-written."""
+    """Return a checkpoint's ``complete.json``. Raises CheckpointError if the checkpoint is missing or half-written."""
     marker = directory / MARKER
     if not marker.is_file():
         problem = "is half-written (it has no complete.json)" if directory.is_dir() else "does not exist"
@@ -128,8 +128,8 @@ def find_resumable(output_dir: Path, fingerprint: str) -> tuple[Path, Checkpoint
     return directory, state
 
 
-def in_round(output_dir: Path, step: int) -> Path:
-    """Return the directory of the checkpoint after ``step`` steps of a round."""
+def step_directory(output_dir: Path, step: int) -> Path:
+    """Return the directory for the checkpoint after ``step`` steps of a round."""
     return output_dir / f"{_IN_ROUND}{step:06d}"
 
 
@@ -171,7 +171,7 @@ def _model_state(chunks: list[Any], *, with_fp8_scales: bool = True) -> dict[str
 
 
 def _allocate_states(optimizer: Any) -> None:
-    """Create the state of torch's AdamW, which it makes in its first step and Megatron needs before loading."""
+    """Create the state of torch's AdamW, which creates it in the first step only; Megatron needs it before loading."""
     for inner in each_optimizer(optimizer):
         if not isinstance(inner.optimizer, torch.optim.AdamW):
             continue

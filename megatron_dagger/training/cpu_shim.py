@@ -42,7 +42,7 @@ class _Stream:
 
 
 def install() -> bool:
-    """Patch torch and Megatron-Core on a machine without CUDA; return whether it is one."""
+    """Patch torch and Megatron-Core on a machine without CUDA; return whether this is such a machine."""
     global _installed
     if torch.cuda.is_available():
         return False
@@ -111,7 +111,7 @@ def _patch_megatron() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
     def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
-        """Do as Megatron's own method, for torch's AdamW: its state has a ``step``, a checkpoint's has not."""
+        """Set the states as Megatron does, except for ``step``, which torch's AdamW has and a checkpoint lacks."""
         group, order = self.model_param_group_index_map[model_param]
         param = self.optimizer.param_groups[group]["params"][order]
         with torch.no_grad():
@@ -125,7 +125,7 @@ def _patch_megatron() -> None:
     move = token_dispatcher.maybe_move_tensor_to_cpu
 
     def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        """Do as Megatron's own function, which leaves tensors on the CPU alone, but honour ``as_numpy``."""
+        """Return CPU tensors unchanged as Megatron does, but honour ``as_numpy``."""
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else move(tensor)
 
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu

@@ -26,13 +26,13 @@ from megatron_dagger.weights.verify.digest import Shares, digest_shares, digest_
 def parameter_digests(chunks: list[Any], model: ModelConfig, scales: BlockScales | None = None) -> dict[str, str]:
     """Return the digests by canonical name, the same on every rank. Called on all ranks together.
 
-    With ``scales`` they are of the weights quantised with these scales, and of the scales themselves.
+    With ``scales`` the weights are digested as quantised with them, and the scales are digested too.
     """
-    mine: Shares = {}
+    own: Shares = {}
     for blocks, tensor in _own_tensors(chunks, model):
-        mine |= digest_shares(blocks, scales.quantised(blocks, tensor) if scales else tensor, model)
+        own |= digest_shares(blocks, scales.quantised(blocks, tensor) if scales else tensor, model)
     gathered: list[Shares] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, mine)
+    torch.distributed.all_gather_object(gathered, own)
     if scales:
         gathered.append(digest_whole(scales.canonical().items(), model))
     return merge(gathered, model)

@@ -31,7 +31,7 @@ class StepResult:
 
 
 class Moments(Enum):
-    """What the optimizer's moments belong to."""
+    """The origin of the optimizer's moments."""
 
     NONE = "no step was taken since the weights were initialised or loaded"
     SAVED = "weights and moments are those of a checkpoint"
@@ -52,8 +52,8 @@ class MegatronEngine:
         self.chunks = optimizer.data_parallel(chunks, training)
         self.optimizer = optimizer.build(self.chunks, training)
         self.moments = Moments.NONE
-        self._checkpoint: Path | None = None  # that ``moments`` are of, if SAVED
-        # With sequence parallelism each rank has other places, so the output layer computes all of them.
+        self._checkpoint: Path | None = None  # the source of weights and moments, if SAVED
+        # With sequence parallelism each rank holds different places, so the output layer computes all of them.
         self.labels_only = not training.parallel.sequence_parallel
         self._forward_step = forward_step(self.chunks, model_config.vocab_size, weighted_loss)
         self._attention = megatron_config.attention_kind(training)
@@ -86,7 +86,7 @@ class MegatronEngine:
         self._set_saved(directory)
 
     def step(self, rows: Sequence[PackedRow], *, normaliser: float, learning_rate: float) -> StepResult:
-        """Train on this data-parallel rank's ``rows``, one per micro-batch; return the same result on every rank.
+        """Take a step on this data-parallel rank's ``rows``, one per micro-batch; return the same result on every rank.
 
         ``normaliser`` is the sum of the label weights of all ranks' rows. Raises RuntimeError if the optimizer
         skips the step.

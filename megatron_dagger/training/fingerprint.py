@@ -1,4 +1,4 @@
-"""A hash of everything that a round's losses depend on. A resume continues only a checkpoint with the same one."""
+"""A hash of everything that a round's losses depend on. A round resumes only from a checkpoint with the same hash."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NEUTRAL = ("parallel", "checkpoint_interval", "threads_per_process", "deadline_
 
 
 def fingerprint(job: TrainJob, data: PackedDataset) -> str:
-    """Return a hash of the job's settings and its data, except for the parallel layout and names of directories."""
+    """Return a hash (hex SHA-256) of the job's data and settings, without those that change no loss."""
     hasher = hashlib.sha256()
     neutral = replace(job, output_dir="", weight_version=0, quantization="none")
     if job.round_index:  # it continues from the previous round's checkpoint, however the run directory is spelled

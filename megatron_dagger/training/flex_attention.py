@@ -2,7 +2,7 @@
 
 One kernel call computes a whole row. Blocks of 128 x 128 (query, key) pairs in which no query attends to any key are
 skipped, blocks in which every query attends to every key need no mask, and in the other blocks each query's two ranges
-of keys are compared. Attention itself is BF16, also where the layers' linears are FP8. The kernel is compiled on a
+of keys are compared. Attention itself is BF16, even if the linear layers are FP8. The kernel is compiled on a
 GPU; on the CPU it has no backward pass and is only used by tests.
 """
 
@@ -23,7 +23,7 @@ _RECOMPILE_LIMIT = 32
 
 
 class TreeFlexAttention(TreeAttention):
-    """As TreeAttention, but in one kernel call; the TreeParams must have a ``block_mask``."""
+    """TreeAttention in one kernel call per row; the TreeParams must have a ``block_mask``."""
 
     def over_trees(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: TreeParams

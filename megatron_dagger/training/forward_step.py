@@ -19,24 +19,25 @@ ForwardStep = Callable[[Iterator[MicroBatch], Any], Any]
 class OutputLayerHooks:
     """Two corrections of a model chunk's output layer, as hooks on it.
 
-    The layer computes the logits of ``positions`` only (None: of all places): most of an agent's episode is no label,
-    and its logits would be multiplied by zero. And the rows that pad the vocabulary get no probability, as in every
-    engine that serves the model; Megatron would include them in the softmax.
+    The layer computes the logits of ``label_places`` only (None: of all places): most tokens of an episode are not
+    labels, and their loss would be multiplied by zero. The rows that pad the vocabulary get no probability, as in every
+    engine that serves the model; Megatron would include them in the softmax. Set ``label_places`` before each forward
+    pass: a GPTModel does not pass such an argument on to its output layer.
     """
 
     def __init__(self, chunk: Any, vocab_size: int) -> None:
-        self.positions: torch.Tensor | None = None
+        self.label_places: torch.Tensor | None = None
         layer = bare(chunk).output_layer
         columns = bare(chunk).vocab_size // parallel_state.get_tensor_model_parallel_world_size()
         first = columns * parallel_state.get_tensor_model_parallel_rank()
-        self.real_columns = min(max(0, vocab_size - first), columns)  # this rank's logits that are no padding
+        self.real_columns = min(max(0, vocab_size - first), columns)  # this rank's logits that are not padding
         layer.register_forward_pre_hook(self._select)
         if self.real_columns < columns:
             layer.register_forward_hook(self._mask_padding)
 
     def _select(self, module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = args
-        return (hidden if self.positions is None else hidden[self.positions], *rest)
+        return (hidden if self.label_places is None else hidden[self.label_places], *rest)
 
     def _mask_padding(self, module: torch.nn.Module, args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
         logits, *rest = output
@@ -54,7 +55,7 @@ def forward_step(chunks: Sequence[Any], vocab_size: int, loss: Loss) -> ForwardS
         batch = next(batches)
         head_hooks = hooks.get(id(bare(chunk)))
         if head_hooks is not None:
-            head_hooks.positions = batch.positions
+            head_hooks.label_places = batch.label_places
         losses = chunk(batch.tokens, batch.position_ids, None, labels=batch.targets, packed_seq_params=batch.packed)
         return losses, lambda output: loss(output, batch)
 

@@ -25,7 +25,7 @@ class StepMetrics:
     """
 
     def __init__(self, output_dir: Path, steps: int, *, finished: int) -> None:
-        """Open the file for a round of ``steps``; keep the lines of the first ``finished``: later ones are repeated."""
+        """Open the file for a round of ``steps``; keep the lines of the first ``finished`` steps."""
         self.path, self.steps = output_dir / FILE_NAME, steps
         self.lines = [line for line in read_steps(self.path) if line["step"] <= finished]
         self._logged = 0.0

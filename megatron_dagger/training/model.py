@@ -101,7 +101,7 @@ def initialize_weights(chunks: list[Any], model: ModelConfig, seed: int) -> None
 
 
 def _random(name: str, layout: MegatronTensor, model: ModelConfig, seed: int, size: int) -> torch.Tensor:
-    """Return the full parameter ``name``, cut over ``size`` ranks; rows beyond the vocabulary are zero.
+    """Return random values of the full parameter ``name``, with zero rows that pad a vocabulary for ``size`` ranks.
 
     The projections before a residual have Megatron's scaled std, ``init_std / sqrt(2 * num_layers)``.
     """

@@ -49,7 +49,7 @@ def data_parallel(chunks: list[Any], training: TrainingConfig) -> list[Any]:
 
 
 def finalize_model_grads(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-    """Do as Megatron's function, without its division by ``num_tokens``: the loss is normalised already."""
+    """Finalise gradients as Megatron does, but do not divide by ``num_tokens``: the loss is normalised already."""
     megatron_finalize(model, None, **kwargs)
 
 

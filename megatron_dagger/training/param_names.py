@@ -1,7 +1,7 @@
 """Global names of the trainer's parameters, and the part of a parameter that a rank holds.
 
 In a global name ``decoder.layers.3.…`` counts layers over all pipeline stages and ``…experts.linear_fc1.weight5``
-experts over all expert-parallel ranks. The norm in front of a linear has the name that it has in Megatron's
+experts over all expert-parallel ranks. The norm before a linear layer has the name that it has in Megatron's
 checkpoints, with either layer spec (``self_attention.linear_qkv.layer_norm_weight``). The model's family defines how a
 tensor is cut (``weights.families``).
 """

@@ -76,7 +76,10 @@ class Trainer:
         """
         logger.info(
             "%d episodes, %d tokens as packed, read in %.1f s, waited for %.1f s",
-            *(data.episodes, data.packed.tokens, data.load_s, data_wait_s),
+            data.episodes,
+            data.packed.tokens,
+            data.load_s,
+            data_wait_s,
         )
         timings = {"data_s": data.load_s, "data_wait_s": data_wait_s}
         return TrainingRound(job, data.packed, self.engine, self.stop).run(began_s=data.began_s, timings=timings)

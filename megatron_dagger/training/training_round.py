@@ -24,7 +24,7 @@ from megatron_dagger.config import to_dict
 from megatron_dagger.signals import STOPPED
 from megatron_dagger.store import atomic
 from megatron_dagger.training import checkpoint, compat, digests
-from megatron_dagger.training.data.batches import BatchPlan, row_lengths, share_out
+from megatron_dagger.training.data.batches import BatchPlan, distribute_rows, row_lengths
 from megatron_dagger.training.data.flops import row_flops
 from megatron_dagger.training.data.packing import PackedDataset, pack
 from megatron_dagger.training.engine import MegatronEngine
@@ -108,7 +108,7 @@ class TrainingRound:
         return 0
 
     def _train(self, first: int, metrics: StepMetrics | None) -> None:
-        """Do the steps from ``first`` on, with checkpoints between them; stop after a step if a signal came."""
+        """Run the steps from ``first`` on, with checkpoints between them; stop after a step if a signal came."""
         for step in range(first, self.plan.steps):
             self._step(step, metrics)
             done = step + 1
@@ -116,7 +116,7 @@ class TrainingRound:
                 return
             stop = self.stop.on_any_rank(self.engine.device)
             if stop or done % self.job.training.checkpoint_interval == 0:
-                self._save(checkpoint.in_round(self.output_dir, done), done)
+                self._save(checkpoint.step_directory(self.output_dir, done), done)
             if stop:
                 logger.warning("stopped by a signal after step %d of %d", done, self.plan.steps)
                 raise SystemExit(STOPPED)
@@ -124,7 +124,7 @@ class TrainingRound:
     def _step(self, step: int, metrics: StepMetrics | None) -> None:
         training, began = self.job.training, time.monotonic()
         rows = self.plan.rows_of(step)
-        shares = share_out(rows, self.costs, training.parallel.data_parallel_size)
+        shares = distribute_rows(rows, self.costs, training.parallel.data_parallel_size)
         lengths = [row_lengths(np.where(s >= 0, self.data.row_tokens[s], 0), training) for s in shares]
         rank = parallel_state.get_data_parallel_rank()
         real = rows[rows >= 0]
@@ -172,9 +172,10 @@ class TrainingRound:
         episode = LabelledEpisode(tokens=tokens, labels=(StateLabel(position=1, tokens=tokens[1:]),))
         row = pack([episode], self.job.training.sequence_length).row(0)
         stages = self.job.training.parallel.pipeline_model_parallel_size
-        computed = self.engine.logprobs([row] * stages)  # the interleaved schedule wants a micro-batch per stage
+        computed = self.engine.logprobs([row] * stages)  # the interleaved schedule needs a micro-batch per stage
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, computed and computed[0][: len(tokens) - 1].tolist())
+        own = computed[0][: len(tokens) - 1].tolist() if computed else None  # on the last stage only
+        torch.distributed.all_gather_object(gathered, own)
         logprobs = next(values for values in gathered if values is not None)
         return Canary(tokens=tuple(tokens.tolist()), logprobs=tuple(logprobs))
 

@@ -93,7 +93,7 @@ def overlap(a: Block, b: Block) -> tuple[Box, Box] | None:
 
 
 def merge(pairs: list[tuple[Box, Box]]) -> list[tuple[Box, Box]]:
-    """Return the pairs with those joined whose rows are adjacent on both sides (gate and up, K and V, …)."""
+    """Join the pairs whose rows are adjacent on both sides (gate and up, K and V, …)."""
     merged: list[tuple[Box, Box]] = []
     for pair in sorted(pairs, key=lambda pair: pair[0].start):
         if merged and all(_follows(next_, last) for last, next_ in zip(merged[-1], pair, strict=True)):
@@ -104,9 +104,9 @@ def merge(pairs: list[tuple[Box, Box]]) -> list[tuple[Box, Box]]:
 
 
 def share(total: int, rank: int, size: int, what: str) -> Span:
-    """Return the rank's equal share of ``total`` units. Raises WeightMapError, naming ``what``, if none exists."""
+    """Return the rank's equal share of ``total`` units. Raises WeightMapError, naming ``what``, if they are unequal."""
     if total % size:
-        raise WeightMapError(f"{what}: {total} cannot be cut into {size} equal shares")
+        raise WeightMapError(f"{what}: {total} cannot be split into {size} equal shares")
     extent = total // size
     return rank * extent, extent
 

@@ -70,7 +70,7 @@ def open_checkpoint(directory: Path, model: ModelConfig | None = None) -> Checkp
     """Open the checkpoint in ``directory``, of either kind. Reads no weights.
 
     A Megatron checkpoint that has neither the trainer's complete.json nor hf/config.json needs ``model``. Raises
-    CheckpointReadError.
+    CheckpointReadError if ``directory`` holds no checkpoint, or a damaged one.
     """
     if (directory / METADATA_FILE).exists():
         return MegatronFiles(directory, model)

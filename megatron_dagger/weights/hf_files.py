@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_NOT_CARRIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")  # weights
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 _TIED_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 Read = Callable[[str], "torch.Tensor"]
@@ -35,7 +35,7 @@ Read = Callable[[str], "torch.Tensor"]
 class HfCheckpoint:
     """A directory with config.json and safetensors files.
 
-    Raises CheckpointReadError if a file is missing or damaged, or of another model.
+    Raises CheckpointReadError if a file is missing or damaged, or belongs to another model.
     """
 
     def __init__(self, directory: Path):
@@ -122,7 +122,7 @@ def write_hf(directory: Path, model: ModelConfig, read: Read, dtype: str, *, max
     its header, unless a single tensor does. The index is written last.
     """
     shapes = families.canonical_names(model)
-    files = _portions([(name, math.prod(shape) * ITEMSIZE[dtype]) for name, shape in shapes.items()], max_bytes)
+    files = _group_by_file([(name, math.prod(shape) * ITEMSIZE[dtype]) for name, shape in shapes.items()], max_bytes)
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     if len(files) == 1:
         names = [SINGLE]
@@ -136,26 +136,26 @@ def write_hf(directory: Path, model: ModelConfig, read: Read, dtype: str, *, max
         atomic.write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def carry_along(source: Path, target: Path) -> None:
+def copy_companion_files(source: Path, target: Path) -> None:
     """Copy the files that accompany a model's weights: tokenizer, chat template, generation settings."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
-        carried = path.is_file() and not path.name.endswith(_NOT_CARRIED)
-        if carried and path.name not in (INDEX, CONFIG) and not path.name.startswith("."):
+        is_companion = path.is_file() and not path.name.endswith(_WEIGHT_FILES)
+        if is_companion and path.name not in (INDEX, CONFIG) and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
 
 
-def _portions(sizes: Sequence[tuple[str, int]], max_bytes: int) -> list[list[str]]:
+def _group_by_file(sizes: Sequence[tuple[str, int]], max_bytes: int) -> list[list[str]]:
     """Group the tensors into files of at most ``max_bytes``, in order."""
-    portions: list[list[str]] = []
+    files: list[list[str]] = []
     bytes_free = 0
     for name, size in sizes:
-        if not portions or size > bytes_free:
-            portions.append([])
+        if not files or size > bytes_free:
+            files.append([])
             bytes_free = max_bytes
-        portions[-1].append(name)
+        files[-1].append(name)
         bytes_free -= size
-    return portions
+    return files
 
 
 def _write_file(path: Path, names: Sequence[str], read: Read, dtype: str, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -74,7 +74,10 @@ def quantise_matrix(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fold_maxima(maxima: torch.Tensor, values: torch.Tensor, box: Box) -> None:
-    """Update ``maxima``, (rows, columns) of a matrix's blocks, in place with ``values``, which are its ``box``."""
+    """Raise the ``maxima`` of a matrix's blocks, in place, to the largest absolute values of its part ``box``.
+
+    ``maxima`` is (block rows, block columns) float32; ``values`` are the values of ``box``, of its shape.
+    """
     first = [start // BLOCK for start in box.start]
     before = [start % BLOCK for start in box.start]
     rows, columns = scales_shape((before[0] + box.shape[0], before[1] + box.shape[1]))
@@ -91,12 +94,12 @@ def fold_maxima(maxima: torch.Tensor, values: torch.Tensor, box: Box) -> None:
 
 
 def scales_of(maxima: torch.Tensor) -> torch.Tensor:
-    """Return the blocks' scales from their largest absolute values."""
+    """Return the blocks' scales from their largest absolute values, float32 of the same shape."""
     return (maxima / LARGEST).clamp(min=_SMALLEST_SCALE)
 
 
 def quantise(values: torch.Tensor, scales: torch.Tensor, box: Box) -> torch.Tensor:
-    """Quantise ``values``, which are the ``box`` of a matrix whose blocks have ``scales``, to float8_e4m3fn."""
+    """Quantise the part ``box`` of a matrix, ``values``, to float8_e4m3fn. ``scales`` are those of all its blocks."""
     rows, columns = (
         torch.arange(start, start + extent, device=scales.device) // BLOCK
         for start, extent in zip(box.start, box.shape, strict=True)

@@ -112,9 +112,9 @@ def request_weights(run_dir: Path, version: int, *, deadline_s: float = _ANSWER_
             time.sleep(_POLL_S)
         ticket = store.add(_tickets_key(requested, kind), 1)
         source = store.get(_source_key(requested, kind, ticket))
-    except RuntimeError as error:  # torch's errors; WeightSyncError is a RuntimeError too
-        if isinstance(error, WeightSyncError):
-            raise
+    except WeightSyncError:
+        raise
+    except RuntimeError as error:  # torch's errors
         raise WeightSyncError(f"the trainer at {host}:{port} did not answer within {deadline_s:.0f} s") from error
     return build(WeightSource, json.loads(source))
 

@@ -16,7 +16,7 @@ from megatron_dagger.config import ModelConfig, TrainingConfig, build
 from megatron_dagger.training import checkpoint, digests, weight_export
 from megatron_dagger.training.data import packing
 from megatron_dagger.training.engine import MegatronEngine
-from megatron_dagger.training.ranks import process_groups as parallel
+from megatron_dagger.training.ranks.process_groups import is_rank_zero, process_groups
 from megatron_dagger.types import LabelledEpisode, StateLabel
 from megatron_dagger.weights.layouts import TargetLayout
 from megatron_dagger.weights.transports import WeightSource
@@ -28,7 +28,7 @@ def main(directory: Path) -> None:
     tokens = np.load(directory / "tokens.npy")
     episode = LabelledEpisode(tokens=tokens, labels=(StateLabel(position=1, tokens=tokens[1:]),))
     row = packing.pack([episode], training.sequence_length).row(0)
-    with parallel.process_groups(training.parallel, seed=1, deadline_s=120, threads=1) as device:
+    with process_groups(training.parallel, seed=1, deadline_s=120, threads=1) as device:
         for version in range(job["versions"]):
             engine = MegatronEngine(model, training, seed=version, device=device)
             for _ in range(2):
@@ -46,9 +46,9 @@ def main(directory: Path) -> None:
             scales = digests.block_scales(engine.chunks, model, device) if job["quantization"] == "fp8" else None
             in_memory = digests.parameter_digests(engine.chunks, model, scales)
             logprobs = engine.logprobs([row])
-            if logprobs is not None:  # every rank of the last stage has the same
+            if logprobs is not None:  # on the ranks of the last stage, which have the same values
                 np.save(directory / f"logprobs-{version}.npy", logprobs[0][: len(tokens) - 1])
-            if parallel.is_rank_zero():
+            if is_rank_zero():
                 (directory / f"digests-{version}.json").write_text(json.dumps(in_memory))
         for source in job["sources"]:
             target = build(TargetLayout, job["target"])

@@ -1,4 +1,4 @@
-"""Runs, checkpoints, engines and a SLURM cluster for several tests. A fixture that lacks something skips the test."""
+"""Runs, checkpoints, engines and a SLURM cluster for several tests. A fixture skips the test if it lacks something."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from megatron_dagger.store.lock import exclusive
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
-    """Training outputs by name: a tied model from one process (two versions) and from PP=2, an untied one from TP=2."""
+    """Training outputs by name: a tied model's from one process (two versions) and PP=2, an untied one's from TP=2."""
     from tests.integration.served import ONE, PP2, TIED, TP2, UNTIED, write
 
     root = tmp_path_factory.mktemp("megatron")
@@ -50,7 +50,7 @@ def cache(session_folder):
 
 @pytest.fixture(scope="session")
 def undisturbed(cache, session_folder):
-    """The directory of a finished tiny run. The first test that needs it makes it; tests must not change it."""
+    """The directory of a finished tiny run, made when a test first needs it. Tests must not change it."""
     from tests.integration.tiny_run import DEADLINE_S, command, environment
 
     run = session_folder / "undisturbed"
@@ -65,7 +65,7 @@ def undisturbed(cache, session_folder):
 
 @pytest.fixture(scope="session")
 def calc_task(docker_host):
-    """The SWE-bench task of tools/support/swe_image.py, its image built."""
+    """The SWE-bench task of tools/support/swe_image.py, whose image is built."""
     from megatron_dagger.envs.swe.swebench import swebench_task
     from tools.support import swe_image
 
@@ -74,7 +74,7 @@ def calc_task(docker_host):
 
 @pytest.fixture(scope="session")
 def open_sandbox(docker_host):
-    """Open a container of a task's image."""
+    """A function that opens a container of a task's image."""
     from megatron_dagger.sandbox.docker import DockerLimits, DockerSandbox
 
     limits = DockerLimits(timeout_s=30, memory_mib=500, disk_mib=200, processes=64, cpus=1.0, output_bytes=20_000)
@@ -83,7 +83,7 @@ def open_sandbox(docker_host):
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A SLURM of two virtual nodes, with accounting if that is installed."""
+    """A SLURM of two virtual nodes, with accounting if it is installed."""
     from tools.virtual_slurm.cluster import SlurmCluster
     from tools.virtual_slurm.packages import why_unavailable
 
@@ -110,7 +110,7 @@ def batch_environment(cache, tmp_path_factory):
 
 @pytest.fixture
 def clean_cluster(cluster):
-    """Cancel jobs and restart nodes after the test, also after a failed one."""
+    """Cancel jobs and restart nodes after the test, even if it failed."""
     yield
     cluster.restore()
 

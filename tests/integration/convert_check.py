@@ -1,7 +1,7 @@
-"""Megatron-Core's side of the conversion tests (``python -m``, DIRECTORY...): loads converted checkpoints.
+"""Megatron-Core's part of the conversion tests (``python -m``, DIRECTORY...): it loads converted checkpoints.
 
-The trainer's engine loads each model, writes its log-probs of ``tokens.npy``, and sends the weights to the sources in
-``sources.json`` if it exists.
+The trainer's engine loads each model, writes its log-probs of ``tokens.npy`` to ``logprobs.npy``, and sends the weights
+to the sources in ``sources.json`` if it exists.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_dagger.config import TrainingConfig, build
 from megatron_dagger.training import weight_export
 from megatron_dagger.training.data import packing
 from megatron_dagger.training.engine import MegatronEngine
-from megatron_dagger.training.ranks import process_groups as parallel
+from megatron_dagger.training.ranks.process_groups import process_groups
 from megatron_dagger.types import LabelledEpisode, StateLabel
 from megatron_dagger.weights.checkpoints import open_checkpoint
 from megatron_dagger.weights.layouts import TargetLayout
@@ -25,7 +25,7 @@ from megatron_dagger.weights.transports import WeightSource
 
 def main(directories: list[Path]) -> None:
     training = TrainingConfig(sequence_length=320, global_batch_tokens=320)
-    with parallel.process_groups(training.parallel, seed=1, deadline_s=120, threads=1) as device:
+    with process_groups(training.parallel, seed=1, deadline_s=120, threads=1) as device:
         for directory in directories:
             model = open_checkpoint(directory / "hf").model
             engine = MegatronEngine(model, training, seed=1, device=device)

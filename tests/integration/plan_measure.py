@@ -1,4 +1,4 @@
-"""One rank that measures its parameters, its bytes of state, and what autograd keeps during a real step.
+"""A rank that measures its parameters, its bytes of state, and the bytes that autograd keeps during a real step.
 
     python -m tests.integration.plan_measure OUT CASE.json ...
 
@@ -43,14 +43,14 @@ class KeptForBackward:
             self.peak = max(self.peak, self.bytes)
         self._holders[key] = self._holders.get(key, 0) + 1
 
-        def held() -> torch.Tensor:
+        def unpacked() -> torch.Tensor:
             return tensor
 
-        weakref.finalize(held, self._released, key, size)
-        return held
+        weakref.finalize(unpacked, self._released, key, size)
+        return unpacked
 
-    def unpack(self, held: object) -> torch.Tensor:
-        return held()  # type: ignore[operator]
+    def unpack(self, unpacked: object) -> torch.Tensor:
+        return unpacked()  # type: ignore[operator]
 
     def _released(self, key: int, size: int) -> None:
         self._holders[key] -= 1

@@ -67,6 +67,7 @@ def write(
     target: TargetLayout = ONE_WORKER,
     engine: VllmEngineConfig = VllmEngineConfig(),  # noqa: B008 - frozen
 ) -> Written:
+    """Train ``versions`` versions of a model with Megatron, and send the last to ``sources``; return the files."""
     directory.mkdir()
     precision = "fp32" if engine.dtype == "float32" else "bf16"
     training = TrainingConfig(parallel=parallel, sequence_length=320, global_batch_tokens=320, precision=precision)
@@ -86,12 +87,12 @@ def write(
     return Written(directory, model)
 
 
-def start(where: Written, workers: int = 1) -> VllmStudent:
+def start(output: Written, workers: int = 1) -> VllmStudent:
     """Start an engine in the background, with dummy weights."""
     engine = VllmEngineConfig(
         max_model_len=512, kv_cache_memory_mib=32, start_deadline_s=300, tensor_parallel_size=workers
     )
-    student = VllmStudent(where.directory, where.model, engine, seed=1, decode=str, end_of_turn=END)
+    student = VllmStudent(output.directory, output.model, engine, seed=1, decode=str, end_of_turn=END)
     student.start()
     return student
 

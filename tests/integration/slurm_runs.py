@@ -39,13 +39,17 @@ class Run:
         options = (*options, f"--chdir={ROOT}", f"--output={self.log}")
         self.job = self.cluster.submit(*options, *self.arguments, env=self.environment)
 
-    def wait(self, condition, what):
+    def wait(self, condition, event):
+        """Wait until ``condition()`` is true; fail if the job ends before, or after the deadline."""
+
         def reached():
             state = self.cluster.state(self.job)
-            assert state in ("PENDING", "RUNNING", "COMPLETING"), f"waiting for {what}: {state}\n{self.log.read_text()}"
+            assert state in ("PENDING", "RUNNING", "COMPLETING"), (
+                f"waiting for {event}: {state}\n{self.log.read_text()}"
+            )
             return condition()
 
-        self.cluster.wait(reached, DEADLINE_S, what, lambda: self.cluster.log(self.job))
+        self.cluster.wait(reached, DEADLINE_S, event, lambda: self.cluster.log(self.job))
 
     def wait_for_file(self, name):
         self.wait((self.path / name).exists, name)
@@ -77,25 +81,26 @@ class Run:
         return len(read_lines(self.path / f"rounds/{round_index:04d}/train/metrics.jsonl"))
 
     def rank(self, number, logs="train-0000"):
-        """Return a training rank's process id (``logs``: the folder of its log), not those that it forked."""
+        """Return a training rank's process id, without its forks; ``logs`` is the folder of its log."""
         pids = writers(self.path / f"logs/{logs}/rank-{number}.log")
         return next(pid for pid in pids if parent(pid) not in pids)
 
     def drivers(self):
-        """Return the job's processes of our command line, without those that they started."""
+        """Return the job's processes that run our command line, without their children."""
         return [pid for pid in self.cluster.job_processes(self.job) if "megatron_dagger.cli.main" in command_line(pid)]
 
-    def preempt(self, held=None):
-        """Let a short job of the higher partition preempt this one, in the middle of a step of the process ``held``.
+    def preempt(self, stopped_pid=None):
+        """Let a short job of the higher partition preempt this one, in the middle of its work.
 
-        ``held`` (None: rank 0) is stopped until the preemption has begun; otherwise a fast machine might finish first.
+        The process ``stopped_pid`` (None: rank 0) is stopped until the preemption has begun; otherwise a fast machine
+        might finish first.
         """
-        held = held or self.rank(0)
-        os.kill(held, signal.SIGSTOP)
+        stopped_pid = stopped_pid or self.rank(0)
+        os.kill(stopped_pid, signal.SIGSTOP)
         urgent = "--partition=high", "--nodes=2", "--exclusive", "--mem=0", "--output=/dev/null", "--wrap=true"
         job = self.cluster.submit(*urgent)
         self.wait_for_log("SIGUSR1: stopping; repeat the command to resume")
-        os.kill(held, signal.SIGCONT)
+        os.kill(stopped_pid, signal.SIGCONT)
         self.cluster.wait_for(job, "COMPLETED", deadline_s=60)
 
 

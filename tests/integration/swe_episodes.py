@@ -21,6 +21,7 @@ def edit(env, command, path, **arguments):
 
 
 def answer(env, name, **arguments):
+    """Call a tool in ``env`` and return its response."""
     text = env.step(ToolCall(name=name, arguments=arguments).text()).text
     assert text.startswith("<tool_response>\n") and text.endswith("\n</tool_response>")
     return text.removeprefix("<tool_response>\n").removesuffix("\n</tool_response>")
@@ -38,7 +39,7 @@ diff --git a/calc/__init__.py b/calc/__init__.py
 
 
 def smith_task():
-    """A task whose image is that of ``task``."""
+    """Return a task with a bug like SWE-smith's, in the image of tools/support/swe_image.py."""
     row = {
         "instance_id": "example__calc.c0ffee00.func__1",
         "repo": "swesmith/example__calc.c0ffee00",

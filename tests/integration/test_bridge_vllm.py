@@ -26,52 +26,49 @@ from megatron_dagger.weights.errors import WeightSyncError
 from megatron_dagger.weights.torch_dist.reader import MegatronCheckpoint
 from megatron_dagger.weights.verify.canary import Canary
 from megatron_dagger.weights.verify.digest import canonical_digests
+from tests.integration.converted import model_logprobs
 from tests.integration.served import TOLERANCE, YARN, Written, sample, start, state
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def served(student: VllmStudent, where: Written) -> np.ndarray:
-    return student.logprobs(where.tokens)
+def served(student: VllmStudent, output: Written) -> np.ndarray:
+    return student.logprobs(output.tokens)
 
 
-def transformers_logprobs(where: Written) -> np.ndarray:
-    """Hugging Face's log-probs of the tokens, with the checkpoint's weights under canonical names."""
-    import torch
+def transformers_logprobs(output: Written) -> np.ndarray:
+    """Return Transformers' log-probs of the tokens, with the checkpoint's weights under canonical names."""
     import transformers
 
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**where.model.hf_config())).eval()
-    weights = dict(MegatronCheckpoint(where.checkpoint()).canonical_tensors(where.model))
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**output.model.hf_config())).eval()
+    weights = dict(MegatronCheckpoint(output.checkpoint()).canonical_tensors(output.model))
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
-    assert missing == (["lm_head.weight"] if where.model.tie_embeddings else [])
+    assert missing == (["lm_head.weight"] if output.model.tie_embeddings else [])
     model.tie_weights()
-    tokens = torch.from_numpy(where.tokens.astype(np.int64))[None]
-    with torch.no_grad():
-        logits = model(tokens).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0].numpy()
+    return model_logprobs(model, output.tokens)
 
 
 @pytest.mark.parametrize("layout", ["one", "pp2", "tp2"])
 def test_the_digests_of_the_checkpoint_equal_those_of_the_trainers_memory(written, layout):
-    where = written[layout]
-    stored = MegatronCheckpoint(where.checkpoint()).canonical_tensors(where.model)
-    assert canonical_digests(stored, where.model) == where.digests()
+    output = written[layout]
+    stored = MegatronCheckpoint(output.checkpoint()).canonical_tensors(output.model)
+    assert canonical_digests(stored, output.model) == output.digests()
 
 
 @pytest.mark.parametrize("layout", ["one", "pp2"])
 def test_served_logprobs_equal_those_of_megatron_and_transformers(student, written, layout):
-    where = written[layout]
-    report = student.sync(where.checkpoint(), 3, where.digests())
-    assert (report.weight_version, report.tensors) == (3, len(where.digests()))
-    logprobs = served(student, where)
-    assert np.ptp(where.logprobs()) > 1, "the reference must be far from uniform to mean something"
-    assert np.abs(logprobs - where.logprobs()).max() < TOLERANCE
-    assert np.abs(logprobs - transformers_logprobs(where)).max() < TOLERANCE
+    output = written[layout]
+    report = student.sync(output.checkpoint(), 3, output.digests())
+    assert (report.weight_version, report.tensors) == (3, len(output.digests()))
+    logprobs = served(student, output)
+    assert np.ptp(output.logprobs()) > 1, "the reference must be far from uniform to be meaningful"
+    assert np.abs(logprobs - output.logprobs()).max() < TOLERANCE
+    assert np.abs(logprobs - transformers_logprobs(output)).max() < TOLERANCE
 
 
 def test_new_weights_change_the_output_and_empty_the_prefix_cache(student, written):
-    where, prompt = written["one"], written["one"].tokens.tolist()
+    output, prompt = written["one"], written["one"].tokens.tolist()
     greedy = Sampling(temperature=0.0, max_tokens=8)
 
     def complete():
@@ -80,20 +77,20 @@ def test_new_weights_change_the_output_and_empty_the_prefix_cache(student, writt
     complete()
     warm = complete()
     assert warm.cached_tokens > 0, "the same prompt again must come from the cache"
-    student.sync(where.checkpoint(1), 1, where.digests(1))
+    student.sync(output.checkpoint(1), 1, output.digests(1))
     fresh = complete()
     assert fresh.cached_tokens == 0
     assert (warm.weight_version, fresh.weight_version) == ("0", "1")
-    assert np.abs(served(student, where) - where.logprobs(1)).max() < TOLERANCE
-    assert np.abs(where.logprobs(1) - where.logprobs(0)).max() > 0.1
+    assert np.abs(served(student, output) - output.logprobs(1)).max() < TOLERANCE
+    assert np.abs(output.logprobs(1) - output.logprobs(0)).max() > 0.1
     # The tokens sampled after the update have the new weights' log-probs.
     whole = np.array([*prompt, *fresh.tokens])
     assert np.abs(student.logprobs(whole)[-len(fresh.tokens) :] - fresh.logprobs).max() < TOLERANCE
     assert not np.array_equal(warm.tokens, fresh.tokens)
 
 
-def damaged(where: Written, directory: Path, damage) -> Path:
-    shutil.copytree(where.checkpoint(), directory)
+def damaged(output: Written, directory: Path, damage) -> Path:
+    shutil.copytree(output.checkpoint(), directory)
     damage(directory)
     return directory
 
@@ -109,7 +106,7 @@ def flip_a_weight(directory: Path) -> None:
 
 
 def _payload_offset(archive: bytes) -> int:
-    """The offset of the tensor's bytes in a torch.save archive (an uncompressed zip)."""
+    """Return the offset of the tensor's bytes in a torch.save archive (an uncompressed zip)."""
     import io
     import zipfile
 
@@ -126,7 +123,7 @@ def truncate(directory: Path) -> None:
 
 
 def test_a_truncated_checkpoint_leaves_the_old_weights_serving(student, written, tmp_path):
-    where = written["one"]
+    output = written["one"]
     for name, damage, message in [
         ("truncated", truncate, r"distcp is truncated.*still serves version 0"),
         (
@@ -135,60 +132,60 @@ def test_a_truncated_checkpoint_leaves_the_old_weights_serving(student, written,
             r"not a complete Megatron checkpoint.*still serves version 0",
         ),
     ]:
-        directory = damaged(where, tmp_path / name, damage)
+        directory = damaged(output, tmp_path / name, damage)
         with pytest.raises(WeightSyncError, match=message):
-            student.sync(directory, 9, where.digests())
-        assert np.abs(served(student, where) - where.logprobs()).max() < TOLERANCE
+            student.sync(directory, 9, output.digests())
+        assert np.abs(served(student, output) - output.logprobs()).max() < TOLERANCE
         assert sample(student, state(0)).weight_version == 0
 
 
 def test_a_flipped_bit_is_detected_and_the_previous_version_is_served_again(student, written, tmp_path):
-    where = written["one"]
-    directory = damaged(where, tmp_path / "flipped", flip_a_weight)
+    output = written["one"]
+    directory = damaged(output, tmp_path / "flipped", flip_a_weight)
     with pytest.raises(WeightSyncError, match=r"model\.norm\.weight.*differs.*it still serves version 0"):
-        student.sync(directory, 9, where.digests())
-    assert np.abs(served(student, where) - where.logprobs(0)).max() < TOLERANCE
+        student.sync(directory, 9, output.digests())
+    assert np.abs(served(student, output) - output.logprobs(0)).max() < TOLERANCE
     assert sample(student, state(0)).weight_version == 0
 
 
-def test_nothing_is_served_if_the_previous_version_is_gone(student, written, tmp_path):
-    where = written["one"]
-    gone = damaged(where, tmp_path / "gone", lambda directory: None)
-    student.sync(gone, 5, where.digests())
+def test_no_version_is_served_if_the_previous_one_is_gone(student, written, tmp_path):
+    output = written["one"]
+    gone = damaged(output, tmp_path / "gone", lambda directory: None)
+    student.sync(gone, 5, output.digests())
     shutil.rmtree(gone)
-    directory = damaged(where, tmp_path / "flipped", flip_a_weight)
+    directory = damaged(output, tmp_path / "flipped", flip_a_weight)
     with pytest.raises(WeightSyncError, match=r"model\.norm\.weight.*it does not serve"):
-        student.sync(directory, 9, where.digests())
+        student.sync(directory, 9, output.digests())
     with pytest.raises(PolicyError, match="weights are mixed since a sync failed"):
         sample(student, state(0))
-    student.sync(where.checkpoint(1), 1, where.digests(1))
-    assert np.abs(served(student, where) - where.logprobs(1)).max() < TOLERANCE
+    student.sync(output.checkpoint(1), 1, output.digests(1))
+    assert np.abs(served(student, output) - output.logprobs(1)).max() < TOLERANCE
 
 
 def test_weights_with_other_logprobs_than_the_canarys_are_not_served(student, written):
-    """As with a stale packed copy: every byte is right, but the log-probs are wrong."""
-    where = written["one"]
-    tokens, logprobs = where.tokens[:64], where.logprobs(1)[:63]
+    """Every byte is right but the log-probs are wrong, as with a stale packed copy."""
+    output = written["one"]
+    tokens, logprobs = output.tokens[:64], output.logprobs(1)[:63]
     canary = Canary(tokens=tuple(tokens.tolist()), logprobs=tuple(logprobs.tolist()))
-    student.sync(where.checkpoint(1), 1, where.digests(1), canary)
+    student.sync(output.checkpoint(1), 1, output.digests(1), canary)
     message = r"log-probs of the canary differ.*more than the 0\.001 allowed in float32; it still serves version 1"
     with pytest.raises(WeightSyncError, match=message):
-        student.sync(where.checkpoint(0), 2, where.digests(0), canary)
-    assert np.abs(served(student, where) - where.logprobs(1)).max() < TOLERANCE
+        student.sync(output.checkpoint(0), 2, output.digests(0), canary)
+    assert np.abs(served(student, output) - output.logprobs(1)).max() < TOLERANCE
 
 
 def test_weights_with_other_digests_than_the_trainers_are_refused(student, written):
-    where = written["one"]
+    output = written["one"]
     with pytest.raises(WeightSyncError, match=r"not the trainer's: tensor 'model\.embed_tokens\.weight' differs"):
-        student.sync(where.checkpoint(1), 1, where.digests(0))
-    incomplete = {name: value for name, value in where.digests().items() if "q_norm" not in name}
+        student.sync(output.checkpoint(1), 1, output.digests(0))
+    incomplete = {name: value for name, value in output.digests().items() if "q_norm" not in name}
     with pytest.raises(WeightSyncError, match=r"q_norm\.weight' was received but never sent"):
-        student.sync(where.checkpoint(0), 1, incomplete)
-    assert np.abs(served(student, where) - where.logprobs(0)).max() < TOLERANCE
+        student.sync(output.checkpoint(0), 1, incomplete)
+    assert np.abs(served(student, output) - output.logprobs(0)).max() < TOLERANCE
 
 
 def test_the_parts_of_vllm_that_weight_sync_uses_still_exist(student):
-    """Fails, naming the part, when a new vLLM changes an interface that weight sync uses."""
+    """Fail with the name of the interface that a new vLLM has changed."""
     from vllm import EngineArgs, SamplingParams
     from vllm.distributed.weight_transfer import base, factory
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -235,10 +232,10 @@ def test_the_parts_of_vllm_that_weight_sync_uses_still_exist(student):
 
 
 def test_packed_layers_are_refused(student, written):
-    """load_format=megatron keeps linear layers unpacked; other loaders do not."""
+    """Only load_format=megatron keeps linear layers unpacked."""
     from vllm.model_executor.layers import utils
 
-    where = written["one"]
+    output = written["one"]
 
     def first_layer(engine):
         return engine._engine.model_executor.driver_worker.worker.model_runner.model.model.layers[0].mlp.down_proj
@@ -250,33 +247,35 @@ def test_packed_layers_are_refused(student, written):
         with pytest.raises(
             WeightSyncError, match=r"has packed its linear layers.*load_format=megatron.*it still serves version 0"
         ):
-            student.sync(where.checkpoint(), 1, where.digests())
+            student.sync(output.checkpoint(), 1, output.digests())
     finally:
         layer.weight, layer.cpu_linear = before
-    student.sync(where.checkpoint(), 2, where.digests())
-    assert np.abs(served(student, where) - where.logprobs(0)).max() < TOLERANCE
+    student.sync(output.checkpoint(), 2, output.digests())
+    assert np.abs(served(student, output) - output.logprobs(0)).max() < TOLERANCE
 
 
 def test_untied_embeddings_and_yarn_saved_under_tensor_parallelism_are_served(tied_student, written):
-    """Ends the tied engine and starts another in the same process. The tokens exceed RoPE's original range."""
+    """Close the tied engine and start another in the same process. The tokens exceed RoPE's original range."""
     tied_student.close()
     with pytest.raises(PolicyError, match="the engine is gone: it was closed"):
         sample(tied_student, state(0))
-    where = written["tp2"]
-    untied = start(where)
+    output = written["tp2"]
+    untied = start(output)
     try:
         with pytest.raises(PolicyError, match="call sync"):
-            untied.logprobs(where.tokens)
-        untied.sync(where.checkpoint(), 0, where.digests())
-        logprobs = served(untied, where)
-        assert np.abs(logprobs - where.logprobs()).max() < TOLERANCE
-        assert np.abs(logprobs - transformers_logprobs(where)).max() < TOLERANCE
-        unscaled = transformers_logprobs(dataclasses.replace(where, model=dataclasses.replace(where.model, yarn=None)))
+            untied.logprobs(output.tokens)
+        untied.sync(output.checkpoint(), 0, output.digests())
+        logprobs = served(untied, output)
+        assert np.abs(logprobs - output.logprobs()).max() < TOLERANCE
+        assert np.abs(logprobs - transformers_logprobs(output)).max() < TOLERANCE
+        unscaled = transformers_logprobs(
+            dataclasses.replace(output, model=dataclasses.replace(output.model, yarn=None))
+        )
         beyond = len(unscaled) - YARN.original_max_position_embeddings
         assert np.abs(logprobs - unscaled)[-beyond:].mean() > 100 * TOLERANCE, "the scaling must matter here"
         with pytest.raises(WeightSyncError, match=r"another model.*|lacks 'output_layer.weight'"):
             untied.sync(written["one"].checkpoint(), 1, written["one"].digests())
-        assert np.abs(served(untied, where) - where.logprobs()).max() < TOLERANCE
+        assert np.abs(served(untied, output) - output.logprobs()).max() < TOLERANCE
     finally:
         untied.close()
 
@@ -289,7 +288,7 @@ def test_a_loader_without_a_checkpoint_names_the_missing_setting(extra):
         _source_and_model(extra)
 
 
-def test_each_model_has_a_transfer_state_of_its_own():
+def test_each_model_has_its_own_transfer_state():
     import torch
 
     from megatron_dagger.weights.vllm.plugin import TransferState
@@ -302,23 +301,23 @@ def test_each_model_has_a_transfer_state_of_its_own():
 
 @pytest.mark.slow
 def test_several_workers_serve_the_same_weights_and_recover_from_a_failed_sync(written, tmp_path):
-    """Each vLLM worker is a process of its own. A failed update must not affect the replies after it."""
-    where = written["pp2"]
-    student = start(where, workers=2)
+    """Each vLLM worker is a separate process. A failed update must not affect the replies after it."""
+    output = written["pp2"]
+    student = start(output, workers=2)
     try:
-        student.sync(where.checkpoint(), 0, where.digests())
-        assert np.abs(served(student, where) - where.logprobs()).max() < TOLERANCE
-        wrong = {**where.digests(), "model.norm.weight": "float32 (64,) 0"}
+        student.sync(output.checkpoint(), 0, output.digests())
+        assert np.abs(served(student, output) - output.logprobs()).max() < TOLERANCE
+        wrong = {**output.digests(), "model.norm.weight": "float32 (64,) 0"}
         with pytest.raises(WeightSyncError, match=r"model\.norm\.weight.*it still serves version 0"):
-            student.sync(where.checkpoint(), 1, wrong)
-        truncated = damaged(where, tmp_path / "truncated", truncate)
+            student.sync(output.checkpoint(), 1, wrong)
+        truncated = damaged(output, tmp_path / "truncated", truncate)
         with pytest.raises(WeightSyncError, match=r"distcp is truncated.*it still serves version 0"):
-            student.sync(truncated, 1, where.digests())
-        assert np.abs(served(student, where) - where.logprobs()).max() < TOLERANCE
-        student.sync(where.checkpoint(), 2, where.digests())
-        assert np.abs(served(student, where) - where.logprobs()).max() < TOLERANCE
+            student.sync(truncated, 1, output.digests())
+        assert np.abs(served(student, output) - output.logprobs()).max() < TOLERANCE
+        student.sync(output.checkpoint(), 2, output.digests())
+        assert np.abs(served(student, output) - output.logprobs()).max() < TOLERANCE
         with pytest.raises(WeightSyncError, match=r"not a complete Megatron checkpoint.*it still serves version 2"):
-            student.sync(where.directory / "nowhere", 3, where.digests())
-        assert np.abs(served(student, where) - where.logprobs()).max() < TOLERANCE
+            student.sync(output.directory / "nowhere", 3, output.digests())
+        assert np.abs(served(student, output) - output.logprobs()).max() < TOLERANCE
     finally:
         student.close()

@@ -1,4 +1,4 @@
-"""megatron-dagger convert on models of every family: Megatron computes Transformers' log-probs, and back is bit-exact.
+"""megatron-dagger convert for every family: Megatron computes Transformers' log-probs; converting back is bit-exact.
 
 One test uses real weights: SmolLM2-135M-Instruct, which a Python package contains as a GGUF file.
 """
@@ -67,7 +67,7 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("name", MODELS)
 def test_megatron_computes_the_logprobs_of_transformers(models, name):
     megatron, reference = np.load(models / name / "logprobs.npy"), transformers_logprobs(models / name)
-    assert np.ptp(reference) > 1, "the reference must be far from uniform to mean something"
+    assert np.ptp(reference) > 1, "the reference must be far from uniform to be meaningful"
     assert np.abs(megatron - reference).max() < TOLERANCE
 
 
@@ -76,7 +76,7 @@ def test_converting_back_is_bit_exact(models, name, tmp_path):
     converted("reshard", models / name / "megatron", tmp_path / "one")
     converted("megatron-to-hf", tmp_path / "one", tmp_path / "back")
     assert "are equal, bit for bit" in converted("verify", models / name / "hf", tmp_path / "back")
-    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}", "the tokenizer is copied along"
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}", "the tokenizer is copied too"
     before = transformers.AutoModelForCausalLM.from_pretrained(models / name / "hf").state_dict()
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
     assert before.keys() == after.keys()
@@ -99,13 +99,13 @@ def test_inspect_lists_tensors_and_verify_names_differences(models, tmp_path):
     [
         (["inspect", "{nowhere}"], "holds neither .metadata (Megatron) nor config.json"),
         (["hf-to-megatron", "{hf}", "{hf}"], "exists already; remove it, or name another"),
-        (["hf-to-megatron", "{hf}", "{new}", "--tensor-parallel", "3"], "cannot be cut into 3 equal shares"),
+        (["hf-to-megatron", "{hf}", "{new}", "--tensor-parallel", "3"], "cannot be split into 3 equal shares"),
         (["hf-to-megatron", "{hf}", "{new}", "--pipeline-parallel", "3"], "cannot be split evenly over 3 pipeline"),
     ],
 )
 def test_an_impossible_conversion_is_refused_with_the_reason(models, tmp_path, arguments, message):
-    places = {"nowhere": tmp_path, "hf": models / "qwen3-kv2-tied" / "hf", "new": tmp_path / "new"}
-    done = convert(*(argument.format(**places) for argument in arguments))
+    paths = {"nowhere": tmp_path, "hf": models / "qwen3-kv2-tied" / "hf", "new": tmp_path / "new"}
+    done = convert(*(argument.format(**paths) for argument in arguments))
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
 
@@ -125,7 +125,7 @@ def test_an_unsupported_model_is_refused(entry, message):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_config_survives_the_round_trip_through_hugging_face(name):
+def test_a_config_is_unchanged_after_a_round_trip_through_hugging_face(name):
     model = model_of(name)
     back = ModelConfig.from_hf(json.loads(json.dumps(model.hf_config())))
     assert back.hf_config() == model.hf_config()

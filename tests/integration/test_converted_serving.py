@@ -28,7 +28,7 @@ ENGINE = VllmEngineConfig(max_model_len=512, kv_cache_memory_mib=64)
 
 
 def student_of(directory: Path) -> tuple[VllmStudent, dict[str, str]]:
-    """A student for the model in ``directory``/hf, and the digests of its weights."""
+    """Return a student for the model in ``directory``/hf, and the digests of its weights."""
     source = open_checkpoint(directory / "hf")
     student = VllmStudent(directory / "hf", source.model, ENGINE, seed=1, decode=str, end_of_turn=END)
     return student, canonical_digests(source.canonical_tensors(), source.model)

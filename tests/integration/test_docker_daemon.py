@@ -17,7 +17,7 @@ LIMITS = DockerLimits(timeout_s=5, memory_mib=300, disk_mib=64, processes=48, ou
 
 @pytest.fixture(scope="module")
 def shared(docker_host):
-    """One container for the commands that leave it as it was."""
+    """A container for commands that leave it unchanged."""
     with DockerSandbox(docker_host, IMAGE, LIMITS) as opened:
         yield opened
 
@@ -28,12 +28,12 @@ def test_a_container_that_dies_or_is_removed_breaks_the_episode(docker_host):
             threading.Timer(0.5, end, [sandbox._container]).start()
             with pytest.raises(EnvironmentBroken, match=rf"the container ended|{why}"):
                 sandbox.run("sleep 30", timeout_s=30)
-            time.sleep(0.5)  # until all of it is gone
+            time.sleep(0.5)  # until the container is gone
             with pytest.raises(EnvironmentBroken, match=why):
                 sandbox.run("true")
 
 
-def test_a_missing_image_and_an_absent_daemon_are_clear(docker_host, tmp_path):
+def test_a_missing_image_and_an_absent_daemon_are_clear_errors(docker_host, tmp_path):
     with pytest.raises(EnvironmentBroken, match="nowhere/image:1 is not on this machine: pull or build"):
         DockerSandbox(docker_host, "nowhere/image:1")
     with pytest.raises(EnvironmentBroken, match="daemon cannot be reached"):
@@ -79,9 +79,9 @@ def test_a_killed_daemon_breaks_the_episode_and_leaves_nothing(daemon, docker_ho
         sandbox.run("sleep 23456", timeout_s=30)
     with pytest.raises(EnvironmentBroken):
         sandbox.run("true")
-    sandbox.close()  # there is nobody to remove the container now
+    sandbox.close()  # no daemon can remove the container now
     threading.Timer(1, daemon.start).start()
-    with DockerSandbox(docker_host, IMAGE, LIMITS) as again:  # waits for the daemon
-        assert again.run("echo alive").output == "alive\n"
+    with DockerSandbox(docker_host, IMAGE, LIMITS) as next_sandbox:  # waits for the daemon
+        assert next_sandbox.run("echo alive").output == "alive\n"
         assert container not in docker_host.containers()
     assert not processes_with("sleep 23456")

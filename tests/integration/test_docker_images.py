@@ -13,14 +13,15 @@ from megatron_dagger.sandbox.base import EnvironmentBroken
 from megatron_dagger.sandbox.docker import images
 from megatron_dagger.sandbox.docker.images import ImageStore
 from megatron_dagger.sandbox.docker.sandbox import DockerLimits, DockerSandbox
-from tools.support.docker_engine import IMAGE, wait_for
+from tests.support.waiting import wait_until
+from tools.support.docker_engine import IMAGE
 from tools.support.ports import free_port
 
 LIMITS = DockerLimits(timeout_s=5, memory_mib=300, disk_mib=64, processes=48, output_bytes=2000)
 
 
 def small_image(host, number):
-    """An image of its own: its one file fills a MiB and more."""
+    """Import an image whose only file fills a little more than a MiB; return its name."""
     file = tarfile.TarInfo(f"file{number}")
     file.size = (1 << 20) + number
     packed = io.BytesIO()
@@ -38,17 +39,17 @@ def test_the_least_recently_used_images_are_evicted_when_the_disk_budget_is_exce
             with store.hold(image):
                 pass
         with store.hold(second):
-            assert store.evict() == [third, first]  # the one in use stays, whatever the budget
-        there = {tag for image in docker_host.client.images.list() for tag in image.tags}
-    assert {second, stranger} <= there
-    assert not {first, third} & there
+            assert store.evict() == [third, first]  # the image in use stays, whatever the budget
+        remaining = {tag for image in docker_host.client.images.list() for tag in image.tags}
+    assert {second, stranger} <= remaining
+    assert not {first, third} & remaining
     for image in (second, stranger):
         docker_host.client.api.remove_image(image)
 
 
-def test_the_disk_use_can_be_asked_for_by_many_at_once(docker_host):
+def test_the_disk_use_can_be_read_by_many_threads_at_once(docker_host):
     with ImageStore(docker_host) as store, ThreadPoolExecutor(8) as threads:
-        sizes = [asked.result() for asked in [threads.submit(store._layers_bytes) for _ in range(40)]]
+        sizes = [future.result() for future in [threads.submit(store._layers_bytes) for _ in range(40)]]
     assert min(sizes) > 1 << 20
 
 
@@ -60,7 +61,7 @@ def test_an_image_that_cannot_be_pulled_is_an_error_for_its_user(docker_host, mo
             assert sandbox.run("echo well").output == "well\n"
             assert store._held[IMAGE] == 1
         assert store._held[IMAGE] == 0
-        with pytest.raises(EnvironmentBroken, match="localhost:1/nowhere:1 is not here and cannot be pulled"):
+        with pytest.raises(EnvironmentBroken, match="localhost:1/nowhere:1 is missing and cannot be pulled"):
             DockerSandbox(docker_host, "localhost:1/nowhere:1", LIMITS, images=store)
 
 
@@ -74,14 +75,14 @@ http: {{addr: "127.0.0.1:{port}"}}
 
 @pytest.fixture
 def registry(tmp_path):
-    """A real registry on the loopback, which Docker takes images from without TLS; its address."""
+    """The address of a real registry on the loopback interface, from which Docker pulls images without TLS."""
     if not shutil.which("docker-registry"):
         pytest.skip("docker-registry missing: apt-get install docker-registry")
     port = free_port()
     (tmp_path / "registry.yml").write_text(REGISTRY.format(folder=tmp_path, port=port))
     with subprocess.Popen(["docker-registry", "serve", tmp_path / "registry.yml"]) as server:
         try:
-            wait_for(lambda: listens(port))
+            wait_until(lambda: listens(port), deadline_s=60)
             yield f"127.0.0.1:{port}"
         finally:
             server.kill()
@@ -106,14 +107,14 @@ def test_images_are_prefetched_from_a_registry_unless_the_budget_is_exceeded(doc
     with ImageStore(docker_host, disk_budget_mib=used_mib + 100, concurrent_pulls=2) as store:
         store.prefetch([first, second])
         assert [store._pulls[name].result(60) for name in (first, second)] == [None, None]  # and evict no more
-        assert images.is_here(docker_host, first) and images.is_here(docker_host, second)
+        assert images.has_image(docker_host, first) and images.has_image(docker_host, second)
         with store.hold(first):
             store._budget_bytes = 0
-        assert store.evict() == [first, second], "what is still waited for goes last"
+        assert store.evict() == [first, second], "prefetched images that nobody has used yet are evicted last"
         store.prefetch([third])
         assert store._pulls[third].result(60) is None
-        assert not images.is_here(docker_host, third), "there is no room to pull it ahead"
+        assert not images.has_image(docker_host, third), "the budget has no room to prefetch it"
         store._budget_bytes = (used_mib + 100) << 20
         with store.hold(third):
-            assert images.is_here(docker_host, third)
+            assert images.has_image(docker_host, third)
         client.api.remove_image(third)

@@ -1,4 +1,4 @@
-"""What only a container has: state between commands, and limits that hostile commands run into."""
+"""Properties of containers only: state between commands, and limits against hostile commands."""
 
 import time
 
@@ -15,7 +15,7 @@ LIMITS = DockerLimits(timeout_s=5, memory_mib=300, disk_mib=64, processes=48, ou
 
 @pytest.fixture(scope="module")
 def shared(docker_host):
-    """One container for the commands that leave it as it was."""
+    """A container for commands that leave it unchanged."""
     with DockerSandbox(docker_host, IMAGE, LIMITS) as opened:
         yield opened
 
@@ -97,9 +97,9 @@ def test_a_fork_bomb_ends_with_its_command(shared):
     ["setsid sleep {0} &", "nohup sleep {0} >/dev/null 2>&1 &", "(setsid bash -c '(trap \"\" TERM; sleep {0}) &' &)"],
 )
 def test_a_background_daemon_ends_with_its_command(shared, daemon_command):
-    word = f"77{time.monotonic_ns() % 10**7}"
-    shared.run(daemon_command.format(word) + " echo started")
-    assert not processes_with(f"sleep {word}")
+    duration = f"77{time.monotonic_ns() % 10**7}"
+    shared.run(daemon_command.format(duration) + " echo started")
+    assert not processes_with(f"sleep {duration}")
 
 
 def test_endless_output_is_cut_off(shared, monkeypatch):

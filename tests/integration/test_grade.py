@@ -1,4 +1,4 @@
-"""Patches graded by SWE-bench's own harness in real containers: by the command line, resumed, and with --check."""
+"""Patches graded by SWE-bench's own harness in real containers: on the command line, resumed, and with --check."""
 
 import json
 import subprocess
@@ -8,8 +8,9 @@ import pytest
 
 from megatron_dagger.cli.main import main
 from megatron_dagger.evaluation.harness import Harness
+from tests.support.waiting import wait_until
 from tools.support import swe_image
-from tools.support.docker_engine import processes_with, wait_for
+from tools.support.docker_engine import processes_with
 
 pytest.importorskip("swebench")
 
@@ -52,14 +53,16 @@ def test_predictions_are_graded_and_a_killed_grading_resumes(files, tmp_path, do
     run_id = Harness(directory=tmp_path / "graded", rows=[], predictions=[]).run_id
     done = tmp_path / "graded" / "logs" / "run_evaluation" / run_id / "org__model" / "example__calc-1" / "report.json"
     with subprocess.Popen([sys.executable, "-m", "megatron_dagger.cli.main", "grade", *files]) as killed:
-        wait_for(lambda: done.exists() and len(docker_host.client.containers.list()) > len(before), deadline_s=120)
+        wait_until(lambda: done.exists() and len(docker_host.client.containers.list()) > len(before), deadline_s=120)
         killed.kill()
     assert processes_with(run_id) == [], "the harness has died with the command that started it"
-    assert len(docker_host.client.containers.list(all=True)) > len(before), "and has left the task that slept"
+    assert len(docker_host.client.containers.list(all=True)) > len(before), (
+        "and has left the container of the sleeping task"
+    )
     written = done.stat().st_mtime_ns
 
     assert main(["grade", *files]) == 0
-    assert done.stat().st_mtime_ns == written, "what has a report is not run again"
+    assert done.stat().st_mtime_ns == written, "a task with a report is not run again"
     assert docker_host.client.containers.list(all=True) == before
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "graded" / "report.json").read_text())
@@ -77,11 +80,11 @@ def test_predictions_are_graded_and_a_killed_grading_resumes(files, tmp_path, do
 
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     (tmp_path / "predictions.jsonl").write_text(lines[0] + "\n")
-    assert main(["grade", *files]) == 2, "another grading has another directory"
+    assert main(["grade", *files]) == 2, "a different grading needs a different directory"
     assert "belongs to another grading" in capsys.readouterr().err
 
 
-def test_the_grader_is_checked_with_gold_patches_and_without(row, daemon, tmp_path, capsys):
+def test_the_grader_is_checked_with_gold_and_with_empty_patches(row, daemon, tmp_path, capsys):
     passing = {**row, "instance_id": "a__already-1", "FAIL_TO_PASS": row["PASS_TO_PASS"]}
     write_lines(tmp_path / "rows.jsonl", [row, passing, {**row, "instance_id": "a__wrong-2", "patch": WRONG}])
     options = ["--tasks", str(tmp_path / "rows.jsonl"), "--docker-url", daemon.url, "--out", str(tmp_path / "check")]
@@ -94,7 +97,7 @@ def test_the_grader_is_checked_with_gold_patches_and_without(row, daemon, tmp_pa
     assert "gold_does_not_resolve: a__wrong-2" in capsys.readouterr().out
 
 
-def test_what_cannot_be_graded_is_an_error_with_the_reason(row, daemon, files, tmp_path, capsys):
+def test_a_grading_that_is_impossible_is_an_error_with_the_reason(row, daemon, files, tmp_path, capsys):
     def grade(*options):
         code = main(["grade", *options])
         return code, capsys.readouterr().err

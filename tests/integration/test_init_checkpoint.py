@@ -22,8 +22,6 @@ from megatron_dagger.types import LabelledEpisode, StateLabel
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=96, vocab_size=300)
-
-
 CONVERT = ("-m", "megatron_dagger.cli.main", "convert")
 
 
@@ -85,6 +83,6 @@ def test_the_checkpoints_tokenizer_is_copied(checkpoint, tmp_path):
 
 def test_a_relative_path_of_a_checkpoint_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "given" / "hf").mkdir(parents=True)
-    config = create_run(replace(RunConfig(), init_checkpoint="given"), tmp_path / "run")
-    assert config.init_checkpoint == str(tmp_path / "given")
+    (tmp_path / "converted" / "hf").mkdir(parents=True)
+    config = create_run(replace(RunConfig(), init_checkpoint="converted"), tmp_path / "run")
+    assert config.init_checkpoint == str(tmp_path / "converted")

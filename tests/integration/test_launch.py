@@ -1,4 +1,4 @@
-"""Rounds as NeMo-Run jobs on SLURM: its command line in the launch environment, ours in this one."""
+"""Rounds as NeMo-Run jobs on SLURM: the launcher runs in the launch environment, the jobs in this one."""
 
 import sys
 
@@ -36,7 +36,7 @@ pytestmark = [
 
 
 def launch(folder, environment, *arguments, expected=0):
-    """Return what the launcher printed."""
+    """Launch a quickstart run and return the launcher's output."""
     command = ["-m", "megatron_dagger.launch", "--yes", "config=quickstart", "directory=run", *arguments]
     settings = (f"config.{setting}" for setting in SETTINGS)
     return run_python(folder, *command, *settings, environment=environment, expected=expected, timeout=500)

@@ -22,7 +22,7 @@ from tests.integration.served import END, PP2, TIED, TOLERANCE, TP2, UNTIED, Wri
 
 
 def trainer_sources(directory, model, parallel, deadline_s=120.0):
-    """A source of each kind from a trainer: shared memory, then point to point."""
+    """Return a source of each kind from a trainer: shared memory, then point to point."""
     settings = {"layout": SourceLayout.of_trainer(model, parallel), "bucket_mib": 1, "deadline_s": deadline_s}
     return [
         WeightSource(kind="shared_memory", address=str(directory), **settings),
@@ -40,7 +40,7 @@ def test_weights_of_running_trainer_ranks_are_served(model, parallel, workers, t
     sources = trainer_sources(tmp_path, model, parallel)
     target = TargetLayout(tensor_parallel_size=workers)
     engine = VllmEngineConfig(max_model_len=512, kv_cache_memory_mib=32, tensor_parallel_size=workers)
-    where = Written(directory, model)
+    output = Written(directory, model)
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(write, directory, model, parallel, 1, sources, target)
         while not (directory / "digests-0.json").exists() and not training.done():
@@ -48,11 +48,11 @@ def test_weights_of_running_trainer_ranks_are_served(model, parallel, workers, t
         with VllmStudent(directory, model, engine, seed=1, decode=str, end_of_turn=END) as student:
             # The first source starts the engine, through the loader; the second replaces the weights in place.
             for version, source in enumerate(sources):
-                report = student.sync(source, version, where.digests())
+                report = student.sync(source, version, output.digests())
                 assert report.weight_version == version
-                assert np.abs(student.logprobs(where.tokens) - where.logprobs()).max() < TOLERANCE
+                assert np.abs(student.logprobs(output.tokens) - output.logprobs()).max() < TOLERANCE
             training.result()
             finished = replace(sources[0], deadline_s=1.0)
             with pytest.raises(WeightSyncError, match=r"source rank 0 cannot be reached.*it still serves version 1"):
-                student.sync(finished, 2, where.digests())
-            assert np.abs(student.logprobs(where.tokens) - where.logprobs()).max() < TOLERANCE
+                student.sync(finished, 2, output.digests())
+            assert np.abs(student.logprobs(output.tokens) - output.logprobs()).max() < TOLERANCE

@@ -8,8 +8,7 @@ import pytest
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 
 from megatron_dagger.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig, to_dict
-from megatron_dagger.planning import Assumptions
-from megatron_dagger.planning import activations as table
+from megatron_dagger.planning import Assumptions, activations
 from megatron_dagger.planning.memory import label_positions, state_bytes
 from megatron_dagger.planning.parameters import rank_parameters
 from megatron_dagger.training.ranks.launch import launch
@@ -109,7 +108,7 @@ def test_parameters_and_state_match_the_trainer(measured, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_activations_match_what_autograd_keeps(measured, name):
+def test_activations_match_the_bytes_that_autograd_keeps(measured, name):
     model, training = CASES[name]
     for stage in range(training.parallel.pipeline_model_parallel_size):
         planned = kept_by_autograd(model, training, stage)
@@ -120,11 +119,11 @@ def test_activations_match_what_autograd_keeps(measured, name):
 
 
 def kept_by_autograd(model, training, stage):
-    """Return the planner's peak of what autograd holds, without gradients and the allocator's fragmentation."""
-    kept = table.in_flight_layers(model, training, stage) * table.layer_bytes(model, training, te=False)
-    recomputed = table.recomputed_bytes(model, training, te=False)
+    """Return the planner's peak of the bytes that autograd holds, without gradients and memory fragmentation."""
+    kept = activations.in_flight_layers(model, training, stage) * activations.layer_bytes(model, training, te=False)
+    recomputed = activations.recomputed_bytes(model, training, te=False)
     if stage < training.parallel.pipeline_model_parallel_size - 1:
         return kept + recomputed
     labels = label_positions(training, ASSUMED)
-    head = table.head_bytes(model, training, labels, te=False)
-    return kept + max(recomputed, head + table.logits_bytes(model, training, labels, kept=True))
+    head = activations.head_bytes(model, training, labels, te=False)
+    return kept + max(recomputed, head + activations.logits_bytes(model, training, labels, kept=True))

@@ -60,7 +60,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any, run: Path) -> Iterator[Callable[..., Any]]:
-    """Yield a function that opens a page. Afterwards the console must be empty and nothing fetched."""
+    """Yield a function that opens a page. Afterwards the console and the list of fetched resources must be empty."""
 
     def opened(path: Path = run / "report.html", *, width: int = 1200, height: int = 900, dark: bool = False) -> Any:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}

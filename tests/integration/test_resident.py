@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 @contextlib.contextmanager
 def started(run, log, environment, command, *options):
+    """Run a resident process while the block runs."""
     argv = [sys.executable, "-m", "megatron_dagger.cli.main", command, str(run), "--resident", *options]
     with log.open("ab") as output:
         process = subprocess.Popen(argv, env=environment, stdout=output, stderr=output)
@@ -50,8 +51,8 @@ def test_weights_come_from_the_trainers_memory_in_all_rounds_and_a_killed_worker
         with started(run, logs["second"], env, "rollout", "--worker", "1/2") as second:
             wait(lambda: "weights 0: " in logs["second"].read_text(), trainer, first, second)
             second.send_signal(signal.SIGKILL)
-        with started(run, logs["second"], env, "rollout", "--worker", "1/2") as again:
-            for process in (again, first, trainer):
+        with started(run, logs["second"], env, "rollout", "--worker", "1/2") as restarted:
+            for process in (restarted, first, trainer):
                 assert process.wait(DEADLINE_S) == 0, "".join(log.read_text()[-3000:] for log in logs.values())
 
     assert_same(run, undisturbed)

@@ -78,8 +78,8 @@ def test_replay_repeats_recorded_episodes(undisturbed, cache, monkeypatch, capsy
     assert main(["replay", str(undisturbed), "--round", "1", "--all"]) == 0
     assert capsys.readouterr().out.count("same observations, same ending") == 4
     recorded = next(iter(DataStore.open(undisturbed / "data.zarr").episodes(1)))
-    first, second, *others = recorded.turns
-    changed = replace(recorded, solved=not recorded.solved, turns=(first, replace(second, observation="else"), *others))
+    first, second, *rest = recorded.turns
+    changed = replace(recorded, solved=not recorded.solved, turns=(first, replace(second, observation="else"), *rest))
     assert replay(undisturbed, [changed]) == 1
     printed = capsys.readouterr().out
     assert f"1 of {len(recorded.turns)} observations differ" in printed

@@ -1,4 +1,4 @@
-"""The student as a policy, with the real vLLM: what it samples, where a turn ends, and the engine's limits."""
+"""The student as a policy, with the real vLLM: sampled tokens, the end of a turn, and the engine's limits."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def test_an_action_is_verbatim_versioned_and_reproducible_in_any_batch(student):
     policy = student.with_sampling(SamplingConfig(temperature=1.0, top_p=0.95, max_tokens=12))
     assert isinstance(policy, Policy)
 
-    async def together(seeds):
+    async def act_on(seeds):
         return await asyncio.gather(*[policy.act(state(seed)) for seed in seeds])
 
-    [alone] = asyncio.run(together([5]))
-    crowd = asyncio.run(together(range(16)))
-    assert np.array_equal(alone.tokens, crowd[5].tokens)
+    [alone] = asyncio.run(act_on([5]))
+    batch = asyncio.run(act_on(range(16)))
+    assert np.array_equal(alone.tokens, batch[5].tokens)
     assert alone.tokens.dtype == np.int32
     assert alone.logprobs.dtype == np.float32
-    assert {action.weight_version for action in crowd} == {0}
-    assert len({tuple(action.tokens) for action in crowd}) == 16
+    assert {action.weight_version for action in batch} == {0}
+    assert len({tuple(action.tokens) for action in batch}) == 16
     same_prompt = replace(state(5), seed=6)
     assert not np.array_equal(asyncio.run(policy.act(same_prompt)).tokens, alone.tokens)
     # The log-probs are the model's own at temperature 1, whatever the sampling parameters.
@@ -41,11 +41,11 @@ def test_many_long_seeded_prompts_at_once_are_sampled_as_if_alone(student):
     """The prompts have more tokens than fit one step. On the CPU a chunked prefill would kill the engine."""
     policy = student.with_sampling(SamplingConfig(temperature=1.0, top_p=0.95, max_tokens=4))
 
-    async def together(seeds):
+    async def act_on(seeds):
         return await asyncio.gather(*[policy.act(state(seed, 400)) for seed in seeds])
 
-    crowd = asyncio.run(together(range(12)))
-    assert np.array_equal(asyncio.run(together([11]))[0].tokens, crowd[11].tokens)
+    batch = asyncio.run(act_on(range(12)))
+    assert np.array_equal(asyncio.run(act_on([11]))[0].tokens, batch[11].tokens)
 
 
 def test_a_turn_ends_with_the_end_of_turn_token_which_is_kept(student):

@@ -1,7 +1,7 @@
-"""Whole runs by the sbatch files on a real SLURM of two nodes, disturbed as clusters disturb jobs.
+"""Whole runs with the sbatch files on a real SLURM of two nodes, disturbed as clusters disturb jobs.
 
-Each run suffers many faults, one after another, and must end with the data, losses and weights of the undisturbed run.
-One run suffers many faults because starting an engine takes most of the time.
+Each run suffers many faults, one after another, because starting an engine takes most of the time. It must end with the
+data, losses and weights of the undisturbed run.
 """
 
 import contextlib

@@ -21,7 +21,7 @@ from tools.support.scripted_policies import ReplayPolicy
 
 @pytest.fixture(scope="module")
 def env(calc_task, open_sandbox):
-    """One environment for the tests that reset it or leave the tree as it was."""
+    """An environment for tests that reset it or leave the tree unchanged."""
     with SweEnv(calc_task, open_sandbox) as opened:
         opened.reset()
         yield opened
@@ -52,7 +52,7 @@ def test_the_agent_repairs_and_is_judged_in_a_fresh_container(calc_task, open_sa
     assert docker_host.containers() == before
 
 
-def test_no_trace_of_the_future_is_left(env, calc_task):
+def test_the_repository_has_no_trace_of_later_commits(env, calc_task):
     everything = "git log --all --reflog -p; git stash list; git notes list; git remote -v; git branch -a; git tag; "
     everything += (
         "git cat-file --batch-all-objects --batch; cat .git/packed-refs .git/*HEAD .git/logs/*; grep -rl repair .git"
@@ -98,11 +98,10 @@ def test_the_editor(env):
     bash(env, f"rm '{path}'")
 
 
-def test_format_errors_are_answered_and_counted(env):
-    before = env.format_errors
+def test_format_errors_are_answered_and_reported(env):
     observation = env.step("ls -la")
     assert "exactly one <tool_call>" in observation.text
-    assert (observation.understood, observation.done, env.format_errors) == (False, False, before + 1)
+    assert (observation.understood, observation.done) == (False, False)
     assert env.step(ToolCall(name="bash", arguments={"command": "true"}).text()).understood
 
 
@@ -118,7 +117,7 @@ def test_observations_are_truncated_and_say_how_a_command_ended(env):
 
 
 @pytest.mark.parametrize(
-    "deed",
+    "command",
     [
         "rm -rf .git",
         "rm -rf .git && git init -q && echo x > y",
@@ -128,9 +127,9 @@ def test_observations_are_truncated_and_say_how_a_command_ended(env):
         "ln -sfn /etc/passwd /tmp/patch.diff; rm -f /tmp/patch.diff; mkdir /tmp/patch.diff; echo x >> notes.txt",
     ],
 )
-def test_an_agent_that_wrecks_its_repository_has_not_solved_the_task(env, deed):
+def test_an_agent_that_wrecks_its_repository_has_not_solved_the_task(env, command):
     env.reset()
-    bash(env, deed)
+    bash(env, command)
     assert env.judge() is False
     assert env.verdict.reason
 

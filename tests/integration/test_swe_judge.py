@@ -1,4 +1,4 @@
-"""Patches judged in real containers: cheats, damage, bugs like SWE-smith's."""
+"""Patches judged in real containers: cheats, broken images, and bugs like SWE-smith's."""
 
 import dataclasses
 import shutil
@@ -33,23 +33,23 @@ def test_a_patch_that_changes_the_tests_is_judged_by_the_real_ones(calc_task, op
 
 
 def test_a_task_like_those_of_swesmith(calc_task, open_sandbox):
-    calc_task = smith_task()
-    (validation,) = validate_tasks([calc_task], open_sandbox, repeats=1)
+    task = smith_task()
+    (validation,) = validate_tasks([task], open_sandbox, repeats=1)
     assert validation.status is TaskStatus.VALID, validation
-    with SweEnv(calc_task, open_sandbox) as env:
+    with SweEnv(task, open_sandbox) as env:
         env.reset()
         assert "max(values) + min" in bash(env, "cat calc/__init__.py")
         everything = bash(env, "ls -R .; git log --all -p; git cat-file --batch-all-objects --batch")
         assert "test_calc" not in everything
-        assert "max(values) - min" not in everything  # what the repair brings back
+        assert "max(values) - min" not in everything  # the line that the repair restores
         assert bash(env, "git log --format=%s") == "The state at the start"
         bash(env, "sed -i 's/max(values) + min/max(values) - min/' calc/__init__.py")
         bash(env, "mkdir -p tests; echo 'def test(): 0' > tests/test_calc.py")
         assert env.judge(), env.verdict
 
 
-def test_the_bug_stays_between_two_attempts_to_apply_a_patch(calc_task, open_sandbox):
-    """git refuses this patch for its context and patch takes it: on a tree brought back to the last commit."""
+def test_the_bug_remains_after_a_failed_attempt_to_apply_a_patch(calc_task, open_sandbox):
+    """git refuses this patch because of its context and the tree is reset to the last commit; then patch accepts it."""
     elsewhere = "diff --git a/notes.txt b/notes.txt\n--- a/notes.txt\n+++ b/notes.txt\n"
     elsewhere += "@@ -1,2 +1,2 @@\n-one\n+two\n another line than there is\n"
     verdict = judge(open_sandbox, smith_task(), elsewhere)

@@ -1,4 +1,4 @@
-"""Rounds of SWE tasks by the command line: containers, a teacher behind an endpoint, labels, official grading."""
+"""Rounds of SWE tasks on the command line: containers, a teacher behind an endpoint, labels, official grading."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Validation of SWE tasks in real containers, by the functions and by the command line."""
+"""Validation of SWE tasks in real containers, by function calls and on the command line."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def test_tasks_are_validated_with_the_gold_patch_and_without(calc_task, open_san
     opened = []
 
     def open_variant(task):
-        """Open a container; that of the task called flaky is broken every other time."""
+        """Open a container; break it every other time for the task called flaky."""
         sandbox = open_sandbox(task)
         if task.instance_id == "flaky":
             opened.append(task)
@@ -63,10 +63,10 @@ def test_a_dataset_is_validated_by_the_command_line_and_a_run_takes_its_valid_ta
     heldout = good | {"instance_id": "example__calc-4", "base_commit": "0" * 40, "patch": BUG}
     for name, rows in (("train", (good, wrong, absent)), ("heldout", (heldout,))):
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    where = [f"swe.{name}={tmp_path / name}.jsonl" for name in ("train", "heldout")]
+    datasets = [f"swe.{name}={tmp_path / name}.jsonl" for name in ("train", "heldout")]
     limits = ["swe.memory_mib=500", "swe.cpus=1.0", f"swe.docker_url={daemon.url}"]
     path = tmp_path / "out" / "validation.json"
-    command = ["validate", str(path), "--repeats", "1", *where, "swe.train_dataset=swe-bench", *limits]
+    command = ["validate", str(path), "--repeats", "1", *datasets, "swe.train_dataset=swe-bench", *limits]
     assert main(command) == 1
     assert "example__calc-2" in capsys.readouterr().out
     rows_by_id = json.loads(path.read_text())["tasks"]
@@ -79,13 +79,17 @@ def test_a_dataset_is_validated_by_the_command_line_and_a_run_takes_its_valid_ta
     (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     rows_by_id["example__calc-2"]["reason"] = "seen before"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tasks": rows_by_id}))
-    assert main(command) == 0  # what was broken is judged again, and nothing else
-    again = json.loads(path.read_text())["tasks"]
-    assert again["example__calc-2"]["reason"] == "seen before"
-    assert again["example__calc-3"]["status"] == "passes_unchanged"
+    assert main(command) == 0  # only the broken task is validated again
+    updated = json.loads(path.read_text())["tasks"]
+    assert updated["example__calc-2"]["reason"] == "seen before"
+    assert updated["example__calc-3"]["status"] == "passes_unchanged"
     assert main([*command, "--repeats", "2"]) == 2
     assert "name another file" in capsys.readouterr().err
-    settings = [*(setting.removeprefix("swe.") for setting in where), "train_dataset=swe-bench", f"validation={path}"]
+    settings = [
+        *(setting.removeprefix("swe.") for setting in datasets),
+        "train_dataset=swe-bench",
+        f"validation={path}",
+    ]
     taken, _ = load_tasks(override(SweConfig(), settings))
     assert [task.instance_id for task in taken] == ["example__calc-1"]
     assert not docker_host.client.containers.list(all=True, filters={"label": f"{RUN_LABEL}={path.resolve()}"})

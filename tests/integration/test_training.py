@@ -84,7 +84,7 @@ def output_of(process):
 
 
 def kill_rank_one_after(folder, name, steps, rank_one):
-    """Kill -9 the second rank as soon as ``steps`` lines of metrics are there."""
+    """Kill the second rank with SIGKILL once metrics.jsonl has ``steps`` lines; append its pid to ``rank_one``."""
     metrics = folder / name / "metrics.jsonl"
     end = time.monotonic() + 200
     while time.monotonic() < end:
@@ -122,12 +122,12 @@ def test_a_killed_round_resumes_with_the_same_losses_in_any_layout(tmp_path):
         optimizer=OptimizerConfig(reset_each_round=True),
     )
     train(tmp_path, job, other, reference, following)
-    wanted = losses(tmp_path, "reference")
-    assert len(wanted) > 8
-    assert losses(tmp_path, "killed") == wanted  # bit by bit
-    assert np.abs(np.array(losses(tmp_path, "other")) - wanted).max() < 1e-5
-    assert wanted[-1] < wanted[0] - 0.2
-    assert losses(tmp_path, "following")[0] < wanted[-1] + 0.1  # continues from the previous round
+    reference_losses = losses(tmp_path, "reference")
+    assert len(reference_losses) > 8
+    assert losses(tmp_path, "killed") == reference_losses  # bit by bit
+    assert np.abs(np.array(losses(tmp_path, "other")) - reference_losses).max() < 1e-5
+    assert reference_losses[-1] < reference_losses[0] - 0.2
+    assert losses(tmp_path, "following")[0] < reference_losses[-1] + 0.1  # continues from the previous round
 
     expected, resumed = manifest(tmp_path, "reference"), manifest(tmp_path, "killed")
     assert expected["digests"] == resumed["digests"]
@@ -136,9 +136,9 @@ def test_a_killed_round_resumes_with_the_same_losses_in_any_layout(tmp_path):
     assert (expected["round"], expected["weight_version"], expected["steps"]) == (
         1,
         7,
-        len(wanted),
+        len(reference_losses),
     )
-    assert (expected["first_loss"], expected["last_loss"]) == (wanted[0], wanted[-1])
+    assert (expected["first_loss"], expected["last_loss"]) == (reference_losses[0], reference_losses[-1])
     assert expected["label_tokens"] == 6 * 20 * 18  # six passes over 18 label tokens of 20 episodes
     names = {path.name for path in (tmp_path / "killed").iterdir()}
     assert names == {"checkpoint", "manifest.json", "metrics.jsonl"}
@@ -184,7 +184,7 @@ def test_a_sequence_of_16k_tokens_is_trained(tmp_path):
     assert result["fill"] == result["tokens"] / (3 * 16_384)
 
 
-def test_ranks_with_experts_send_the_weights_that_they_hold(tmp_path):
+def test_ranks_with_experts_send_their_own_weights(tmp_path):
     launch(
         ["tests.integration.expert_shards"],
         ParallelConfig(world_size=2),

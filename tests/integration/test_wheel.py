@@ -1,4 +1,4 @@
-"""The wheel, installed without the checkout and with the declared dependencies only: the command line works there."""
+"""The command line works from the wheel, installed without the checkout and with its declared dependencies only."""
 
 import tarfile
 import zipfile
@@ -39,8 +39,8 @@ def test_a_wheel_of_the_source_distribution_is_the_same(checkout, wheel, tmp_pat
     with tarfile.open(build_wheel(checkout, tmp_path / "sdist", "sdist")) as archive:
         archive.extractall(tmp_path / "source", filter="data")
     [source] = (tmp_path / "source").iterdir()
-    again = build_wheel(source, tmp_path / "wheel")
-    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+    rebuilt = build_wheel(source, tmp_path / "wheel")
+    assert sorted(zipfile.ZipFile(rebuilt).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
 
 
 def test_every_command_explains_itself(environment, tmp_path):
@@ -57,5 +57,5 @@ def test_recipes_and_plan_work(environment, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["recipes", "tools", "tests"])
-def test_no_other_module_is_put_beside_the_package(environment, tmp_path, name):
+def test_no_other_module_is_installed_beside_the_package(environment, tmp_path, name):
     assert f"No module named '{name}'" in run(environment / "python", "-c", f"import {name}", cwd=tmp_path, expected=1)

@@ -1,4 +1,4 @@
-"""Checks the plan against vLLM's own loaders, for a family and many layouts (``python -m``, FAMILY or ``fp8``).
+"""Check the plan against vLLM's own loaders, for a family and many layouts (``python -m``, FAMILY or ``fp8``).
 
 Each rank's model is built in this process, with the size and rank of vLLM's process groups patched, and vLLM loads
 canonical weights into it. Its parameters must equal those that the plan delivers to the rank.
@@ -57,12 +57,12 @@ def sample(family: str, *, tied: bool) -> ModelConfig:
 
 
 def sample_for_fp8(*, tied: bool) -> ModelConfig:
-    """Whole blocks for each of eight ranks."""
+    """Return a model whose matrices divide into whole blocks on each of eight ranks."""
     return replace(sample("qwen3", tied=tied), kv_channels=128, ffn_hidden_size=1024)
 
 
 def canonical(model: ModelConfig, quantization: Quantization) -> dict[str, torch.Tensor]:
-    """Random weights as in a published checkpoint."""
+    """Return random weights in the form of a published checkpoint."""
     generator = torch.Generator().manual_seed(0)
     names = families.canonical_names(model)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
@@ -75,25 +75,25 @@ def canonical(model: ModelConfig, quantization: Quantization) -> dict[str, torch
 def planned(
     model: ModelConfig, target: TargetLayout, tensors: dict[str, torch.Tensor], quantization: Quantization
 ) -> list[dict[str, torch.Tensor]]:
-    """Each target rank's parameters, delivered by the plan from a trainer of a single rank."""
-    held: dict[str, torch.Tensor] = {source_name(name): tensor for name, tensor in tensors.items()}
+    """Return each target rank's parameters, delivered by the plan from a trainer of a single rank."""
+    source_tensors: dict[str, torch.Tensor] = {source_name(name): tensor for name, tensor in tensors.items()}
     for name, entry in megatron_table(model, quantization).items():
-        if name in held:
+        if name in source_tensors:
             continue  # scales
         full = [
             families.from_canonical(name.format(i), tensors, model, padded_rows=1024 if entry.padded else None)
             for i in range(entry.experts or 1)
         ]
-        held[name] = torch.stack(full) if entry.experts else full[0]
+        source_tensors[name] = torch.stack(full) if entry.experts else full[0]
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(target.world_size)]
     result = plan(model, SourceLayout(padded_vocab_size=1024), target, quantization)
-    dtypes = {copy.target_parameter: held[copy.source_tensor].dtype for copy in result.copies}
+    dtypes = {copy.target_parameter: source_tensors[copy.source_tensor].dtype for copy in result.copies}
     for name, parameter in vllm_table(model, quantization).items():
         for shard, holders in target.holders(experts=parameter.experts > 0):
             for rank in holders:
                 ranks[rank][name] = torch.full(parameter.shape(shard), float("nan")).to(dtypes[name])
     for copy in result.copies:
-        block = held[copy.source_tensor][copy.source.slices]
+        block = source_tensors[copy.source_tensor][copy.source.slices]
         ranks[copy.target_rank][copy.target_parameter][copy.target.slices] = block
     for fill in result.fills:
         ranks[fill.target_rank][fill.target_parameter][fill.target.slices] = 0
@@ -102,6 +102,7 @@ def planned(
 
 @contextmanager
 def as_rank(rank: int, target: TargetLayout, config: VllmConfig) -> Iterator[None]:
+    """Patch vLLM's process groups to those of rank ``rank`` of ``target`` while the block runs."""
     groups = [parallel_state.get_tp_group()]
     if config.model_config.is_moe:
         groups.append(parallel_state.get_ep_group())

@@ -1,8 +1,10 @@
+"""The GPUs that a process may use, and the drivers that forbid forking ranks."""
+
 from megatron_dagger.gpus import any_driver, has_gpus, visible_gpus
 
 
-def test_gpus_are_those_that_the_environment_lets_see(tmp_path):
-    assert visible_gpus({}, tmp_path) is None and not has_gpus({}, tmp_path), "none is no limit"
+def test_the_environment_limits_the_visible_gpus(tmp_path):
+    assert visible_gpus({}, tmp_path) is None and not has_gpus({}, tmp_path), "without a driver there are no GPUs"
     for name in ("nvidiactl", "nvidia-uvm", "nvidia0", "nvidia1", "nvidia10"):
         (tmp_path / name).touch()
     assert visible_gpus({}, tmp_path) == 3 and has_gpus({}, tmp_path)
@@ -13,7 +15,7 @@ def test_gpus_are_those_that_the_environment_lets_see(tmp_path):
     assert not has_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path)
 
 
-def test_every_vendors_driver_counts_where_ranks_may_not_be_forked(tmp_path):
+def test_the_driver_of_any_vendor_is_detected(tmp_path):
     assert not any_driver(tmp_path)
     (tmp_path / "kfd").touch()
     assert any_driver(tmp_path)

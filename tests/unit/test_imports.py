@@ -66,10 +66,10 @@ print(json.dumps({"failures": failures, "loaded": sorted(sys.modules)}))
 
 
 def modules_of(name: str) -> list[str]:
-    """The module, or the package with all modules below it, found without importing it."""
+    """Return the module, or all modules of the package, without importing them."""
     path = ROOT.joinpath(*name.split("."))
     if not path.is_dir():
-        assert path.with_suffix(".py").is_file(), f"{name} is gone: mend the list in this test"
+        assert path.with_suffix(".py").is_file(), f"{name} is gone: update the list in this test"
         return [name]
     modules = []
     for file in sorted(path.rglob("*.py")):
@@ -102,14 +102,14 @@ def test_imports_without_any_engine(name):
     assert name in result["loaded"]
 
 
-def test_the_blocker_would_notice():
-    """The check itself: a module that does import torch is reported."""
+def test_a_blocked_engine_is_reported():
+    """Check the check itself: importing torch fails in it."""
     result = import_all(["torch", "json"])
     assert list(result["failures"]) == ["torch"]
 
 
 def test_the_command_line_starts_without_loading_an_engine():
-    """Engines are importable here and must still not be loaded: --help has to answer at once."""
+    """Engines can be imported here and still must not be loaded, because --help has to answer at once."""
     result = import_all(["megatron_dagger.cli.main"], engines=())
     assert result["failures"] == {}
     assert {name.partition(".")[0] for name in result["loaded"]}.isdisjoint(ENGINES)

@@ -3,7 +3,7 @@
 Three variants do the forward and backward passes of the same small Qwen3 model in fp32, each in its own process:
 
 - shared_prefix: an episode is one tree, and its labels share their prefix;
-- per_state: every label is a sample of its own: all tokens before it, then the label as the only target. The same
+- per_state: every label is a separate sample: all tokens before it, then the label as the only target. The same
   labels after the same prefixes, packed by the same code, without padding;
 - linear: the executed tokens alone, one causal sequence for each episode, every executed action a target. This is
   what as many tokens cost without branches.
@@ -112,9 +112,9 @@ def _bench(arguments: argparse.Namespace) -> None:
             f"{row:>9.2f}{row * len(packed.rows):>11.0f}{token * 1e6:>10.1f}"
         )
 
-    def ratio(variant: str, other: str, unit: str, per: str) -> float:
-        """Return the ``unit`` per ``per`` (fields of Cost) of ``variant``, divided by that of ``other``."""
-        a, b = ((getattr(times[name], unit) / getattr(times[name], per)) for name in (variant, other))
+    def ratio(variant: str, baseline: str, unit: str, per: str) -> float:
+        """Return the ``unit`` per ``per`` (fields of Cost) of ``variant``, divided by that of ``baseline``."""
+        a, b = ((getattr(times[name], unit) / getattr(times[name], per)) for name in (variant, baseline))
         return float(a / b)
 
     more_rows = len(data["per_state"].rows) / len(data["shared_prefix"].rows)
@@ -148,12 +148,12 @@ def _slowest_rank(data: packing.PackedDataset) -> float:
     costs = row_flops(data, MODEL)
     order = np.random.default_rng(1).permutation(len(data.rows))
     steps = order[: len(order) // rows_per_step * rows_per_step].reshape(-1, rows_per_step)
-    loads = [[costs[share].sum() for share in batches.share_out(rows, costs, ranks)] for rows in steps]
+    loads = [[costs[share].sum() for share in batches.distribute_rows(rows, costs, ranks)] for rows in steps]
     return float(np.mean([max(load) / np.mean(load) for load in loads]))
 
 
 def _tokens_per_state(episodes: Sequence[LabelledEpisode], arguments: argparse.Namespace) -> int:
-    """Return the number of row tokens of the ``_per_state`` samples that fit a row."""
+    """Return the number of row tokens of the per_state variant's samples that fit a row."""
     lengths = [label.position - 1 + len(label.tokens) for episode in episodes for label in episode.labels]
     return sum(length for length in lengths if length <= arguments.sequence_length)
 

@@ -26,7 +26,7 @@ DEADLINE_S = 1800.0
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of some rows: their number and tokens, wall seconds, CPU seconds, and the seconds of building them."""
+    """The cost of some rows: their number and tokens, wall and CPU seconds, and the seconds spent building them."""
 
     rows: int = 0
     tokens: int = 0
@@ -108,5 +108,8 @@ def compare_gradients(arguments: argparse.Namespace) -> None:
             results.append((loss, [parameter.main_grad.clone() for parameter in parameters]))
     (loss, gradients), (shared_loss, shared_gradients) = results
     largest = max(float(gradient.abs().max()) for gradient in gradients)
-    apart = max(float((a - b).abs().max()) for a, b in zip(gradients, shared_gradients, strict=True))
-    print("DIFFERENCE " + json.dumps({"loss": abs(shared_loss - loss) / loss, "gradient": apart / largest}), flush=True)
+    difference = max(float((a - b).abs().max()) for a, b in zip(gradients, shared_gradients, strict=True))
+    print(
+        "DIFFERENCE " + json.dumps({"loss": abs(shared_loss - loss) / loss, "gradient": difference / largest}),
+        flush=True,
+    )

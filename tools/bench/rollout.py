@@ -40,7 +40,7 @@ from megatron_dagger.rollout.episode import EpisodeKey, EpisodeRunner
 from megatron_dagger.store.atomic import read_json
 from megatron_dagger.types import Action, State, Trajectory
 
-BENCH_ROUND = 1_000_000  # a round of no run, for random draws of its own
+BENCH_ROUND = 1_000_000  # no run has this round, so its random draws differ from those of every run
 
 
 class Stopwatch:

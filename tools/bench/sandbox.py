@@ -1,13 +1,13 @@
 """Measure Docker sandboxes under load, against hostile commands, and when the processes around them are killed.
 
-- load: many episodes at once, each in its own container, by scripted tool calls. Measured are turns per second and a
+- load: many episodes at once, each in its own container, with scripted tool calls. It measures turns per second and a
   turn's overhead: its time beyond that of its command, which is known because the command sleeps.
 - hostile (tools.bench.sandbox_hostile): commands that try to break out, to use up the machine or to stay behind, and
   patches that try to cheat the judge. Each must be contained.
 - faults (tools.bench.sandbox_faults): during a round the driver, dockerd and the teacher's server are killed with
-  kill -9. Counted are leaked containers, processes and mounts, lost or duplicate episodes, and extra teacher replies.
+  kill -9. It counts leaked containers, processes and mounts, lost and duplicate episodes, and teacher replies.
 
-It starts a dockerd of its own, which needs root, and an image made of this host's programs; nothing is pulled.
+It starts its own dockerd, which needs root, and builds an image of this host's programs; nothing is pulled.
 
     .venv/bin/python -m tools.bench.sandbox                  a few minutes
     .venv/bin/python -m tools.bench.sandbox --episodes 16    fewer episodes at once
@@ -102,6 +102,7 @@ def load(host: DockerHost, task: SweTask, episodes: int, turns: int) -> dict[str
 
 
 def available_mib() -> float:
+    """Return the host's available memory in MiB."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) / 1024
 

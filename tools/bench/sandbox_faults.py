@@ -1,7 +1,7 @@
-"""Kill the driver, dockerd and the teacher's server during a round, and count what is lost or left behind.
+"""Kill the driver, dockerd and the teacher's server during a round, and count losses and leaks.
 
-tools.bench.sandbox calls ``faults``. The driver and the teacher's server are this module again, in processes of their
-own. A killed driver resumes when its command is repeated.
+tools.bench.sandbox calls ``faults``, which runs this module as the driver and as the teacher's server, each in its own
+process. A killed driver resumes when its command is repeated.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def faults(daemon: Daemon, folder: Path, commit: str, episodes: int) -> dict[str
     teacher = subprocess.Popen(teacher_command, cwd=ROOT)
 
     def wait_until(share: float, victim: str) -> None:
-        """Wait until this share of the episodes is committed, and announce the next victim."""
+        """Wait until ``share`` of the episodes is committed, then announce the next victim."""
         wait_for(lambda: len(committed(folder)) >= share * episodes or driver.poll() is not None)
         if driver.poll() is not None:
             sys.exit(f"the round ended before its {victim} was killed")
@@ -104,7 +104,7 @@ def faults(daemon: Daemon, folder: Path, commit: str, episodes: int) -> dict[str
 
 
 async def collect(folder: Path, docker_url: str, commit: str, teacher_url: str, episodes: int) -> None:
-    """Be the driver: run and commit the episodes of round 0 that are not committed yet."""
+    """Do the driver's work: run and commit the episodes of round 0 that are not committed yet."""
     store = DataStore.create_or_open(folder / "data.zarr")
     renderer = ChatRenderer.load(folder)
     task = swebench_task(swe_image.row(commit))
@@ -144,11 +144,13 @@ def next_reply(request: dict[str, Any]) -> str:
 
 
 def committed(folder: Path) -> set[Any]:
+    """Return the keys of the committed episodes of round 0."""
     path = folder / "data.zarr"
     return set(DataStore.open(path).committed(0)) if (path / "zarr.json").exists() else set()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until ``condition()`` is true; exit with an error after WAIT_S."""
     deadline = time.monotonic() + WAIT_S
     while not condition():
         if time.monotonic() > deadline:

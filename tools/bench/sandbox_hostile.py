@@ -49,7 +49,7 @@ CHEATS = {
     "the judge's script, through a link": swe_image.PATCH
     + swe_image.LINK
     + swe_image.WRITE.format("calc/away/eval.sh"),
-    "tests of its own": swe_image.TESTS_CHANGED,
+    "its own tests": swe_image.TESTS_CHANGED,
 }
 
 
@@ -89,5 +89,5 @@ def open_sandbox(host: DockerHost, task: SweTask) -> DockerSandbox:
 
 
 def sleepers() -> list[str]:
-    """Return the host's processes that a command of this benchmark has left behind."""
+    """Return the ids of the host's processes that a command of this benchmark has left behind."""
     return subprocess.run(["pgrep", "-f", SLEEPER], capture_output=True, text=True, check=False).stdout.split()

@@ -3,12 +3,12 @@
 SLURM is real, with two virtual nodes on this host (tools.virtual_slurm); the run is tiny and its tasks are made
 beforehand. Three jobs run:
 
-- by stages: slurm/single_node.sbatch, undisturbed. The stages' reports and the log say where its time went.
+- by stages: slurm/single_node.sbatch, undisturbed. Its time is broken down by the stages' reports and the log.
 - resident: slurm/resident.sbatch, with trainer and rollout worker alive side by side through all rounds.
-- preempted: the first job again. A job of the higher partition takes both nodes while round 0 trains; measured is the
-  time from that job's submission until the run's next optimizer step.
+- preempted: slurm/single_node.sbatch, while a job of the higher partition takes both nodes during the training of round
+  0. The time is measured from that job's submission until the run's next optimizer step.
 
-Time in which neither episodes nor a training are under way is idle (idle_share); an engine's start counts as idle. In
+Time in which neither episodes nor a training are under way is idle (idle_share); an engine's start counts as idle. At
 the end the runs' episodes are compared. It needs root and installs SLURM if it is missing.
 
     .venv/bin/python -m tools.bench.slurm        about two minutes
@@ -99,8 +99,9 @@ class Bench:
         return self.cluster.submit(*options, str(script), str(run), *argv, env=self.environment), run
 
     def by_stages(self) -> dict[str, Any]:
+        """Measure the job that runs stage by stage, undisturbed."""
         wall, idle, began, run = self._undisturbed("by_stages")
-        items = where_the_time_went(run, began)
+        items = seconds_by_item(run, began)
         items["end"] = wall - sum(items.values())
         return {"two_rounds_s": wall, "idle_share": idle / wall, **{f"{k}_s": v for k, v in items.items()}}
 
@@ -119,7 +120,7 @@ class Bench:
         return {f"resident_{name}": value for name, value in values.items()}
 
     def _undisturbed(self, name: str, *submitted: str) -> tuple[float, float, float, Path]:
-        """Run a job to its end; return its seconds, the idle ones of these, the time of submission, and the run."""
+        """Run a job to its end; return its seconds, its idle seconds, the time of submission, and the run."""
         began = time.time()
         job, run = self.submit(name, *submitted)
         self.cluster.wait_for(job, "COMPLETED", deadline_s=DEADLINE_S)
@@ -127,6 +128,7 @@ class Bench:
         return wall, wall - covered_seconds(stage_spans(run)) + engine_seconds(run), began, run
 
     def preempted(self) -> dict[str, Any]:
+        """Measure how long a preemption takes, until the nodes are free and until the run trains again."""
         job, run = self.submit("preempted")
         steps = run / "rounds/0000/train/metrics.jsonl"
         self._wait(lambda: len(read_lines(steps)) >= 3, "three steps", job)
@@ -142,6 +144,7 @@ class Bench:
         return {"preempt_to_productive_s": productive, "preempt_to_free_nodes_s": freed}
 
     def compare(self) -> dict[str, int]:
+        """Count the episodes that the other runs lost or duplicated, compared with the run by stages."""
         lost = duplicates = 0
         for name, index in itertools.product(("resident", "preempted"), ROUNDS):
             expected, actual = (self._episodes(run, index) for run in ("by_stages", name))
@@ -153,12 +156,12 @@ class Bench:
         episodes = DataStore.open(self.folder / name / "data.zarr").episodes(index)
         return [(episode.task_id, episode.attempt) for episode in episodes]
 
-    def _wait(self, condition: Callable[[], bool], what: str, job: str) -> None:
-        self.cluster.wait(condition, DEADLINE_S, what, lambda: self.cluster.log(job))
+    def _wait(self, condition: Callable[[], bool], event: str, job: str) -> None:
+        self.cluster.wait(condition, DEADLINE_S, event, lambda: self.cluster.log(job))
 
 
 def stage_spans(run: Path) -> list[tuple[float, float]]:
-    """Return each stage's begin and end: the age of its manifest, and the duration in it."""
+    """Return each stage's begin and end, from the modification time of its manifest and the duration in it."""
     paths = [round_dir(run, index) / name for index in ROUNDS for name in MANIFESTS.values()]
     return [(path.stat().st_mtime - read_json(path)["duration_s"], path.stat().st_mtime) for path in paths]
 
@@ -173,7 +176,7 @@ def covered_seconds(spans: list[tuple[float, float]]) -> float:
 
 
 def engine_seconds(run: Path) -> float:
-    """Return the seconds of the stages in which an engine starts or receives new weights."""
+    """Return the seconds that engines spent starting or receiving new weights."""
     return sum(map(float, re.findall(r"weights \d+: \d+ tensors in ([\d.]+) s", worker_log(run))))
 
 
@@ -182,7 +185,7 @@ def worker_log(run: Path) -> str:
     return log.read_text()
 
 
-def where_the_time_went(run: Path, submitted: float) -> dict[str, float]:
+def seconds_by_item(run: Path, submitted: float) -> dict[str, float]:
     """Return seconds by item, from the stages' records in metrics.jsonl and the engine's lines in the log."""
     records = read_metrics(run / "metrics.jsonl")  # in the order in which the stages end
     engine = engine_seconds(run)
@@ -207,7 +210,7 @@ def prepare(config: RunConfig) -> None:
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that jobs, cluster and folder are removed as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the jobs and the cluster, and removes the folder
     try:
         install()
         prepare(tiny_config())

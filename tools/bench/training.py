@@ -113,7 +113,7 @@ def _training(arguments: argparse.Namespace, **parallel: Any) -> TrainingConfig:
     )
 
 
-# ---- what is measured, each in a process of its own
+# ---- the measured trainers, each in its own process
 
 
 def _megatron(arguments: argparse.Namespace) -> Iterator[int]:
@@ -181,10 +181,10 @@ def _padded_batches(data: packing.PackedDataset, batch: int, row: int) -> Iterat
             longest = max(len(sample.trunk) for sample in samples)
             tokens = np.zeros((len(samples), longest), np.int64)
             mask, labels = np.zeros_like(tokens), np.full_like(tokens, -100)
-            for place, sample in enumerate(samples):
+            for i, sample in enumerate(samples):
                 text, weights = sample.trunk, sample.trunk_weights()
-                tokens[place, : len(text)], mask[place, : len(text)] = text, 1
-                labels[place, : len(text)] = np.where(weights > 0, text, -100)
+                tokens[i, : len(text)], mask[i, : len(text)] = text, 1
+                labels[i, : len(text)] = np.where(weights > 0, text, -100)
             group.append((tokens, mask, labels, sum(sample.length for sample in samples)))
             total += group[-1][-1]
             if total >= max(BATCH_TOKENS, row):
@@ -215,7 +215,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 
 def _take_turns(arguments: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
-    """Return each one's median tokens per second, and per second of CPU time."""
+    """Return each trainer's median tokens per second, and per second of CPU time."""
     variables = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     speeds: dict[str, list[float]] = {name: [] for name in WORKERS}
     per_cpu: dict[str, list[float]] = {name: [] for name in WORKERS}
@@ -259,8 +259,8 @@ def _padded_fill(arguments: argparse.Namespace, data: packing.PackedDataset) -> 
     """Return the share of real tokens in the padded batches."""
     steps = _padded_batches(data, PADDED_BATCH, arguments.sequence_length)
     groups = [next(steps) for _ in range(20)]
-    places = sum(tokens.shape[0] * (tokens.shape[1] - 1) for group in groups for tokens, *_ in group)
-    return sum(real for group in groups for *_, real in group) / places
+    positions = sum(tokens.shape[0] * (tokens.shape[1] - 1) for group in groups for tokens, *_ in group)
+    return sum(real for group in groups for *_, real in group) / positions
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
 The model has Qwen3's shape and about 0.5B parameters. Two tensor-parallel trainer ranks hold it: processes with the
 tensors that Megatron's ranks would have. vLLM is real, with one worker and then with two, each in its own process. The
-time of a sync is all of it: filling buckets, the transfer, the digests of all parameters in the engine, and vLLM's own
-work. References, measured in the same run:
+time of a sync includes everything: filling buckets, the transfer, the digests of all parameters in the engine, and
+vLLM's own work. References, measured in the same run:
 
 - memcpy: a copy of the same bytes in memory by one process, a bucket at a time;
 - gloo: the same bytes point to point between as many processes, a bucket at a time;
 - export and reload: rank 0, which here has all tensors already, writes Hugging Face safetensors; stock vLLM reloads.
 
 Everything is repeated and medians are compared. Stock vLLM packs its linear layers for the CPU, also in a reload; the
-table gives that time apart. Our loader leaves them unpacked, as on a GPU, and an update writes in place. Peak memory is
-a worker's anonymous memory during a sync above that before it, in buckets, of the worker with the most. It does not
-include the shared_memory transport's buffers (the trainer's, two for each rank) nor a checkpoint's file pages.
+table lists that time separately. Our loader leaves them unpacked, as on a GPU, and an update writes in place. Peak
+memory is the largest rise of a worker's anonymous memory during a sync, in buckets. It includes neither the
+shared_memory transport's buffers (the trainer's, two for each rank) nor a checkpoint's file pages.
 
     .venv/bin/python -m tools.bench.weights                 5 minutes, 12 GB of memory, 5 GB of disk
     .venv/bin/python -m tools.bench.weights --layers 4      a quick look

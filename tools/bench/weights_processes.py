@@ -57,9 +57,9 @@ def trainer(arguments: argparse.Namespace, rank: int) -> None:
     shares: dict[str, Any] = {}
     for name, whole in _whole(model, source, dtype):
         layout = megatron_tensors[name]
-        mine = next(own for own, ranks in source.holders(layout, 0) if rank in ranks)
-        tensors[name] = cut(whole, layout, mine)
-        shares |= digest_shares(layout.blocks(mine, padded_rows=source.padded_vocab_size), tensors[name], model)
+        shard = next(shard for shard, ranks in source.holders(layout, 0) if rank in ranks)
+        tensors[name] = cut(whole, layout, shard)
+        shares |= digest_shares(layout.blocks(shard, padded_rows=source.padded_vocab_size), tensors[name], model)
     plain = {name: (kind, [(a, b, v) for (a, b), v in runs.items()]) for name, (kind, runs) in shares.items()}
     print("READY " + json.dumps(plain), flush=True)
     for line in sys.stdin:
@@ -112,7 +112,7 @@ def _write(target: str, arguments: argparse.Namespace, model: ModelConfig, sourc
 
 
 def engine(arguments: argparse.Namespace, workers: int) -> None:
-    """Start our engine with ``workers`` workers from the checkpoint, then load every weight source that is ordered."""
+    """Start our engine with ``workers`` workers from the checkpoint, then load the weight source of each order."""
     _set_environment()
     from megatron_dagger.policies.vllm.engine import Sampling, VllmEngine
     from megatron_dagger.weights.vllm import plugin  # noqa: F401 - imported here to keep it out of the measured time
@@ -196,21 +196,21 @@ def copier(arguments: argparse.Namespace, _: int) -> None:
 
 
 def gloo(arguments: argparse.Namespace, rank: int) -> None:
-    """Be one rank of a gloo transfer: every source sends every target an equal part, a bucket at a time."""
+    """Run one rank of a gloo transfer: every source sends every target an equal part, a bucket at a time."""
     import torch
     import torch.distributed as dist
 
     order = json.loads(sys.stdin.readline())
     workers, bucket = order["workers"], arguments.bucket_mib << 20
     dist.init_process_group("gloo", init_method=f"tcp://{order['address']}", rank=rank, world_size=SOURCES + workers)
-    each = order["moved"] // (SOURCES * workers)
+    part = order["moved"] // (SOURCES * workers)
     buffers = {peer: torch.ones(bucket, dtype=torch.uint8) for peer in range(SOURCES + workers)}
     dist.barrier()
     began = time.perf_counter()
     peers = range(SOURCES, SOURCES + workers) if rank < SOURCES else range(SOURCES)
     move = dist.isend if rank < SOURCES else dist.irecv
-    for start in range(0, each, bucket):
-        works = [move(buffers[peer][: min(bucket, each - start)], peer) for peer in peers]
+    for start in range(0, part, bucket):
+        works = [move(buffers[peer][: min(bucket, part - start)], peer) for peer in peers]
         for work in works:
             work.wait()
     dist.barrier()

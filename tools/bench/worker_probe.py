@@ -52,7 +52,7 @@ def start_probe(_: Any) -> None:
 
 
 def read_probe(_: Any) -> dict[str, float]:
-    """Stop the probe; return the seconds of packing and the peak of memory above the start's, in bytes."""
+    """Stop the probe; return the seconds of packing and the peak rise of memory since the start, in bytes."""
     assert _probe is not None
     return _probe.stop()
 
@@ -69,7 +69,7 @@ def _timed(pack: Callable[..., None]) -> Callable[..., None]:
 
 
 def _anonymous_bytes() -> int:
-    """Return this process's anonymous memory: without files and shared buffers that are mapped."""
+    """Return this process's anonymous memory, which excludes mapped files and shared buffers."""
     with open("/proc/self/status") as file:
         (line,) = [line for line in file if line.startswith("RssAnon:")]
     return int(line.split()[1]) << 10

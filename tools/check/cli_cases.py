@@ -1,4 +1,4 @@
-"""Calls of the command line with what must come back: the mistakes that users make, and the calls that must work.
+"""Calls of the command line with their expected outcomes: mistakes that users make, and calls that must work.
 
 Each case runs in this process, in a temporary directory with one run, ``q``: the quickstart recipe with two rounds,
 of which round 1 is trained. ``run_cases`` returns the cases that failed, with the reason.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ SWE = ("swe.train=rows.jsonl", "swe.heldout=rows.jsonl", "teacher.urls=[http://x
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call: its words, the exit code, texts that its output must and must not have, and files it must not write."""
+    """A call: its arguments, exit code, texts that its output must and must not have, and files it must not write."""
 
     name: str
     argv: Sequence[str]
@@ -35,7 +36,8 @@ class Case:
     never_says: Sequence[str] = ("Traceback",)
     absent: Sequence[str] = ()  # paths that must not exist afterwards
     before: Sequence[Sequence[str]] = ()  # calls made first; their outcome does not matter
-    settings: Sequence[str] = ()  # lines that q/config.yaml must have afterwards
+    settings: Sequence[str] = ()  # lines that the config.yaml of ``run`` must have afterwards
+    run: str = "q"
 
 
 def _wrong(name: str, argv: Sequence[str], *says: str, absent: Sequence[str] = ()) -> Case:
@@ -43,7 +45,7 @@ def _wrong(name: str, argv: Sequence[str], *says: str, absent: Sequence[str] = (
 
 
 CASES = (
-    # a typo does not burn the run directory
+    # a typo leaves no run directory behind
     _wrong(
         "a missing checkpoint is refused before anything is written",
         ("run", "n", "--recipe", "quickstart", "init_checkpoint=/nope"),
@@ -58,7 +60,7 @@ CASES = (
         absent=("n",),
     ),
     Case(
-        name="a run without an episode can be created anew with other settings",
+        name="a run without an episode can be created again with other settings",
         argv=("create", "m", "--recipe", "quickstart", "seed=2"),
         before=(("create", "m", "--recipe", "quickstart", "seed=1"),),
         code=0,
@@ -73,7 +75,7 @@ CASES = (
         absent=("n",),
     ),
     _wrong("a damaged config.yaml is named", ("show", "damaged"), "damaged/config.yaml is not a YAML file"),
-    # trainer rules, and the planner's, before round 0
+    # the rules of the trainer and the planner are checked before round 0
     _wrong(
         "trainer rules are checked first",
         (
@@ -101,7 +103,7 @@ CASES = (
         "training.parallel.context_parallel_size=2",
     ),
     _wrong(
-        "a recipe that does not fit is refused with the nearest that does",
+        "a recipe that does not fit is refused with the nearest settings that fit",
         (
             "create",
             "n",
@@ -118,21 +120,21 @@ CASES = (
     # one way to name a recipe, and the usage of the right command
     Case(name="plan takes --recipe", argv=("plan", "--recipe", "qwen3_8b_swegym_8h100"), code=0, says=("turns/s",)),
     Case(name="plan takes a run directory", argv=("plan", "q"), code=0, says=("note: q trains in fp32",)),
-    _wrong("two recipes are one too many", ("plan", "quickstart", "--recipe", "quickstart"), "name one recipe"),
+    _wrong("two recipes are refused", ("plan", "quickstart", "--recipe", "quickstart"), "name one recipe"),
     _wrong(
         "a recipe in place of a run is explained",
         ("run", "quickstart"),
         "quickstart is a recipe: megatron-dagger run runs/quickstart --recipe quickstart",
     ),
     Case(
-        name="settings are not required",
+        name="run names the missing directory, not the optional settings",
         argv=("run",),
         code=2,
         says=("usage: megatron-dagger run", "required: RUN"),
         never_says=("NAME=VALUE\n",),
     ),
     Case(
-        name="settings of validate are not required",
+        name="validate names the missing file, not the optional settings",
         argv=("validate",),
         code=2,
         says=("usage: megatron-dagger validate", "required: FILE"),
@@ -180,16 +182,18 @@ CASES = (
         settings=("  token_budget: 9",),
     ),
     Case(
-        name="an old script does not take a raised budget back",
+        name="an old script does not lower a raised budget",
         argv=("create", "b", "--recipe", "quickstart", "teacher.token_budget=5"),
         before=(
             ("create", "b", "--recipe", "quickstart", "teacher.token_budget=5"),
             ("create", "b", "teacher.token_budget=50"),
         ),
         code=0,
+        settings=("  token_budget: 50",),
+        run="b",
     ),
     Case(
-        name="another recipe for a run is told in one line",
+        name="another recipe for a run is refused in one line",
         argv=("run", "q", "--recipe", "smollm2_135m_repair_1gpu"),
         code=2,
         says=("q was created by recipe quickstart and has other settings", "more)"),
@@ -198,15 +202,17 @@ CASES = (
     _wrong("evaluate beyond the run", ("evaluate", "q", "--round", "7"), "round 7: this run has rounds 0 to 2"),
     _wrong("rollout beyond the run", ("rollout", "q", "--round", "3"), "round 3: this run has rounds 0 to 2"),
     _wrong("train beyond the run", ("train", "q", "--round", "-1"), "round -1: this run has rounds 0 to 2"),
-    _wrong("rollout wants a round", ("rollout", "q"), "usage: megatron-dagger rollout", "--round --resident"),
+    _wrong(
+        "rollout needs --round or --resident", ("rollout", "q"), "usage: megatron-dagger rollout", "--round --resident"
+    ),
     Case(
-        name="a stage that is done says so and opens nothing",
+        name="a finished stage is reported and starts nothing",
         argv=("train", "q", "--round", "1"),
         code=0,
         says=("round 1 train: already done",),
         never_says=("making repair tasks", "Traceback"),
     ),
-    # values
+    # values of settings
     Case(
         name="a list of one needs no brackets",
         argv=(
@@ -228,13 +234,15 @@ CASES = (
         code=0,
         says=("train_tasks: 17",),
     ),
-    _wrong("a mapping for a value", ("create", "n", "--recipe", "quickstart", "seed={a: 1}"), "seed: expected int"),
+    _wrong(
+        "a mapping in place of a value", ("create", "n", "--recipe", "quickstart", "seed={a: 1}"), "seed: expected int"
+    ),
     _wrong("an unknown recipe", ("create", "n", "--recipe", "quikstart"), "did you mean quickstart?"),
     # the command itself
     Case(name="--version", argv=("--version",), code=0, says=("megatron-dagger ",)),
     Case(name="help", argv=("help",), code=0, says=("inspect:", "exit codes")),
     Case(name="help of a command", argv=("help", "run"), code=0, says=("usage: megatron-dagger run",)),
-    Case(name="nothing", argv=(), code=0, says=("usage: megatron-dagger COMMAND",)),
+    Case(name="no command", argv=(), code=0, says=("usage: megatron-dagger COMMAND",)),
     _wrong("an unknown command", ("statsu", "q"), "there is no command 'statsu'; did you mean status?"),
     Case(
         name="--debug prints the traceback",
@@ -244,8 +252,8 @@ CASES = (
         never_says=(),
     ),
     Case(name="the old name of validate", argv=("admit", "--help"), code=0, says=("usage: megatron-dagger validate",)),
-    _wrong("status of nothing", ("status", "nowhere"), "nowhere is not a run directory (it has no config.yaml)"),
-    _wrong("report of nothing", ("report", "nowhere"), "nowhere is not a run directory", absent=("nowhere",)),
+    _wrong("status of a missing run", ("status", "nowhere"), "nowhere is not a run directory (it has no config.yaml)"),
+    _wrong("report on a missing run", ("report", "nowhere"), "nowhere is not a run directory", absent=("nowhere",)),
     Case(
         name="no episodes yet",
         argv=("show", "m"),
@@ -255,25 +263,25 @@ CASES = (
     ),
     _wrong("a round without episodes", ("show", "q", "--round", "1"), "round 1 has no episodes; rounds that have: 0"),
     _wrong("no evaluation yet", ("export", "q", "--out", "x", "--evaluation"), "q has no evaluated episodes yet"),
-    _wrong("a round that is no number", ("export", "q", "--out", "x", "--round", "a"), "'a' is neither a number"),
+    _wrong("a round that is not a number", ("export", "q", "--out", "x", "--round", "a"), "'a' is neither a number"),
     _wrong("nothing to grade", ("grade", "q", "--check"), "q has no SWE-bench tasks to grade"),
     _wrong(
         "data sets that do not exist",
         ("validate", "r.json", "swe.train=no.jsonl", "swe.heldout=no.jsonl"),
         "no.jsonl: no such file",
     ),
-    _wrong("a conversion of nothing", ("convert", "inspect", "nowhere"), "nowhere"),
-    _wrong("a worker that cannot be", ("rollout", "q", "--round", "0", "--worker", "4/4"), "worker 4/4"),
+    _wrong("a conversion of a missing checkpoint", ("convert", "inspect", "nowhere"), "nowhere"),
+    _wrong("an impossible worker", ("rollout", "q", "--round", "0", "--worker", "4/4"), "worker 4/4"),
 )
 
 
 def run_cases(cases: Sequence[Case] = CASES) -> dict[str, str]:
-    """Run the cases and return the failures: the case's name and what was wrong."""
+    """Run the cases; return the problems of those that failed, by the case's name."""
     return {case.name: problem for case in cases if (problem := problem_of(case))}
 
 
 def problem_of(case: Case) -> str:
-    """Run one case; return what is wrong with its outcome, or an empty string."""
+    """Run one case; return the problems of its outcome and its output, or an empty string."""
     with _directory():
         for argv in case.before:
             _call(argv)
@@ -284,12 +292,13 @@ def problem_of(case: Case) -> str:
         ]
         problems += [f"says {text!r}" for text in case.never_says if text in output]
         problems += [f"wrote {path}" for path in case.absent if Path(path).exists()]
-        config = Path("q/config.yaml").read_text().splitlines()
-        problems += [f"q/config.yaml lacks {line!r}" for line in case.settings if line not in config]
+        config = Path(case.run, "config.yaml").read_text().splitlines()
+        problems += [f"{case.run}/config.yaml lacks {line!r}" for line in case.settings if line not in config]
     return f"{'; '.join(problems)}\n{output}" if problems else ""
 
 
 def _call(argv: Sequence[str]) -> tuple[int, str]:
+    """Call the command line; return its exit code and its output, standard error included."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
@@ -318,7 +327,8 @@ def _episode() -> Trajectory:
 @contextlib.contextmanager
 def _directory() -> Iterator[None]:
     """Work in a temporary directory with the run q, a damaged run and the inputs that the cases name."""
-    before = os.getcwd()
+    before, root = os.getcwd(), logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
@@ -335,3 +345,8 @@ def _directory() -> Iterator[None]:
             yield
         finally:
             os.chdir(before)
+            for handler in set(root.handlers).difference(handlers):  # a command logs to the run's folder
+                root.removeHandler(handler)
+                handler.close()
+            root.handlers[:] = handlers
+            root.setLevel(level)

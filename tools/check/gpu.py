@@ -118,7 +118,7 @@ def _follow(worker: Worker, names: list[str], each_s: float, end: float, report:
     """
     remaining, since = list(names), time.monotonic()
     while remaining:
-        code = worker.exit_code()  # before the look for results: a last result may come in between
+        code = worker.exit_code()  # before reading results: the last one may arrive in between
         before = len(remaining)
         remaining = [name for name in remaining if not report.read_result(name)]
         if len(remaining) < before:

@@ -25,8 +25,8 @@ class Variant:
         """Return ``training`` as the variant changes it; on the CPU without FP8 and Transformer Engine's optimizer."""
         precision = self.precision if cuda or not self.precision.startswith("fp8") else "bf16"
         optimizer = replace(training.optimizer, **(self.optimizer if cuda else {}))
-        others = {k: v for k, v in self.training.items() if cuda or k == "recompute"}
-        return replace(training, precision=precision, packing=self.packing, optimizer=optimizer, **others)
+        changes = {k: v for k, v in self.training.items() if cuda or k == "recompute"}
+        return replace(training, precision=precision, packing=self.packing, optimizer=optimizer, **changes)
 
     @property
     def reference(self) -> str:
@@ -121,7 +121,7 @@ SIZES = {
         attention_tokens=8192,
     )
 }
-SIZES["4b"] = replace(  # it fits 80 GB with these settings, by the planner
+SIZES["4b"] = replace(  # with these settings it fits 80 GB, according to the planner
     SIZES["1.7b"], large=QWEN3_4B, large_settings={"recompute": "full", "optimizer": {"moments": "bf16"}}
 )
 TINY = replace(SMALL, num_layers=2, hidden_size=64, ffn_hidden_size=64, num_query_groups=2, kv_channels=32)

@@ -32,8 +32,8 @@ _TRANSFERS = 3
 def check(folder: Path, model: ModelConfig) -> dict[str, Any]:
     """Transfer all weights several times, then digest them; return the rates in GB/s.
 
-    The first transfer is compared bit by bit. The fastest of the others is compared with a copy in memory. The digests
-    must equal those of the same bytes on the host.
+    The weights must arrive unchanged, and their digests must equal those of the same bytes on the host. The first
+    transfer is a warm-up: the rate is that of the fastest one after it. A copy in memory is timed for comparison.
     """
     device = _device()
     source = SourceLayout(padded_vocab_size=padded_vocab_size(model, 1))
@@ -71,12 +71,12 @@ def check(folder: Path, model: ModelConfig) -> dict[str, Any]:
             into.copy_(tensors[copy.source_tensor][copy.source.slices])
 
     size = sum(copy.source.elements for copy in copies) * 2
-    once = [_timed(copy_all, device) for _ in range(_TRANSFERS)]
+    copy_seconds = [_timed(copy_all, device) for _ in range(_TRANSFERS)]
     blocks = {name: parameter.blocks(shard) for name, parameter in table.items()}
     return {
         "gb": size / 1e9,
         "gb_per_s": size / min(seconds[1:]) / 1e9,
-        "copy_gb_per_s": size / min(once[1:]) / 1e9,
+        "copy_gb_per_s": size / min(copy_seconds[1:]) / 1e9,
         "digests_gb_per_s": size / _digests_s(model, blocks, parameters, device) / 1e9,
         "first_s": seconds[0],
     }
@@ -95,19 +95,19 @@ def _receive(spec: TransferSpec, parameters: dict[str, torch.Tensor], device: to
 def _digests_s(
     model: ModelConfig, blocks: dict[str, list[Block]], parameters: dict[str, torch.Tensor], device: torch.device
 ) -> float:
-    """Return the seconds of the digests. AssertionError if they differ from those of the same bytes on the host."""
+    """Return the seconds of the digests. Raises AssertionError if they differ from those of the bytes on the host."""
     results: list[Shares] = []
 
     def digest_all() -> None:
         with DigestPool(model) as digests:
-            for name, of_parameter in blocks.items():
-                digests.add(of_parameter, parameters[name])
+            for name, parameter_blocks in blocks.items():
+                digests.add(parameter_blocks, parameters[name])
             results.append(digests.finish())
 
     seconds = [_timed(digest_all, device) for _ in range(_TRANSFERS)]
     expected: Shares = {}
-    for name, of_parameter in blocks.items():
-        expected |= digest_shares(of_parameter, parameters[name].cpu(), model)
+    for name, parameter_blocks in blocks.items():
+        expected |= digest_shares(parameter_blocks, parameters[name].cpu(), model)
     assert all(shares == expected for shares in results), "digests differ from those of the same bytes on the host"
     return min(seconds[1:])
 
@@ -127,8 +127,8 @@ def _transfer_spec(model: ModelConfig, source: WeightSource) -> TransferSpec:
 def _socket_folders(folder: Path) -> list[Path]:
     """Create a directory for the sockets of each transfer; return them."""
     folders = [folder / f"bridge-{number}" for number in range(_TRANSFERS)]
-    for each in folders:
-        each.mkdir(exist_ok=True)
+    for sockets in folders:
+        sockets.mkdir(exist_ok=True)
     return folders
 
 

@@ -30,7 +30,7 @@ POISONED = 3  # exit code: CUDA is unusable in this process
 
 
 def curve(folder: Path, name: str, variant: Variant, sizes: Sizes) -> dict[str, Any]:
-    """Train a round with the trainer of real runs, checkpoint included, then begin the next round from the checkpoint.
+    """Train a round with the trainer of real runs, checkpoint included, then start the next round from the checkpoint.
 
     Returns the losses of the round and, as ``resumed``, the first loss of the next.
     """
@@ -40,23 +40,23 @@ def curve(folder: Path, name: str, variant: Variant, sizes: Sizes) -> dict[str, 
 
     model = sizes.small_moe if variant.moe else sizes.small
     episodes = labelled_episodes.make(64, seed=3, vocab_size=model.vocab_size, longest=sizes.small_tokens)
-    first = TrainJob(
+    first_job = TrainJob(
         round_index=0,
         seed=11,
         model=model,
         training=variant.settings(sizes.small_training(), cuda=torch.cuda.is_available()),
         output_dir=str(folder / name / "0"),
     )
-    manifest = train_round(first, lambda: episodes)
+    manifest = train_round(first_job, lambda: episodes)
     assert manifest is not None
-    again = replace(
-        first,
+    next_job = replace(
+        first_job,
         round_index=1,
-        training=replace(first.training, max_steps=2),
+        training=replace(first_job.training, max_steps=2),
         output_dir=str(folder / name / "1"),
         init_checkpoint=str(folder / name / "0" / manifest["checkpoint"]),
     )
-    train_round(again, lambda: episodes)
+    train_round(next_job, lambda: episodes)
     losses, resumed = ([line["loss"] for line in read_steps(folder / name / part / "metrics.jsonl")] for part in "01")
     atomic.remove_tree(folder / name)
     return {"losses": losses, "resumed": resumed[0], "digests": len(manifest["digests"])}
@@ -94,7 +94,7 @@ def speed(variant: Variant, sizes: Sizes) -> dict[str, Any]:
         _synchronise()
         seconds = time.monotonic() - began
         peak = torch.cuda.max_memory_allocated() / GIB if cuda else 0.0
-    # what torch allocates: without reserve and fragmentation
+    # torch's own allocations: without reserve and fragmentation
     planned = training_memory(sizes.large, training, GPUS["h100"], Assumptions(fragmentation=0.0, reserve_gib=0.0), 0)
     return {
         "tokens_per_s": tokens / seconds,
@@ -107,9 +107,9 @@ def speed(variant: Variant, sizes: Sizes) -> dict[str, Any]:
 def attention(sizes: Sizes) -> dict[str, Any]:
     """Compare attention by block masks with TreeAttention: outputs and, on a GPU, gradients, for rows of three lengths.
 
-    Returns ``difference``, the largest in BF16 relative to the largest value; ``compiled``, how often the kernel was
-    compiled; ``ms`` of a forward and backward pass over the longest row; ``causal_ms``, of a causal pass over as many
-    tokens.
+    Returns ``difference``, the largest difference in BF16 relative to the largest value; ``compiled``, the number of
+    compilations of the kernel; ``compile_s``, the seconds of all comparisons; ``ms``, of a forward and backward pass
+    over the longest row; ``causal_ms``, of a causal pass over as many tokens.
     """
     from types import SimpleNamespace
 
@@ -130,11 +130,11 @@ def attention(sizes: Sizes) -> dict[str, Any]:
         inputs = [torch.randn(length, 1, heads, 128, device=device) for heads in (8, 2, 2)]
 
         def run_pass(kind: Any, inputs: list[Any] = inputs, params: Any = params) -> list[Any]:
-            own = [x.bfloat16().requires_grad_(cuda) for x in inputs]
-            out = kind(SimpleNamespace(kv_channels=128), 1, None, "self")(*own, packed_seq_params=params)
+            leaves = [x.bfloat16().requires_grad_(cuda) for x in inputs]
+            out = kind(SimpleNamespace(kv_channels=128), 1, None, "self")(*leaves, packed_seq_params=params)
             if cuda:
                 out.float().square().sum().backward()
-            return [out.detach(), *(x.grad for x in own if cuda)]
+            return [out.detach(), *(x.grad for x in leaves if cuda)]
 
         pairs = zip(run_pass(TreeAttention), run_pass(TreeFlexAttention), strict=True)
         difference = max(difference, *(float((a - b).abs().max() / a.abs().max()) for a, b in pairs))
@@ -208,7 +208,7 @@ def main() -> int:
 
 
 def _clean_up() -> bool:
-    """Free what a check has left on the GPU; return False if CUDA does not work any more."""
+    """Free what a check has left on the GPU; return False if CUDA no longer works."""
     import torch
 
     gc.collect()

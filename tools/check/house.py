@@ -1,10 +1,11 @@
 """Check the project's surface: sizes, imports, names, the command line, and the wheel. It takes about a minute.
 
-    .venv/bin/python -m tools.check.house            prints what is wrong, and as its last line RESULT {json}
-    .venv/bin/python -m tools.check.house --no-wheel leaves the wheel out
+    .venv/bin/python -m tools.check.house               all checks
+    .venv/bin/python -m tools.check.house --no-wheel    without building the wheel
 
-It exits with 1 if a limit is not met: README at most 900 words, no file over 350 lines, the median under 110, no
-cycle between packages, no private word, every case of the command line right, every command runs from a wheel.
+It prints the problems; the last line is ``RESULT {json}``. It exits with 1 unless the README has at most 900 words, no
+file has over 350 lines, their median is under 110, no packages import each other, no identifier is a private word,
+every case of the command line has its expected outcome, and every command runs from the wheel.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_dagger"
 OURS = (PACKAGE, "recipes", "tests", "tools")
-MOST_README_WORDS, MOST_LINES, MEDIAN_LINES = 900, 350, 110
+MAX_README_WORDS, MAX_LINES, MEDIAN_LINES = 900, 350, 110
 
-# Names that nobody outside would guess, and that were replaced. Identifiers only; prose may use the words.
+# Former names whose meaning a newcomer could not guess. They count as identifiers only; prose may use the words.
 _CLASSES = """
 World Desk Offer Agreement Wire Cells Piece Part Cut Executor Actor Decision GivenUp Point Saved Replicas ReplyStore
 Malformed Fitness EngineConfig TasksConfig
@@ -44,16 +45,16 @@ def main() -> int:
     arguments = parser.parse_args()
     files = [ROOT / name for name in _git("ls-files", "*.py") if (ROOT / name).is_file()]
     lines = {path: len(path.read_text().splitlines()) for path in files}
-    long = {str(path.relative_to(ROOT)): count for path, count in lines.items() if count > MOST_LINES}
-    cycles, words = package_cycles(), private_words(files)
+    long = {str(path.relative_to(ROOT)): count for path, count in lines.items() if count > MAX_LINES}
+    cycles, private = package_cycles(), private_words(files)
     result: dict[str, Any] = {
         "readme_words": len((ROOT / "README.md").read_text().split()),
         "files_over_350": len(long),
         "median_lines": statistics.median(count for count in lines.values() if count),
         "package_cycles": len(cycles),
-        "private_words_left": len(words),
+        "private_words_left": len(private),
     }
-    for title, listed in (("over 350 lines", long), ("package cycles", cycles), ("private words", words)):
+    for title, listed in (("over 350 lines", long), ("package cycles", cycles), ("private words", private)):
         for item in listed:
             print(f"{title}: {item}")
     failures = _run_cli_cases(result)
@@ -67,18 +68,18 @@ def main() -> int:
             if problem:
                 print(f"wheel, {name}: {problem}")
         result |= {"wheel_commands": sum(not problem for problem in outcomes.values()), "commands": len(outcomes)}
-    good = (
-        result["readme_words"] <= MOST_README_WORDS
+    ok = (
+        result["readme_words"] <= MAX_README_WORDS
         and result["median_lines"] < MEDIAN_LINES
-        and not (long or cycles or words or failures)
+        and not (long or cycles or private or failures)
         and result.get("wheel_commands") == result.get("commands")
     )
     print("RESULT " + json.dumps(result))
-    return int(not good)
+    return int(not ok)
 
 
 def package_cycles() -> list[str]:
-    """Return the pairs of sub-packages that import each other, directly or through others, at run time."""
+    """Return the pairs of sub-packages that import each other at run time, directly or indirectly."""
     imports = defaultdict(set)
     for path in (ROOT / PACKAGE).rglob("*.py"):
         owner = path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
@@ -94,7 +95,7 @@ def package_cycles() -> list[str]:
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:
-    """Yield the modules that a file imports, except for type checkers only."""
+    """Yield the modules that a file imports at run time, without those under ``if TYPE_CHECKING``."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue
@@ -125,7 +126,7 @@ def _identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 yield name.lstrip("_"), node.lineno
             case ast.ImportFrom(module=str(module), names=names):
-                ours = module.partition(".")[0] in OURS  # hypothesis has a ``given`` of its own
+                ours = module.partition(".")[0] in OURS  # hypothesis has its own ``given``
                 yield from ((alias.asname or alias.name, node.lineno) for alias in names if ours or alias.asname)
             case ast.keyword(arg=str(name)):
                 yield name, node.lineno

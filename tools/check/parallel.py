@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A parallel layout to compare with a single process, of the dense model or of the one with experts (``moe``)."""
+    """A parallel layout to compare with a single process; ``moe`` selects the model with experts."""
 
     world_size: int
     settings: dict[str, Any]
@@ -102,7 +102,7 @@ def main() -> int:
         parser.error(f"--layouts {unknown[0]}: no such layout; choose from {', '.join(LAYOUTS)}")
     missing = [layout.after for name in names if (layout := LAYOUTS[name]).after and layout.after not in names]
     if missing:
-        parser.error(f"--layouts: add {missing[0]}, whose checkpoint another of the layouts continues")
+        parser.error(f"--layouts: add {missing[0]}, whose checkpoint one of the layouts continues")
     with tempfile.TemporaryDirectory(prefix="check-parallel-") as folder:
         result = _check(Path(folder), names, arguments.steps, tie=not arguments.untied)
     print(f"{'compared':<28}{'largest difference':>20}{'limit':>10}")

@@ -2,8 +2,8 @@
 
 A repair task (a package with one wrong token, and the package's own tests) takes the form of a SWE-bench 5.x task: an
 image with the repository in /testbed, an issue, an eval script, the names of the tests. The teacher answers any
-conversation with the next tool call of a repair: view, edit, run the tests, submit; turns of the student in between do
-not matter to it. This shows on a machine without a language model that a round works, not how hard a task is.
+conversation with the next tool call of a repair (view, edit, run the tests, submit) and ignores the student's turns in
+between. This shows on a machine without a language model that a round works, not how hard a task is.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Packages are mutated and become rows of SWE-bench 5.x with images built here (tools.check.swe_mutants). The teacher is a
 chat completions server that knows the gold patches. The student is a small Qwen3 with random weights, converted by
-`megatron-dagger convert`. By the command line it then validates the tasks, does a round of the teacher alone and a
+`megatron-dagger convert`. Through the command line it then validates the tasks, does a round of the teacher alone and a
 round of mixed turns (labels, store, training, weight sync), evaluates, and grades with SWE-bench's own harness: the
-gold patches, no patch, the collected patches and the evaluated ones.
+gold patches, empty patches, the collected patches and the evaluated ones.
 
     .venv/bin/python -m tools.check.swe_round              a few minutes
     .venv/bin/python -m tools.check.swe_round --serve      also use the small model as a teacher behind `vllm serve`
@@ -101,11 +101,11 @@ def main() -> int:
 
 
 def run_rounds(
-    folder: Path, tasks: TaskSet, docker_url: str, changed: Sequence[str] = (), *, repeats: int = 2
+    folder: Path, tasks: TaskSet, docker_url: str, overrides: Sequence[str] = (), *, repeats: int = 2
 ) -> dict[str, Any]:
     """Run and grade the rounds in ``folder``, on a daemon that has the base image; return the numbers of RESULT.
 
-    ``repeats`` is how often each task is validated, ``changed`` are further settings of the run.
+    ``repeats`` is how often each task is validated, ``overrides`` are further settings of the run.
     """
     all_tasks = [*tasks.train, *tasks.heldout]
     with DockerHost("swe-round", docker_url) as host:
@@ -120,8 +120,8 @@ def run_rounds(
         swe_settings = [f"swe.{name}={value}" for name, value in to_dict(config.swe).items() if name != "validation"]
         seconds = {"validation": cli("validate", config.swe.validation, "--repeats", repeats, *swe_settings)}
         valid = len(valid_tasks(Path(config.swe.validation)))
-        changed = [f"dagger.sft_tasks={valid - valid // 2}", f"dagger.tasks_per_round={valid // 2}", *changed]
-        create_run(override(config, changed), folder / "run")
+        halves = [f"dagger.sft_tasks={valid - valid // 2}", f"dagger.tasks_per_round={valid // 2}"]
+        create_run(override(config, [*halves, *overrides]), folder / "run")
         seconds["rounds"] = cli("run", folder / "run")
         result: dict[str, Any] = {"valid": valid, "teacher_requests": len(server.requests), "seconds": seconds}
     result |= rounds(folder / "run") | graded(folder, docker_url, seconds)
@@ -137,7 +137,7 @@ def make_tasks(source: str, train: int, heldout: int) -> TaskSet:
 
 
 def make_model(folder: Path, tasks: TaskSet, teacher: GoldTeacher) -> ModelConfig:
-    """Write a small model with random weights: ``hf`` by Transformers, ``megatron`` converted from it."""
+    """Write a small model with random weights to hf/, and its conversion to megatron/; return its architecture."""
     import torch
     import transformers
 
@@ -234,7 +234,7 @@ def rounds(run: Path) -> dict[str, Any]:
 
 
 def graded(folder: Path, docker_url: str, seconds: dict[str, float]) -> dict[str, Any]:
-    """Grade the last round's collected patches and the evaluated ones by the harness; return the numbers."""
+    """Grade the last round's collected patches and the evaluated ones with the harness; return the numbers."""
     run, common = folder / "run", ("--docker-url", docker_url, "--workers", "4")
     store = DataStore.open(run / "data.zarr")
     index, predictions = max(store.rounds()), folder / "collected.jsonl"
@@ -256,7 +256,7 @@ def graded(folder: Path, docker_url: str, seconds: dict[str, float]) -> dict[str
 
 
 def check_holds(run: Path, docker_url: str) -> bool:
-    """Return whether the harness resolves every held-out task by its gold patch and none by an empty one."""
+    """Return whether the harness resolves every held-out task with its gold patch and none with an empty one."""
     cli("grade", run, "--check", "--docker-url", docker_url, "--workers", 4)
     return bool(read_json(run / "grades" / "check" / "report.json")["holds"])
 

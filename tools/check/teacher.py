@@ -117,7 +117,7 @@ def table(title: str, trajectories: list[Trajectory]) -> None:
     )
     unsolved = [trajectory for trajectory in trajectories if not trajectory.solved]
     for reason, count in Counter(str(trajectory.stop_reason) for trajectory in unsolved).items():
-        print(f"  {count} ended unsolved by {reason}:")
+        print(f"  {count} ended unsolved with {reason}:")
         for trajectory in [t for t in unsolved if str(t.stop_reason) == reason][:5]:
             last = trajectory.turns[-1].action.text
             print(f"    {trajectory.task_id} after {len(trajectory.turns)} turns, the last: {last}")

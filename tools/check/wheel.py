@@ -1,6 +1,6 @@
-"""Build the wheel and install it, without the checkout, into a fresh environment with its declared dependencies.
+"""Build the wheel and install it into a fresh environment with its declared dependencies, without the checkout.
 
-The dependencies are linked from the running environment, so that nothing is downloaded.
+The dependencies are linked from the running environment, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONTENT = ("pyproject.toml", "README.md", "LICENSE", "megatron_dagger", "recipes
 
 
 def commands_of_a_wheel() -> dict[str, str]:
-    """Run ``--help`` of every command from an installed wheel; return what went wrong, by command ("" if nothing)."""
+    """Run ``--help`` of every command from an installed wheel; return the problems by command ("": none)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         programs = install(build_wheel(copy_checkout(folder / "checkout"), folder / "dist"), folder / "environment")
@@ -39,7 +39,7 @@ def _problem_of(programs: Path, command: str, folder: Path) -> str:
 
 
 def copy_checkout(target: Path) -> Path:
-    """Copy what is packaged: building leaves files in the folder that is built."""
+    """Copy the packaged files to ``target``, because building leaves files in the source folder; return ``target``."""
     target.mkdir(parents=True)
     for name in CONTENT:
         source = ROOT / name
@@ -51,7 +51,7 @@ def copy_checkout(target: Path) -> Path:
 
 
 def build_wheel(source: Path, folder: Path, kind: str = "wheel") -> Path:
-    """Build the wheel (or, by ``kind``, the sdist) of a source tree into an empty folder, and return its file."""
+    """Build the wheel (``kind="sdist"``: the sdist) of a source tree into an empty folder; return its file."""
     folder.mkdir(exist_ok=True)
     program = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
     run(sys.executable, "-c", program, cwd=source)
@@ -60,7 +60,7 @@ def build_wheel(source: Path, folder: Path, kind: str = "wheel") -> Path:
 
 
 def install(wheel: Path, folder: Path) -> Path:
-    """Make an environment with the wheel and its dependencies, and return its folder of programs."""
+    """Create an environment with the wheel and its dependencies; return its folder of programs."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "--disable-pip-version-check"]
     run(*pip, "install", "--no-index", "--no-deps", wheel, cwd=folder)
@@ -71,17 +71,17 @@ def install(wheel: Path, folder: Path) -> Path:
 
 
 def run(*argv: object, cwd: Path, expected: int = 0) -> str:
-    """Return a command's output; its environment has no variable that could lead it to the checkout."""
+    """Run a command without the environment variables that could lead it to the checkout; return its output."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MEGATRON_DAGGER"))}
     done = subprocess.run(
-        [str(word) for word in argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+        [str(argument) for argument in argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == expected, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def _required(distribution: str) -> Iterator[str]:
-    """Yield the distributions that ``distribution`` needs without extras, and those that they need in turn."""
+    """Yield the distributions that ``distribution`` needs without extras, directly and indirectly."""
     for text in importlib.metadata.requires(distribution) or []:
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):

@@ -13,7 +13,7 @@ ROWS = (62, 222)  # upper edges
 
 @dataclass(frozen=True, kw_only=True)
 class Box:
-    """A stage: its place, its name and its lines of text. ``color`` is a field of the theme."""
+    """A stage: its position, name and lines of text. ``color`` is a field of the theme."""
 
     column: int
     row: int

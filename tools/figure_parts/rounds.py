@@ -27,9 +27,9 @@ def read_curves(run: RunFiles) -> Curves:
     """
     success, agreement_rates = {}, {}
     for files in run.rounds:
-        part: dict[str, Any] | None = (files.evaluate or {}).get("heldout")
-        if part:
-            success[files.index] = tuple(part[name] for name in ("success", "ci_low", "ci_high", "solved", "tasks"))
+        heldout: dict[str, Any] | None = (files.evaluate or {}).get("heldout")
+        if heldout:
+            success[files.index] = tuple(heldout[name] for name in ("success", "ci_low", "ci_high", "solved", "tasks"))
         collect = files.collect or {}
         if collect.get("agreement") is not None and collect.get("weight_version", -1) >= 0:
             agreement_rates[collect["weight_version"]] = collect["agreement"]
@@ -52,7 +52,7 @@ def draw_rounds(curves: Curves, theme: Theme) -> Drawing:
     drawing.text(24, 58, f"{tasks} tasks that are not trained on; the teacher does not act", fill=theme.soft)
     _legend(drawing, bool(curves.agreement_rates))
     step = (WIDTH - LEFT - RIGHT - 120) / max(1, len(rounds) - 1)
-    x_of = {index: LEFT + 60 + step * place for place, index in enumerate(rounds)}
+    x_of = {index: LEFT + 60 + step * i for i, index in enumerate(rounds)}
     for share in (0, 0.25, 0.5, 0.75, 1):
         drawing.line([(LEFT, _y(share)), (WIDTH - RIGHT, _y(share))], stroke=theme.line)
         drawing.text(LEFT - 10, _y(share) + 4, f"{share:.0%}", size=12, fill=theme.soft, anchor="end")

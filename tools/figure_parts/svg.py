@@ -53,14 +53,14 @@ class Drawing:
         self, x: float, y: float, width: float, height: float, *, fill: str, stroke: str = "none", radius: float = 0
     ) -> None:
         """Draw a rectangle with its upper left corner at (x, y)."""
-        place = f'x="{_number(x)}" y="{_number(y)}" width="{_number(width)}" height="{_number(height)}"'
+        position = f'x="{_number(x)}" y="{_number(y)}" width="{_number(width)}" height="{_number(height)}"'
         corners = f' rx="{_number(radius)}"' if radius else ""
-        self._elements.append(f'<rect {place}{corners} fill="{fill}" stroke="{stroke}"/>')
+        self._elements.append(f'<rect {position}{corners} fill="{fill}" stroke="{stroke}"/>')
 
     def circle(self, x: float, y: float, radius: float, *, fill: str, stroke: str = "none") -> None:
         """Draw a circle around (x, y)."""
-        place = f'cx="{_number(x)}" cy="{_number(y)}" r="{_number(radius)}"'
-        self._elements.append(f'<circle {place} fill="{fill}" stroke="{stroke}" stroke-width="2"/>')
+        position = f'cx="{_number(x)}" cy="{_number(y)}" r="{_number(radius)}"'
+        self._elements.append(f'<circle {position} fill="{fill}" stroke="{stroke}" stroke-width="2"/>')
 
     def line(self, points: Iterable[Corner], *, stroke: str, width: float = 1, dashed: bool = False) -> None:
         """Draw a line through ``points``."""
@@ -92,8 +92,8 @@ class Drawing:
         style += f" font-family={quoteattr(MONO)}" if mono else ""
         style += f' text-anchor="{anchor}"' if anchor != "start" else ""
         style += f' stroke="{self.theme.paper}" stroke-width="5" paint-order="stroke"' if halo else ""
-        place = f'x="{_number(x)}" y="{_number(y)}"'
-        self._elements.append(f'<text {place} {style} fill="{fill or self.theme.ink}">{escape(text)}</text>')
+        position = f'x="{_number(x)}" y="{_number(y)}"'
+        self._elements.append(f'<text {position} {style} fill="{fill or self.theme.ink}">{escape(text)}</text>')
 
     def svg(self) -> str:
         """Return the image as an SVG document."""

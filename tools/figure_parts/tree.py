@@ -73,8 +73,8 @@ def draw_tree(episode: Trajectory, theme: Theme) -> Drawing:
         "differs from the executed action and is a branch. A branch attends to its prefix on the trunk and to itself.",
     )  # fmt: skip
     drawing.text(LEFT, 36, "One episode is one tree", size=18, bold=True)
-    place = f"round {episode.round_index}, {'solved' if episode.solved else 'not solved'}"
-    drawing.text(LEFT, 58, f"{len(episode.turns)} turns, {count} branches ({place})", fill=theme.soft)
+    details = f"round {episode.round_index}, {'solved' if episode.solved else 'not solved'}"
+    drawing.text(LEFT, 58, f"{len(episode.turns)} turns, {count} branches ({details})", fill=theme.soft)
     _draw_trunk(drawing, episode, turns)
     _draw_mask(drawing, blocks, size)
     return drawing

@@ -65,7 +65,7 @@ class Uv:
 
 
 def compile_bytecode(python, step):
-    """Compile the installed modules; otherwise the first import of the engines takes half a minute.
+    """Compile the installed modules; without this the first import of the engines takes half a minute.
 
     Modules that do not compile are ignored, because some are for other versions of Python.
     """

@@ -49,10 +49,10 @@ def find_python(path):
 
 def _candidates(version):
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    places = [sys.executable, shutil.which(f"python{version}")]
-    places += [str(path) for path in sorted(pyenv.glob(f"{version}*/bin/python"))]
-    places += [f"/usr/local/bin/python{version}", f"/usr/bin/python{version}"]
-    return [place for place in dict.fromkeys(places) if place and Path(place).exists()]
+    paths = [sys.executable, shutil.which(f"python{version}")]
+    paths += [str(path) for path in sorted(pyenv.glob(f"{version}*/bin/python"))]
+    paths += [f"/usr/local/bin/python{version}", f"/usr/bin/python{version}"]
+    return [path for path in dict.fromkeys(paths) if path and Path(path).exists()]
 
 
 def check_tools():

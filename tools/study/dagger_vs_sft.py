@@ -55,7 +55,7 @@ def main() -> int:
     outcomes: dict[str, list[dict[str, bool]]] = {arm: [] for arm in ARMS}
     amounts: list[tuple[int, int]] = []
     for number in range(arguments.seeds):
-        for arm, differing in ARMS.items():
+        for arm, arm_settings in ARMS.items():
             run = arguments.out / f"{arm}-{number}"
             settings = [
                 f"seed={1 + SEED_STEP * number}",
@@ -72,7 +72,7 @@ def main() -> int:
                 "training.parallel.tensor_model_parallel_size=1",
                 "training.parallel.pipeline_model_parallel_size=1",
                 *arguments.settings,
-                *differing,
+                *arm_settings,
             ]
             train(run, settings)
             outcomes[arm].append(heldout(run))
@@ -135,8 +135,8 @@ def bootstrap(groups: list[list[int]]) -> tuple[float, float, float]:
     means = sorted(
         fmean(value for group in rng.choices(groups, k=len(groups)) for value in group) for _ in range(RESAMPLES)
     )
-    everything = fmean(value for group in groups for value in group)
-    return everything, means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
+    mean = fmean(value for group in groups for value in group)
+    return mean, means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ Answer = Callable[[dict[str, Any]], str | int | dict[str, Any] | tuple[int, dict
 class ChatServer(ThreadingHTTPServer):
     """``answer(request)`` returns the response's text, its status, its JSON body, or (status, body).
 
-    ``requests`` and ``headers`` record what was received. Every response takes ``delay_s``.
+    ``requests`` and ``headers`` are those received so far. Every response takes ``delay_s``.
     """
 
     daemon_threads = True
@@ -35,7 +35,7 @@ class ChatServer(ThreadingHTTPServer):
         self.answer, self.delay_s = answer, 0.0
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.most_at_once = self.at_once = 0
+        self.max_concurrent = self.concurrent = 0
         self.lock = threading.Lock()
 
     @property
@@ -52,12 +52,12 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.requests.append(request)
             server.headers.append(dict(self.headers))
-            server.at_once += 1
-            server.most_at_once = max(server.most_at_once, server.at_once)
+            server.concurrent += 1
+            server.max_concurrent = max(server.max_concurrent, server.concurrent)
         time.sleep(server.delay_s)
         answer = server.answer(request) if self.path in PATHS else 404
         with server.lock:
-            server.at_once -= 1
+            server.concurrent -= 1
         body: dict[str, Any]
         usage = {"prompt_tokens": 100, "completion_tokens": 10}
         match answer:
@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def chat_server(answer: Answer, port: int = 0) -> Iterator[ChatServer]:
-    """Serve in threads of this process until the block ends."""
+    """Yield a server that runs in threads of this process until the block ends."""
     with ChatServer(answer, port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()

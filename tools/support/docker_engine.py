@@ -26,7 +26,7 @@ kill expr nohup setsid find xargs grep sed awk tar gzip base64 md5sum sha256sum 
 """
 PACKAGES = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
 START_TIMEOUT_S = 60
-# Parts of the standard library that are not copied; of its tests only the modules that the others import are.
+# Parts of the standard library that are not copied. Of its tests only the modules that other code imports are copied.
 EXCLUDED = re.compile(
     r"/(tests|test/(?!support|__init__)[^/]+|(site|dist)-packages|idlelib|tkinter|ensurepip|__pycache__|config-[^/]*)(/|$)"
 )
@@ -40,8 +40,8 @@ def missing():
     return f"{', '.join(absent)} missing: apt-get install docker.io git" if absent else ""
 
 
-class DoesNotStart(RuntimeError):
-    """The daemon does not start; the message is the end of its log."""
+class DaemonStartError(RuntimeError):
+    """The daemon did not start; the message is the end of its log."""
 
 
 class Daemon:
@@ -53,7 +53,7 @@ class Daemon:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self):
-        """Start dockerd and wait until it answers. Raises DoesNotStart."""
+        """Start dockerd and wait until it answers. Raises DaemonStartError."""
         import docker
 
         for pid_file in ("docker.pid", "exec/containerd/containerd.pid"):  # left by a killed daemon
@@ -72,16 +72,16 @@ class Daemon:
                 client.ping()
                 client.close()
                 return
-            if not self.runs() or time.monotonic() > deadline:
-                raise DoesNotStart((self.home / "log").read_text()[-500:])
+            if not self.is_running() or time.monotonic() > deadline:
+                raise DaemonStartError((self.home / "log").read_text()[-500:])
             time.sleep(0.1)
 
-    def runs(self):
-        """Return whether dockerd runs."""
+    def is_running(self):
+        """Return whether dockerd is running."""
         return self.process is not None and self.process.poll() is None
 
     def kill(self):
-        """Kill dockerd with SIGKILL. Its containerd dies with it, the containers' shims do not."""
+        """Kill dockerd with SIGKILL. Its containerd dies with it; the containers' shims do not."""
         assert self.process is not None, "the daemon was not started"
         self.process.kill()
         self.process.wait(timeout=30)
@@ -117,14 +117,6 @@ def processes_with(pattern):
     return pids
 
 
-def wait_for(condition, deadline_s=60):
-    """Wait until ``condition()`` is true. Raises AssertionError after ``deadline_s``."""
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, f"nothing happened in {deadline_s} s"
-        time.sleep(0.05)
-
-
 def processes_below(parent):
     """Return the pids of a process and its descendants, descendants first."""
     listed = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True, check=False).stdout
@@ -148,7 +140,7 @@ def docker_daemon():
         yield daemon
     finally:
         try:
-            if not daemon.runs():
+            if not daemon.is_running():
                 daemon.start()
             remove_containers(daemon.url)
         finally:
@@ -197,14 +189,16 @@ def write_rootfs(path):
         add_folder(archive, "root", 0o700)
         add_text(archive, "usr/local/bin/pytest", '#!/bin/sh\nexec python -m pytest "$@"\n', 0o755)
         files = [*programs, python, *libraries([*programs, python, *extensions])]
-        for name, file in {place(file): file for file in files}.items():
+        for name, file in {path_in_image(file): file for file in files}.items():
             archive.add(os.path.realpath(file), arcname=name)
         for name in ("python", "python3"):
             link = tarfile.TarInfo(f"usr/local/bin/{name}")
-            link.type, link.linkname = tarfile.SYMTYPE, place(python, slash="/")
+            link.type, link.linkname = tarfile.SYMTYPE, path_in_image(python, slash="/")
             archive.addfile(link)
-        archive.add(git_core, arcname=place(git_core))
-        archive.add(stdlib, place(stdlib), filter=lambda member: None if EXCLUDED.search(member.name) else member)
+        archive.add(git_core, arcname=path_in_image(git_core))
+        archive.add(
+            stdlib, path_in_image(stdlib), filter=lambda member: None if EXCLUDED.search(member.name) else member
+        )
         for package in PACKAGES:
             add_package(archive, package)
 
@@ -218,7 +212,7 @@ def libraries(files):
     return paths
 
 
-def place(path, slash=""):
+def path_in_image(path, slash=""):
     """Return a file's path in the image, with the links of its folders resolved (/lib may be one)."""
     path = Path(path)
     return slash + str(Path(os.path.realpath(path.parent), path.name)).lstrip("/")

@@ -1,4 +1,4 @@
-"""The accounting of a virtual SLURM: slurmdbd with its own MariaDB, for ``sacct``, by which NeMo-Run follows jobs.
+"""The accounting of a virtual SLURM: slurmdbd with its own MariaDB, for ``sacct``, which NeMo-Run uses to follow jobs.
 
 The database has no user tables and listens only on a socket in the cluster's directory. It starts in a quarter of a
 second and disappears with the directory.
@@ -58,7 +58,7 @@ def database_command(folder: Path, user: str) -> list[str]:
 
 
 def database_variables(folder: Path) -> Mapping[str, str]:
-    """Return the environment variables by which slurmdbd finds the database."""
+    """Return the environment variables with which slurmdbd finds the database."""
     return {"MYSQL_UNIX_PORT": str(socket_path(folder))}
 
 

@@ -5,8 +5,8 @@
         cluster.wait_for(job, "COMPLETED", deadline_s=30)
 
 A cluster has its own munge, controller and node daemons, and with accounting its own database. Its files are in one
-temporary directory, and it listens on free ports. All its processes, jobs and their children included, end with it; a
-second process sees to that if this one is killed.
+temporary directory, and it listens on free ports. All its processes, jobs and their children included, end with it. If
+this process is killed, a second one ends them.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class SlurmCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment for commands of this cluster, without the variables of a SLURM job that we may be in."""
-        other = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
-        return {**other, "SLURM_CONF": str(self.conf)}
+        """The environment for commands of this cluster, without the variables of a job that this process may be in."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        return {**inherited, "SLURM_CONF": str(self.conf)}
 
     def call(self, *command: str, env: Mapping[str, str] | None = None) -> str:
         """Run one of SLURM's commands and return its output. Raises SlurmError if it fails."""
@@ -86,7 +86,7 @@ class SlurmCluster:
         return done.stdout
 
     def submit(self, *arguments: str, env: Mapping[str, str] | None = None) -> str:
-        """Submit a job by ``sbatch`` and return its id."""
+        """Submit a job with ``sbatch`` and return its id."""
         return self.call("sbatch", "--parsable", *arguments, env=env).strip()
 
     def job(self, job_id: str) -> dict[str, str]:
@@ -172,13 +172,13 @@ class SlurmCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def wait(
-        self, condition: Callable[[], bool], deadline_s: float, what: str, explain: Callable[[], str] = lambda: ""
+        self, condition: Callable[[], bool], deadline_s: float, event: str, explain: Callable[[], str] = lambda: ""
     ) -> None:
-        """Poll until ``condition()`` is true. After ``deadline_s`` raise SlurmError with ``what`` and ``explain()``."""
+        """Poll until ``condition()`` is true. Raises SlurmError, which names ``event``, after ``deadline_s``."""
         end = time.monotonic() + deadline_s
         while not condition():
             if time.monotonic() > end:
-                raise SlurmError(f"waited {deadline_s:g} s for {what}\n{explain()}")
+                raise SlurmError(f"waited {deadline_s:g} s for {event}\n{explain()}")
             time.sleep(POLL_S)
 
     def _start(self) -> None:

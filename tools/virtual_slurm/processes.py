@@ -1,7 +1,7 @@
 """The processes of a virtual SLURM: find them by a mark in their environment, and end them.
 
 Daemons, jobs and the jobs' children all have SLURM_CONF in their environment, which names a file in the cluster's
-directory. They are found by it whoever their parent is now.
+directory. This mark identifies them even after their parent has changed.
 
 ``python -m tools.virtual_slurm.processes reap FOLDER`` waits for the end of its standard input, then ends the processes
 of the cluster in FOLDER and removes the directory. It cleans up after a cluster whose owner was killed.
@@ -44,7 +44,7 @@ def program_name(pid: int) -> str:
 def end_processes(find: Callable[[], list[int]]) -> None:
     """Send SIGTERM, for an orderly end, then SIGKILL to all that ``find`` returns, until it returns none.
 
-    Raises RuntimeError if some are still there after END_DEADLINE_S.
+    Raises RuntimeError if some are still alive after END_DEADLINE_S.
     """
     deadline = time.monotonic() + END_DEADLINE_S
     number = signal.SIGTERM

@@ -1,6 +1,6 @@
-"""The teacher of the repair tasks: a test-guided search that uses only what the conversation shows.
+"""The teacher of the repair tasks: a test-guided search that uses only the conversation.
 
-It can act in any state, including those that another policy's mistakes lead to: undo what does not help, find the
+It can act in any state, including those that another policy's mistakes lead to: undo useless edits, find the
 suspect lines, and try the fixes of each line one after another, each with a test run. It does not know the gold patch
 or the place of the bug. Except for giving up once everything was tried, its action follows from the last command and
 observation, so a student that reads these can learn it.

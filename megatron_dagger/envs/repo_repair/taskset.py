@@ -22,8 +22,9 @@ from megatron_dagger.sandbox.local import SandboxPool
 
 logger = logging.getLogger(__name__)
 
-SPARE = 1.1  # each package is asked for more than its share, because some packages yield too few tasks
-TASK_MODULES = ("generate", "mutate", "repository", "sources", "task", "testing")  # modules that decide what a task is
+SPARE = 1.1  # tasks per package, relative to its share: some packages yield too few
+# Modules whose code decides which tasks are made; it is part of the cache's key.
+TASK_MODULES = ("generate", "mutate", "repository", "sources", "task", "testing")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,6 @@ class SweEnv:
     ):
         self.task_id = task.instance_id
         self.task = task
-        self.format_errors = 0
         self.verdict: Verdict | None = None
         self._open_sandbox = open_sandbox
         self._observation_characters = observation_characters
@@ -56,7 +55,7 @@ class SweEnv:
 
     def reset(self) -> tuple[str, str]:
         self.close()
-        self.format_errors, self.verdict = 0, None
+        self.verdict = None
         self._sandbox = self._open_sandbox(self.task)
         self._base = prepare(self._sandbox, self.task)
         self._sandbox.run(f"cd {shlex.quote(self.task.workdir)}; {self.task.startup}")
@@ -68,7 +67,6 @@ class SweEnv:
         try:
             call = parse_tool_call(command, TOOLS)
         except FormatError as error:
-            self.format_errors += 1
             return Observation(text=tool_response(f"error: {error}"), understood=False)
         if call.name == SUBMIT.name:
             return Observation(text=tool_response("submitted"), done=True)

@@ -35,10 +35,10 @@ IDENTITY = (
     "git config --global --add safe.directory '*'; "
     "git config --global user.name judge; git config --global user.email judge@localhost"
 )
-# Committed: between two attempts to apply the agent's patch, the tree is reset to the last commit.
+# The setup patch is committed: between attempts to apply the agent's patch, the tree is reset to the last commit.
 SET_UP = "commit() { git apply $1 && git add -A && git commit -q --no-verify -m setup; }; commit"
 
-# No changed line matches: those begin with a blank, a plus or a minus, and only a header is followed by "@@".
+# A line of a hunk cannot match: it begins with a blank, a plus or a minus, and only a header is followed by "@@".
 _HEADER = re.compile(r"^--- (.+)\n\+\+\+ (.+)\n@@|^diff --git (\S+) (\S+)$|^(?:rename|copy) to (.+)$", re.MULTILINE)
 
 # Opens a sandbox with the task's image, whose directory and exported variables persist from command to command.

@@ -13,10 +13,9 @@ from typing import Any
 from megatron_dagger.config.base import ConfigError
 from megatron_dagger.envs.swe.pytest_script import END, START
 from megatron_dagger.envs.swe.rows import Row, require_fields
-from megatron_dagger.envs.swe.task import SweTask
+from megatron_dagger.envs.swe.task import WORKDIR, SweTask
 
 LOG_PARSER = "r2e_gym"
-WORKDIR = "/testbed"
 HIDDEN = ("r2e_tests", "run_tests.sh", "/r2e_tests", "/root/r2e_tests", "/root/run_tests.sh")
 STARTUP = f"export PATH={WORKDIR}/.venv/bin:/root/.venv/bin:/root/.local/bin:$PATH"
 EVAL_SCRIPT = f"""\

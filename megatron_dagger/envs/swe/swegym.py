@@ -12,7 +12,7 @@ import re
 from megatron_dagger.config.base import ConfigError
 from megatron_dagger.envs.swe.pytest_script import eval_script, patched_files, quoted
 from megatron_dagger.envs.swe.rows import Row, ids_of, require_fields
-from megatron_dagger.envs.swe.task import SweTask
+from megatron_dagger.envs.swe.task import WORKDIR, SweTask
 
 TEST_COMMANDS = {
     "bokeh/bokeh": "pytest -rA -n0",
@@ -31,7 +31,6 @@ SET_UP = {"conan-io/conan": "export PYTHONPATH=${PYTHONPATH:-}:$(pwd)"}
 # Its pytest plugin prints one coloured line per test and no summary; the fork has a variant of this parser for it.
 LOG_PARSERS = {"pydantic/pydantic": "parse_log_pytest_v2"}
 _CASE = re.compile(r"\[case ([^\]]+)\]")  # in mypy's data files, whose tests are selected by name, not by file
-WORKDIR = "/testbed"
 HELD_OUT = 100  # of SWE-Gym's 2,438 tasks, as in published runs
 
 

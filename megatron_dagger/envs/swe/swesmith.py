@@ -10,10 +10,9 @@ from __future__ import annotations
 from megatron_dagger.config.base import ConfigError
 from megatron_dagger.envs.swe.pytest_script import eval_script, quoted
 from megatron_dagger.envs.swe.rows import Row, ids_of, require_fields
-from megatron_dagger.envs.swe.task import SweTask
+from megatron_dagger.envs.swe.task import WORKDIR, SweTask
 
 TEST_COMMAND = "pytest -rA --disable-warnings --color=no --tb=no --verbose"
-WORKDIR = "/testbed"
 
 
 def swesmith_task(row: Row) -> SweTask:

@@ -13,8 +13,9 @@ from typing import Any, overload
 
 from megatron_dagger.config.base import ConfigError
 
+WORKDIR = "/testbed"  # where images of SWE-bench's kind have the repository
 CONDA = "source /opt/miniconda3/bin/activate && conda activate testbed"
-CONDA_IF_THERE = f"[ ! -f /opt/miniconda3/bin/activate ] || {{ {CONDA}; }}"
+CONDA_IF_PRESENT = f"[ ! -f /opt/miniconda3/bin/activate ] || {{ {CONDA}; }}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +38,8 @@ class SweTask:
     pass_to_pass: tuple[str, ...] = ()
     expected_outcomes: tuple[tuple[str, str], ...] = ()  # (test, outcome), instead of the two lists (R2E-Gym)
     hidden: tuple[str, ...] = ()  # files that only the judge may see, absolute or relative to ``workdir``
-    startup: str = CONDA_IF_THERE  # run in the agent's shell before its first command
-    workdir: str = "/testbed"
+    startup: str = CONDA_IF_PRESENT  # run in the agent's shell before its first command
+    workdir: str = WORKDIR
 
     def not_for_the_harness(self) -> str:
         """Return why SWE-bench's harness cannot grade the task by image, patch and script alone; empty if it can."""
@@ -46,7 +47,7 @@ class SweTask:
             return "its tests' outcomes are compared with a list, which the harness does not do"
         if self.setup_patch or self.hidden:
             return "its image must be changed before the patch is applied, which the harness does not do"
-        return "" if self.workdir == "/testbed" else f"its repository is in {self.workdir}, not in /testbed"
+        return "" if self.workdir == WORKDIR else f"its repository is in {self.workdir}, not in {WORKDIR}"
 
     def harness_row(self) -> dict[str, Any]:
         """Return the task as a row for swebench 5.x."""

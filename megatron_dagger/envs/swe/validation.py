@@ -64,7 +64,7 @@ def write_report(path: Path, subject: Mapping[str, Any], validations: Mapping[st
 
 
 def read_report(path: Path, subject: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a report's validations by task id, without the broken ones; empty if there is no report.
+    """Return a report's validations by task id, without broken tasks; empty if there is no report.
 
     Raises ConfigError if the report is about another subject.
     """

@@ -1,4 +1,4 @@
-"""Responses of a paid endpoint, cached on disk so that a resumed round asks nothing twice.
+"""Responses of a paid endpoint, cached on disk: a resumed round repeats no request.
 
 Each writing process appends JSON lines to a file of its own; all files are read when the cache is opened. A line that
 a crash cut short is ignored. Neither API keys nor headers are written.

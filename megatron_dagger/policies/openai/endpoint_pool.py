@@ -28,7 +28,7 @@ from megatron_dagger.policies.openai.cache import ResponseCache
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 60.0  # after a server's first failure, doubled with each further one
-_MAX_PAUSE_UNREACHABLE_S = 10.0  # the same if it cannot be reached: one that is starting is noticed soon
+_MAX_PAUSE_UNREACHABLE_S = 10.0  # for an unreachable server: it may be starting, and is noticed soon
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 _FATAL = {401, 402, 404}  # wrong key, no credit, wrong model name: every request would be refused
 _TOO_LONG = re.compile(r"context[ _](length|window)|maximum model length|too long", re.IGNORECASE)
@@ -60,7 +60,7 @@ class EndpointPool:
         self._thread: threading.Thread | None = None
 
     async def request(self, path: str, body: dict[str, Any], parse: Parse[T]) -> T:
-        """POST ``body`` to ``path`` on a server, and return what ``parse`` makes of the response.
+        """POST ``body`` to ``path`` on a server, and return ``parse`` of its response.
 
         Raises PolicyGone if no server answers any request within ``patience_s`` or one refuses all requests (401, 402,
         404); NoAction if the request is too long for the model; PolicyError if only this request fails, or if

@@ -74,8 +74,8 @@ class TeacherScores:
         for turn in turns[: last + 1]:
             start = position + len(turn.prompt_tokens)
             position = start + len(turn.action.tokens)
-            of_student = turn.acted_by is ActedBy.STUDENT
-            scored.append(self._scored(turn, scores[start:position]) if of_student else turn)
+            by_student = turn.acted_by is ActedBy.STUDENT
+            scored.append(self._scored(turn, scores[start:position]) if by_student else turn)
         return replace(trajectory, turns=(*scored, *turns[last + 1 :]))
 
     def _scored(self, turn: Turn, scores: _Scores) -> Turn:

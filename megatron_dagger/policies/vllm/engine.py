@@ -1,4 +1,4 @@
-"""A vLLM engine in this process, reduced to what the student needs.
+"""A vLLM engine in this process, with only the functions that the student needs.
 
 Only this module, ``preload.py`` and ``weights/vllm/`` touch vLLM. The code is the same for vLLM's CPU and CUDA builds.
 All methods must be called on one thread (``engine_thread``).
@@ -57,7 +57,7 @@ class Completion:
 
 
 def quantization_settings(config: VllmEngineConfig) -> dict[str, Any]:
-    """Return the config.json entries of an FP8 checkpoint, as Qwen3's have them; lm_head is not quantised."""
+    """Return the config.json entries of an FP8 checkpoint, as in Qwen3's; lm_head is not quantised."""
     if config.quantization == "none":
         return {}
     block = [BLOCK, BLOCK]
@@ -68,8 +68,8 @@ def quantization_settings(config: VllmEngineConfig) -> dict[str, Any]:
 class VllmEngine:
     """vLLM, started on the config.json in ``model_dir``.
 
-    It loads ``weights``, which ``accept`` then verifies. Without, it starts with dummy weights, which ``load``
-    replaces. ``intact`` says whether all workers hold the same version of real weights.
+    It loads ``weights``, which ``accept`` then verifies. Without ``weights`` it starts with dummy weights, which
+    ``load`` replaces. ``intact`` says whether all workers hold the same version of real weights.
     """
 
     def __init__(

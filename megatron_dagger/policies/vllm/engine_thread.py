@@ -188,7 +188,7 @@ class EngineThread:
             return True
 
     def _submit(self, engine: VllmEngine) -> None:
-        """Pass what has arrived to the engine, in order. A call waits until no request runs."""
+        """Pass the arrived items to the engine, in order. A call waits until no request runs."""
         while self._arrived:
             item = self._arrived[0]
             if isinstance(item, _Call) and self._running:

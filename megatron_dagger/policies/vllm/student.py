@@ -106,7 +106,7 @@ class VllmStudent:
         if remaining < 1:
             raise PolicyError(
                 f"the conversation has {len(state.tokens)} tokens, the engine's max_model_len is "
-                f"{self.config.max_model_len}; lower limits.max_tokens or raise engine.max_model_len"
+                f"{self.config.max_model_len}; lower rollout.limits.max_tokens or raise rollout.engine.max_model_len"
             )
         completion = await self._complete(
             state.tokens.tolist(),
@@ -134,7 +134,7 @@ class VllmStudent:
             return await asyncio.wait_for(asyncio.wrap_future(future), self.config.request_deadline_s)
         except TimeoutError:
             raise PolicyError(
-                f"no answer from vLLM within engine.request_deadline_s={self.config.request_deadline_s:.0f}"
+                f"no answer from vLLM within rollout.engine.request_deadline_s={self.config.request_deadline_s:.0f}"
             ) from None
         finally:
             if not future.done():
@@ -156,7 +156,7 @@ class VllmStudent:
             if not future.cancel():
                 self._thread.abort(name)
             raise PolicyError(
-                f"no answer from vLLM within engine.request_deadline_s={self.config.request_deadline_s:.0f}"
+                f"no answer from vLLM within rollout.engine.request_deadline_s={self.config.request_deadline_s:.0f}"
             ) from None
         assert result is not None, "the sampling asks for them"
         return result

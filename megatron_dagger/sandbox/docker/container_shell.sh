@@ -1,10 +1,10 @@
 # Runs in a container for the lifetime of its sandbox: one request per line on stdin, answered on stdout.
 #
-# A request is a line MARKER SECONDS KIND LENGTH LENGTH: a random word, a time limit, and the lengths in bytes of what
-# follows, a bash script and its stdin, which is text or base64 as KIND says. The answer is the script's output, then
-# a line of MARKER, its exit code, and how many processes the kernel has killed here for lack of memory. When a script
-# ends or its time is over, everything it started is killed: kill -1 reaches every process but this shell and the
-# container's main process, which belongs to another user.
+# A request is a line MARKER SECONDS KIND SCRIPT_LENGTH STDIN_LENGTH, then a bash script and its stdin of these lengths
+# in bytes. MARKER is a random word, SECONDS a time limit, and KIND says whether stdin is text or base64. The answer is
+# the script's output, then a line of MARKER, the exit code, and the number of processes that the kernel has killed here
+# for lack of memory. When a script ends or its time is over, everything it started is killed: kill -1 reaches every
+# process but this shell and the container's main process, which belongs to another user.
 kill -9 -1 2>/dev/null # processes of a lost shell
 stdin() { if [ "$kind" = text ]; then printf %s "$stdin"; else printf %s "$stdin" | base64 -d; fi; }
 while read -r marker seconds kind script_length stdin_length; do

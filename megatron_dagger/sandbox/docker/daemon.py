@@ -79,7 +79,7 @@ class DockerHost:
         return orphans
 
     def remove_own(self) -> None:
-        """Remove this process's containers of this run; whoever still uses one gets EnvironmentBroken."""
+        """Remove this process's containers of this run; a sandbox that still uses one gets EnvironmentBroken."""
         for container in self._containers(label=[f"{name}={value}" for name, value in self.labels.items()]):
             self.discard(container["Id"])
 
@@ -111,7 +111,7 @@ class DockerHost:
                 self._unremoved.add(container)
 
     def close(self) -> None:
-        """Remove what could not be removed before, and close the connection."""
+        """Retry the removals that failed, and close the connection."""
         for container in self._unremoved:
             with contextlib.suppress(EnvironmentBroken):
                 self.remove(container)
@@ -131,7 +131,7 @@ class DockerHost:
 
 
 def owner(pid: int | None = None) -> str:
-    """Return a name for a process (default: this one) that no other process of any host ever has."""
+    """Return a name for a process (default: this one) that is unique across hosts and reboots."""
     pid = os.getpid() if pid is None else pid
     return f"{socket.gethostname()} {_boot()} {pid} {_start_time(pid)}"
 

@@ -51,7 +51,7 @@ class ImageStore:
             self._awaited.discard(image)
         try:
             self._pull(image).result()
-            if not is_here(self._host, image):  # evicted since, or not prefetched for lack of space
+            if not has_image(self._host, image):  # evicted since, or not prefetched for lack of space
                 self._pull(image, again=True).result()
             yield image
         finally:
@@ -81,12 +81,12 @@ class ImageStore:
             return pull
 
     def _fetch(self, image: str, ahead: bool) -> None:
-        if is_here(self._host, image) or (ahead and self._layers_bytes() > self._budget_bytes):
+        if has_image(self._host, image) or (ahead and self._layers_bytes() > self._budget_bytes):
             return
         pause_s = FIRST_PAUSE_S
         for attempt in range(1, PULL_ATTEMPTS + 1):
             try:
-                with broken_as(f"image {image} is not here and cannot be pulled"):
+                with broken_as(f"image {image} is missing and cannot be pulled"):
                     self._host.client.images.pull(*_name_and_tag(image))
                 break
             except EnvironmentBroken as error:
@@ -136,7 +136,7 @@ class ImageStore:
                 time.sleep(DISK_USE_PAUSE_S)
 
 
-def is_here(host: DockerHost, image: str) -> bool:
+def has_image(host: DockerHost, image: str) -> bool:
     """Return whether the daemon has the image."""
     try:
         with broken_as(f"image {image} cannot be looked up"):

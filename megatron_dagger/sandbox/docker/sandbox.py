@@ -2,11 +2,11 @@
 
 No network, no capabilities, no new privileges; limits on memory, processors, processes, disk and output. Commands run
 one at a time, as the container's root user, through a shell in the container (see shell.py). Working directory,
-exported variables and functions persist from command to command. Processes do not: what a command leaves running is
-killed when it ends.
+exported variables and functions persist from command to command. Processes do not: when a command ends, all processes
+it started are killed.
 
 A command that fails, hangs or prints endlessly is an observation. Exceeded memory or disk limits, a dead container and
-a lost daemon raise EnvironmentBroken: what the agent would see afterwards says nothing about its actions.
+a lost daemon raise EnvironmentBroken: later observations would say nothing about the agent's actions.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ KEEPER = "65534:65534"  # user of the container's main process: root without cap
 
 @dataclass(frozen=True, kw_only=True)
 class DockerLimits(SandboxLimits):
-    """What a container may use. ``disk_mib`` limits what it writes, checked every second and after long commands."""
+    """The limits of a container. ``disk_mib`` limits its writes, checked every second and after long commands."""
 
     timeout_s: float = 120.0
     memory_mib: int = 4096
@@ -77,15 +77,15 @@ class DockerSandbox:
         self._container: str | None = None
         self._shell: ContainerShell | None = None
         self._killed = 0
-        self._asking = threading.Lock()
+        self._request_lock = threading.Lock()
         self._closed = False
-        self._holding = contextlib.ExitStack()
+        self._image_hold = contextlib.ExitStack()
         if images is not None:
-            self._holding.enter_context(images.hold(image))
+            self._image_hold.enter_context(images.hold(image))
         try:
             self._start()
         except BaseException:
-            self._holding.close()
+            self._image_hold.close()
             raise
 
     # -- the FileSandbox protocol -------------------------------------------------------------
@@ -150,7 +150,7 @@ class DockerSandbox:
         """End every process in the container and remove it. May be called twice, and during a command."""
         self._closed = True
         self._remove()
-        self._holding.close()
+        self._image_hold.close()
 
     def __enter__(self) -> Self:
         return self
@@ -208,13 +208,13 @@ class DockerSandbox:
             self._host.discard(container)
 
     def _new_shell(self) -> None:
-        """Replace the shell, which kills what the old one ran. Raises EnvironmentBroken if none starts."""
+        """Replace the shell; the new one kills the old one's processes. Raises EnvironmentBroken if none starts."""
         if self._shell is not None:
             self._shell.close()
         if self._closed or self._container is None:
             raise EnvironmentBroken("the sandbox is closed")
         try:
-            with broken_as("the container takes no command"):
+            with broken_as("the container accepts no command"):
                 self._shell = ContainerShell(self._host.client.api, self._container, self.root)
         except (ShellLost, EnvironmentBroken) as error:
             raise self._cause(error) from error
@@ -235,7 +235,7 @@ class DockerSandbox:
             return self._out_of_memory()
         if not state["Running"]:
             return EnvironmentBroken(f"the container ended: exit code {state['ExitCode']} {state['Error']}".rstrip())
-        return EnvironmentBroken(f"the container takes no command: {error}")
+        return EnvironmentBroken(f"the container accepts no command: {error}")
 
     def _settled_state(self, container: str) -> Mapping[str, Any]:
         """Return the container's state. A busy daemon learns of a container's end late: wait up to SETTLE_S for it."""
@@ -247,7 +247,9 @@ class DockerSandbox:
             time.sleep(SETTLE_PAUSE_S)
 
     def _out_of_memory(self) -> EnvironmentBroken:
-        return EnvironmentBroken(f"more memory was wanted than {self.limits.memory_mib} MiB", StopReason.OUT_OF_MEMORY)
+        return EnvironmentBroken(
+            f"more than {self.limits.memory_mib} MiB of memory were needed", StopReason.OUT_OF_MEMORY
+        )
 
     def _count_killed(self, killed: int) -> None:
         before, self._killed = self._killed, killed
@@ -270,12 +272,12 @@ class DockerSandbox:
         """Allow one request at a time: a cancelled episode is closed while its last command still runs."""
         if self._closed:
             raise EnvironmentBroken("the sandbox is closed")
-        if not self._asking.acquire(blocking=False):
+        if not self._request_lock.acquire(blocking=False):
             raise EnvironmentBroken("the sandbox is still busy with another request")
         try:
             yield
         finally:
-            self._asking.release()
+            self._request_lock.release()
 
     def _ask(self, script: str, stdin: str | bytes, output: Sink, timeout_s: float) -> Answer:
         shell = self._shell

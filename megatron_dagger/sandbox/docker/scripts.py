@@ -30,7 +30,7 @@ inside() {{ # exit if the path, or a link in it, leads out of the work tree
 }}
 """
 
-# stdin: names, one per line. Their parents must be in the work tree; what exists under these names is removed.
+# stdin: names, one per line. Their parents must be in the work tree; files and links of these names are removed.
 CLEAR = f"""{_INSIDE}
 mapfile -t names
 for name in "${{names[@]}}"; do inside "$(dirname -- "$name")" "$name"; done

@@ -1,8 +1,8 @@
 """A sandbox in its own Linux namespaces, made by bubblewrap.
 
-No network, no capabilities, its own process ids, and no files of the host but the interpreter's (read-only). The work
-tree and /tmp are in memory, of limited size, and vanish with the sandbox. Started by root, every sandbox runs under
-its own unprivileged user id, so the limit on processes counts only its own.
+No network, no capabilities, its own process ids, and of the host's files only system programs, libraries and the
+interpreter, read-only. The work tree and /tmp are in memory, of limited size, and vanish with the sandbox. Started by
+root, every sandbox runs under its own unprivileged user id, so the limit on processes counts only its own.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _work_dir() -> str:
 
 @functools.cache
 def _system_paths() -> tuple[str, ...]:
-    """Read-only paths that the interpreter and a shell need, none of them inside another."""
+    """Return the read-only paths that the interpreter and a shell need, none of them inside another."""
     wanted = {"/usr", "/etc/alternatives", "/etc/ld.so.cache", sys.prefix, sys.base_prefix, sys.exec_prefix}
     wanted |= {f"/{d}" for d in ("bin", "sbin", "lib", "lib64") if not os.path.islink(f"/{d}")}
     existing = sorted({os.path.realpath(p) for p in wanted if os.path.exists(p)} | {sys.prefix})

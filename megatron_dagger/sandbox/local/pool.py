@@ -17,7 +17,7 @@ from megatron_dagger.sandbox.local.process import ProcessSandbox, remove_abandon
 
 
 class SandboxPool:
-    """Lends sandboxes made by ``factory``; safe to use from many threads. Removes what killed processes left behind."""
+    """Lends sandboxes made by ``factory``; safe to use from many threads. Removes folders of killed processes."""
 
     def __init__(self, factory: Callable[[], ProcessSandbox]):
         remove_abandoned()

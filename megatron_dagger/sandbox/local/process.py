@@ -36,7 +36,7 @@ START_TIMEOUT_S = 60.0
 GRACE_S = 10.0  # beyond a command's own timeout, until the server itself counts as broken
 TRANSFER_FILE = ".sandbox-transfer"  # in the work tree, while write_file runs
 _MISSING, _IS_DIRECTORY = 82, 83  # exit codes of the file scripts
-# A child that is killed with its parent is killed when the parent's thread that started it ends: this thread lives on.
+# The parent-death signal comes when the *thread* that started the child ends: this one lives as long as the process.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sandbox-spawner")
 # -B is essential: two edits of one line within a second give files of the same size and time, and Python would run
 # the bytecode of the first for the second.
@@ -63,10 +63,10 @@ class ProcessSandbox:
         self._preload = tuple(preload)
         self._python = python
         self._home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX))
-        self._holding = os.open(self._home, os.O_RDONLY)
-        fcntl.flock(self._holding, fcntl.LOCK_EX)  # held until this process ends: see remove_abandoned
+        self._home_lock = os.open(self._home, os.O_RDONLY)
+        fcntl.flock(self._home_lock, fcntl.LOCK_EX)  # held until this process ends: see remove_abandoned
         self._buffer = b""
-        self._asking = threading.Lock()
+        self._request_lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._process = _spawner.submit(self._start).result(START_TIMEOUT_S)
@@ -168,9 +168,9 @@ class ProcessSandbox:
                     with contextlib.suppress(OSError):  # nobody reads what is still buffered
                         pipe.close()
         shutil.rmtree(self._home, ignore_errors=True)
-        holding, self._holding = self._holding, -1
-        if holding >= 0:
-            os.close(holding)
+        descriptor, self._home_lock = self._home_lock, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self
@@ -192,12 +192,12 @@ class ProcessSandbox:
     def _ask(self, request: dict[str, Any], timeout_s: float = 0.0) -> dict[str, Any]:
         # A cancelled episode is closed while its last command still runs in another thread: the two must not share
         # the pipe.
-        if not self._asking.acquire(blocking=False):
+        if not self._request_lock.acquire(blocking=False):
             raise EnvironmentBroken("the sandbox is still busy with another request")
         try:
             return self._exchange(request, timeout_s)
         finally:
-            self._asking.release()
+            self._request_lock.release()
 
     def _exchange(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         process = self._process
@@ -250,9 +250,9 @@ def remove_abandoned() -> None:
         with contextlib.suppress(OSError):  # another user's, locked, or just gone
             if time.time() - home.stat().st_mtime < ABANDONED_AFTER_S:
                 continue
-            holding = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            descriptor = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(holding, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(home, ignore_errors=True)
             finally:
-                os.close(holding)
+                os.close(descriptor)

@@ -34,7 +34,7 @@ PR_SET_DUMPABLE = 4
 
 
 class Server:
-    """Runs commands below ``root``, one at a time, for a driver at the other end of a pipe."""
+    """Runs commands below ``root``, one at a time, for the process at the other end of a pipe."""
 
     def __init__(self, options: argparse.Namespace):
         self.root: str = options.root
@@ -123,7 +123,7 @@ class Server:
                 resource.setrlimit(limit, (value, value))
 
     def _end(self, child: int, deadline: float) -> int | None:
-        """Kill what the command left running; return the child's wait status, None if the child had to be killed."""
+        """Kill the processes that the command left; return the child's wait status, or None if it had to be killed."""
         status = None
         while True:
             pid, wait_status = os.waitpid(child, os.WNOHANG)

@@ -50,7 +50,7 @@ class BatchPlan:
         return chosen
 
 
-def share_out(rows: np.ndarray, costs: np.ndarray, ranks: int) -> list[np.ndarray]:
+def distribute_rows(rows: np.ndarray, costs: np.ndarray, ranks: int) -> list[np.ndarray]:
     """Return each rank's rows: equally many, with sums of costs as even as a greedy rule makes them.
 
     ``costs`` has an entry per row of the dataset; an EMPTY_ROW costs nothing. The most expensive row goes first, to

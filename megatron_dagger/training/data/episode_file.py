@@ -28,7 +28,7 @@ def save_episodes(path: Path, episodes: Sequence[LabelledEpisode]) -> None:
 def load_episodes(path: Path) -> list[LabelledEpisode]:
     """Return the episodes that ``save_episodes`` wrote to ``path``."""
     with np.load(path, allow_pickle=False) as file:
-        texts = np.split(file["tokens"], np.cumsum(file["lengths"])[:-1])
+        streams = np.split(file["tokens"], np.cumsum(file["lengths"])[:-1])
         targets = np.split(file["label_tokens"], np.cumsum(file["label_lengths"])[:-1])
         labels = [
             StateLabel(position=int(position), tokens=tokens, weight=float(weight))
@@ -37,7 +37,7 @@ def load_episodes(path: Path) -> list[LabelledEpisode]:
         ends = np.cumsum(file["labels"])
         return [
             LabelledEpisode(tokens=tokens, labels=tuple(labels[end - count : end]))
-            for tokens, count, end in zip(texts, file["labels"], ends, strict=False)
+            for tokens, count, end in zip(streams, file["labels"], ends, strict=False)
         ]
 
 

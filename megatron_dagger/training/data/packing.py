@@ -145,7 +145,7 @@ def pack(
     packing: Packing = "shared_prefix",
     one_sample_per_row: bool = False,
 ) -> PackedDataset:
-    """Make samples of ``episodes`` and pack them into rows of ``sequence_length`` tokens.
+    """Build samples from ``episodes`` and pack them into rows of ``sequence_length`` tokens.
 
     Labels that fit into no row are dropped, counted and logged. Raises what ``build_samples`` raises.
     """
@@ -159,7 +159,9 @@ def pack(
     if too_long:
         logger.warning(
             "too_long: %d labels of %d episodes exceed training.sequence_length=%d and were dropped",
-            *(too_long, cut, sequence_length),
+            too_long,
+            cut,
+            sequence_length,
         )
     lengths = [sample.length for sample in samples]
     rows = [(i,) for i in range(len(samples))] if one_sample_per_row else pack_bins(lengths, sequence_length)

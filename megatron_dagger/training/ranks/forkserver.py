@@ -1,8 +1,8 @@
 """A server process that has imported torch and Megatron-Core, and forks ranks that need not import them again.
 
 ``RankServer`` is the driver's end; ``python -m megatron_dagger.training.ranks.forkserver`` is the process. It has one
-thread, never computes, and ends with the driver; its ranks end with it. multiprocessing's forkserver does not serve:
-its children keep the server alive when the driver is killed, each child runs the driver's main module again, a failed
+thread, never computes, and ends with the driver; its ranks end with it. multiprocessing's forkserver is not used: its
+children keep the server alive when the driver is killed, each child runs the driver's main module again, a failed
 preload is silent, and there is only one per process, which the driver's rollout engine may need.
 
 Variables that torch and OpenMP read on import have the server's values. A rank gets its own environment, ``sys.path``
@@ -157,14 +157,18 @@ def main() -> None:
 
 
 def _import(names: Sequence[str], driver: int) -> str:
-    """Import the modules, exiting if the driver is gone; return the tracebacks of failed imports."""
+    """Import the modules, exiting if the driver is gone; return the tracebacks of failed imports.
+
+    The driver is checked before each import of a module. A watching thread would make forking unsafe, and
+    ``signals.parent_death_hook`` would kill the server as soon as the driver's thread that started it ends.
+    """
 
     def find_spec(*_: object) -> None:
         if os.getppid() != driver:
             os._exit(1)
 
     failures, watcher = "", types.SimpleNamespace(find_spec=find_spec)
-    sys.meta_path.insert(0, watcher)  # asked before each import of a module
+    sys.meta_path.insert(0, watcher)
     for name in names:
         try:
             importlib.import_module(name)
@@ -218,7 +222,7 @@ def _become_rank(connection: Connection, log: int, store: int | None = None) -> 
             connection.send(("pid", os.getpid()))
             module_args, variables, directory = connection.recv()
         except (EOFError, OSError):
-            os._exit(1)  # the driver gave the launch up
+            os._exit(1)  # the driver abandoned the launch
     ctypes.CDLL(None).prctl(_PR_SET_NAME, f"rank-{variables['RANK']}".encode(), 0, 0, 0)
     os.environ.clear()
     os.environ.update(variables)

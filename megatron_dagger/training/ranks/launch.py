@@ -44,7 +44,7 @@ def launch(
     threads: int = 1,
     env: Mapping[str, str] | None = None,
 ) -> None:
-    """Run ``python -m *module_args`` once for each of this host's ranks; return when all have ended well.
+    """Run ``python -m *module_args`` once for each of this host's ranks; return when all have exited with 0.
 
     Each rank writes to ``log_dir/rank-N.log``. ``threads`` are OpenMP's per rank; ``env`` are further variables. If a
     rank fails, after ``deadline_s`` seconds, or if this process is interrupted or killed, all ranks are killed.
@@ -55,7 +55,7 @@ def launch(
     """
     if parallel.world_size % parallel.nodes:
         raise ConfigError(
-            f"training.parallel.world_size={parallel.world_size} is no multiple of "
+            f"training.parallel.world_size={parallel.world_size} is not a multiple of "
             f"training.parallel.nodes={parallel.nodes}"
         )
     check_gpus(parallel, visible_gpus({**os.environ, **(env or {})}))
@@ -89,12 +89,12 @@ def node_rank(parallel: ParallelConfig) -> int:
 
 
 def check_gpus(parallel: ParallelConfig, gpus: int | None) -> None:
-    """Raise ConfigError if a node would have more ranks than ``gpus``; None, on the CPU, is no limit."""
+    """Raise ConfigError if a node would have more ranks than ``gpus``; None (on the CPU) sets no limit."""
     ranks = parallel.world_size // parallel.nodes
     if gpus is not None and ranks > gpus:
         raise ConfigError(
             f"training.parallel.world_size={parallel.world_size} on training.parallel.nodes={parallel.nodes} is "
-            f"{ranks} ranks a node, but {gpus} GPUs are visible on this one; set world_size={parallel.nodes * gpus}, "
+            f"{ranks} ranks per node, but {gpus} GPUs are visible on this one; set world_size={parallel.nodes * gpus}, "
             "or use more nodes"
         )
 

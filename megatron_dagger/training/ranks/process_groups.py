@@ -19,7 +19,7 @@ from megatron_dagger.config import ConfigError, ParallelConfig
 from megatron_dagger.training import compat, cpu_shim
 from megatron_dagger.training.ranks.forkserver import STORE_FD
 
-_stores: list[torch.distributed.Store] = []  # the rendezvous, kept for the process's next block
+_stores: list[torch.distributed.Store] = []  # at most one: the rendezvous, kept for the process's next block
 _joins = itertools.count()
 
 
@@ -46,7 +46,7 @@ def process_groups(parallel: ParallelConfig, *, seed: int, deadline_s: float, th
         torch.cuda.set_device(device)
     _join(world_size, "gloo" if cpu else "nccl", deadline_s)
     try:
-        _lay_out(parallel, seed, deadline_s)
+        _initialise_megatron(parallel, seed, deadline_s)
         yield device
     finally:
         _leave()
@@ -80,7 +80,7 @@ def _rendezvous(rank: int, world_size: int, timeout: datetime.timedelta) -> torc
     )
 
 
-def _lay_out(parallel: ParallelConfig, seed: int, deadline_s: float) -> None:
+def _initialise_megatron(parallel: ParallelConfig, seed: int, deadline_s: float) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

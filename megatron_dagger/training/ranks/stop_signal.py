@@ -15,7 +15,7 @@ class StopSignal:
     """Context manager: within the block SIGTERM and SIGUSR1 are remembered instead of ending the process."""
 
     def __init__(self) -> None:
-        self._came = False
+        self._received = False
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -27,10 +27,10 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def on_any_rank(self, device: torch.device) -> bool:
-        """Return whether a signal came to any rank. A collective: all ranks get the same answer."""
-        came = torch.tensor([self._came], dtype=torch.int32, device=device)
-        torch.distributed.all_reduce(came, torch.distributed.ReduceOp.MAX)
-        return bool(came.item())
+        """Return whether any rank received a signal. A collective: all ranks get the same answer."""
+        received = torch.tensor([self._received], dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        return bool(received.item())
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._came = True
+        self._received = True

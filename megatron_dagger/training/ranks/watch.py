@@ -45,7 +45,7 @@ class Rank:
 
 
 def wait_for_ranks(ranks: Sequence[Rank], deadline_s: float) -> None:
-    """Return when all ranks have ended well.
+    """Return when all ranks have exited with 0.
 
     Raises LaunchError if a rank fails or after ``deadline_s``, SystemExit(STOPPED) if a rank stopped by a signal.
     """

@@ -5,6 +5,7 @@ Works on torch tensors and numpy arrays alike; torch is imported only if the ten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -39,6 +40,11 @@ def canonical_names(model: ModelConfig) -> dict[str, Shape]:
     return lookup(model).canonical_names(model)
 
 
+def parameter_count(model: ModelConfig) -> int:
+    """Return the number of the model's weights. A tied embedding counts once."""
+    return sum(math.prod(shape) for shape in canonical_names(model).values())
+
+
 __all__ = [
     "WEIGHT_MAPS",
     "FusedPart",
@@ -50,5 +56,6 @@ __all__ = [
     "canonical_names",
     "from_canonical",
     "lookup",
+    "parameter_count",
     "to_canonical",
 ]

@@ -138,7 +138,7 @@ def _first_layer(table: Mapping[str, MegatronTensor]) -> list[str]:
 def _concatenate(arrays: list[Any], *, axis: int) -> Any:
     if len(arrays) == 1:
         return arrays[0]
-    if _is_numpy(arrays[0]):
+    if is_numpy(arrays[0]):
         import numpy as np
 
         return np.concatenate(arrays, axis=axis)
@@ -148,12 +148,13 @@ def _concatenate(arrays: list[Any], *, axis: int) -> Any:
 
 
 def _zero_rows(like: Any, rows: int) -> Any:
-    if _is_numpy(like):
+    if is_numpy(like):
         import numpy as np
 
         return np.zeros((rows, *like.shape[1:]), dtype=like.dtype)
     return like.new_zeros((rows, *like.shape[1:]))
 
 
-def _is_numpy(tensor: Any) -> bool:
+def is_numpy(tensor: Any) -> bool:
+    """Return whether the tensor is a numpy array, without importing torch."""
     return type(tensor).__module__.partition(".")[0] == "numpy"

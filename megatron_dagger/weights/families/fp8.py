@@ -22,9 +22,9 @@ from megatron_dagger.weights.families.megatron_tensor import FusedPart, Megatron
 from megatron_dagger.weights.families.vllm_tensor import VllmTensor
 
 Quantization = Literal["none", "fp8"]
-BLOCK = 128
-VALUES = "float8_e4m3fn"
-SCALES = "_scale_inv"
+BLOCK = 128  # rows and columns
+VALUES = "float8_e4m3fn"  # the dtype of quantised values, by torch's name
+SCALES = "_scale_inv"  # ends the names of scales
 
 
 def vllm_table(model: ModelConfig, quantization: Quantization) -> dict[str, VllmTensor]:
@@ -66,7 +66,7 @@ def parameter_dtypes(model: ModelConfig, quantization: Quantization, dtype: str)
 
 
 def is_quantised(parameter: VllmTensor) -> bool:
-    """Return whether the parameter is a linear layer's matrix. Those are sharded; the router is not."""
+    """Return whether the parameter is a linear layer's matrix. These are sharded, unlike the router."""
     return bool(parameter.tail) and parameter.shard_dim is not ShardDim.NONE and not parameter.padded
 
 
@@ -81,7 +81,7 @@ def source_name(scales: str) -> str:
 
 
 def scales_shape(shape: Shape) -> Shape:
-    """Return the shape of a matrix's scales: one for each block, started ones included."""
+    """Return the shape of a matrix's scales: one per block, partial blocks included."""
     return tuple(math.ceil(extent / BLOCK) for extent in shape)
 
 

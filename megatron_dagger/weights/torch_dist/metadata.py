@@ -60,7 +60,7 @@ class StoredTensor:
 def read_metadata(directory: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the checkpoint in ``directory`` by its stored name.
 
-    Raises CheckpointReadError if the index is missing, damaged or incomplete, or contains another class.
+    Raises CheckpointReadError if the index is missing, damaged or incomplete, or refers to an unexpected class.
     """
     path = directory / METADATA_FILE
     try:

@@ -52,7 +52,7 @@ class MegatronCheckpoint:
         self.directory = Path(directory)
         self.tensors = read_metadata(self.directory)
         self._maps: dict[Path, mmap.mmap] = {}
-        self._views: dict[tuple[str, Chunk], torch.Tensor] = {}  # each block of a chunk needs its view
+        self._views: dict[tuple[str, Chunk], torch.Tensor] = {}  # kept, since every block of a chunk needs its view
         self._chunks_of: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}  # by stored name, then ``Source.lead``
 
     @property
@@ -106,13 +106,15 @@ class MegatronCheckpoint:
     def read(self, source: Source, box: Box | None = None) -> torch.Tensor:
         """Return a Megatron tensor of a single layer, or a box of it, in the stored dtype.
 
-        If a single chunk holds all of it, the result is a view of the file, which is read on use.
+        If a single chunk holds all of it, the result is a view of the file, which is read on use. Raises
+        CheckpointReadError if the chunks do not cover it.
         """
         import torch
 
         box = box or Box((0,) * len(source.shape), source.shape)
         parts = list(self.parts(source, box))
-        assert parts, "the chunks were checked to cover the tensor"
+        if sum(part.elements for part, _ in parts) != box.elements:
+            raise CheckpointReadError(f"{self.directory}: the stored chunks do not cover {source.name!r}")
         if parts[0][0].shape == box.shape:
             return parts[0][1]
         result = torch.empty(box.shape, dtype=parts[0][1].dtype)
@@ -139,7 +141,10 @@ class MegatronCheckpoint:
         return sum(chunk.length for tensor in stored.values() for chunk in tensor.chunks)
 
     def _chunks(self, source: Source) -> list[Chunk]:
-        """Return the chunks with a part of the tensor, out of very many in an entry of many layers and experts."""
+        """Return the chunks that hold a part of the tensor.
+
+        An entry of many layers and experts has very many chunks, so they are indexed on the first call.
+        """
         table = self._chunks_of.get(source.stored.name)
         if table is None:
             table = self._chunks_of[source.stored.name] = defaultdict(list)
@@ -232,8 +237,3 @@ class _Window(io.RawIOBase):
         first = self._start + self._position
         self._position += count
         return self._memory[first : first + count]
-
-
-def parameters(model: ModelConfig) -> int:
-    """Return the number of the model's weights."""
-    return sum(math.prod(shape) for shape in families.canonical_names(model).values())

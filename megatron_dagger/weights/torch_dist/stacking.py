@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-Index = tuple[int, ...]
+from megatron_dagger.weights.blocks import Index
 
 _LAYERS = "decoder.layers."
 _EXPERTS = "mlp.experts.experts."

@@ -51,7 +51,7 @@ def write_megatron(
 
     Files already in ``directory`` must be of the same weights and arguments, which ``store.resumable`` ensures.
     ``read(name)`` returns a full Megatron tensor by global name (``WeightMap.megatron_tensors``), including padding
-    rows, which is cast to ``dtype`` (torch's name). Raises ConfigError or WeightMapError if the model does not fit the
+    rows; it is cast to ``dtype`` (torch's name). Raises ConfigError or WeightMapError if the model does not fit the
     layout ``source``.
     """
     import torch

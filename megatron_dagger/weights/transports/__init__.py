@@ -1,4 +1,4 @@
-"""Transports: the ways for the copies of a plan to reach a rank of the engine.
+"""Transports carry the copies of a plan to the ranks of the engine.
 
 A trainer or a checkpoint is described by a WeightSource. Each rank of the engine opens it (``open.open_transport``) and
 receives the blocks of its copies in order, each valid until the next. At most two buckets are in memory. The
@@ -48,7 +48,7 @@ class Transport:
     same_host: bool = False
 
 
-# Where several transports could be used, the first is.
+# In order of preference: the first one that can be used is used.
 TRANSPORTS = {
     "checkpoint": Transport(module="megatron_dagger.weights.transports.checkpoint", from_trainer=False),
     "shared_memory": Transport(module="megatron_dagger.weights.transports.shared_memory", same_host=True),
@@ -82,7 +82,7 @@ class WeightSource:
 
     @property
     def from_trainer(self) -> bool:
-        """Whether trainer ranks send the weights from memory, where they will be replaced."""
+        """Whether running trainer ranks send the weights from their memory."""
         return TRANSPORTS[self.kind].from_trainer
 
     @property

@@ -35,7 +35,7 @@ class CheckpointTransport:
         stored = {source.stored.dtype for source in self._sources.values()}
         if stored != {spec.dtype}:
             raise WeightSyncError(
-                f"{checkpoint.directory} holds {' and '.join(sorted(stored))}, the engine wants {spec.dtype}: "
+                f"{checkpoint.directory} holds {' and '.join(sorted(stored))}, but the engine needs {spec.dtype}: "
                 "set rollout.engine.dtype (vLLM's own --dtype) to the checkpoint's, or convert the checkpoint"
             )
 
@@ -55,7 +55,7 @@ class CheckpointTransport:
                 yield from self._read(of_parameter)
 
     def _scales(self, name: str, copies: Sequence[Copy]) -> torch.Tensor:
-        """Return the scales of this rank's parameter. Its values are read for them, and again to be quantised."""
+        """Read this rank's parameter and return its scales. The values are read again when they are quantised."""
         import torch
 
         from megatron_dagger.weights.quantise import fold_maxima, scales_of

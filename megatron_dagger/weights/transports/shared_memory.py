@@ -165,7 +165,7 @@ class SharedMemoryReceiver:
     def _connect(self, rank: int, directory: str, plan_digest: str) -> None:
         path = socket_path(directory, rank)
         try:
-            peer = self._stack.enter_context(_connect(path, self._deadline_s))
+            peer = self._stack.enter_context(_connect_socket(path, self._deadline_s))
             peer.settimeout(self._deadline_s)
             peer.sendall((json.dumps({"target_rank": self._rank, "plan": plan_digest}) + "\n").encode())
             data, descriptors, _, _ = socket.recv_fds(peer, _MAX_MESSAGE_BYTES, 1)
@@ -220,7 +220,7 @@ def new_address(host: str, directory: Path) -> str:
     return tempfile.mkdtemp(dir=directory)
 
 
-def _connect(path: str, deadline_s: float) -> socket.socket:
+def _connect_socket(path: str, deadline_s: float) -> socket.socket:
     """Connect to a socket, waiting for it to appear. Raises OSError after the deadline."""
     end = time.monotonic() + deadline_s
     while True:

@@ -17,6 +17,7 @@ import xxhash
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.weights.blocks import Block, Box
 from megatron_dagger.weights.errors import WeightMapError
+from megatron_dagger.weights.families.base import is_numpy
 from megatron_dagger.weights.verify.hash_tiles import Tiles, hash_tiles
 
 _MODULUS = 2**64
@@ -35,7 +36,7 @@ def digest_shares(blocks: Sequence[Block], tensor: Any, model: ModelConfig) -> S
     """
     table = hash_tiles(model)
     shares: Shares = {}
-    tensor = tensor if _is_numpy(tensor) else tensor.detach()
+    tensor = tensor if is_numpy(tensor) else tensor.detach()
     for block in blocks:
         for single, values in _each_expert(block, tensor):
             tiles = table[single.name]
@@ -139,7 +140,7 @@ def _tiles_of_rows(values: Any, extent: int) -> Iterator[memoryview]:
 
 def _host_buffer(tensor: Any) -> Any:
     """Return an empty contiguous array like the tensor in host memory, page-locked if the tensor is on a GPU."""
-    if _is_numpy(tensor):
+    if is_numpy(tensor):
         import numpy as np
 
         return np.empty(tensor.shape, tensor.dtype)
@@ -148,17 +149,13 @@ def _host_buffer(tensor: Any) -> Any:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
 
 
-def _is_numpy(tensor: Any) -> bool:
-    return type(tensor).__module__.partition(".")[0] == "numpy"
-
-
 def _dtype(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def _bytes(tensor: Any) -> memoryview:
     assert sys.byteorder == "little", "digests are defined on little-endian bytes"
-    if _is_numpy(tensor):
+    if is_numpy(tensor):
         import numpy as np
 
         return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data

@@ -53,7 +53,7 @@ _STATE = "megatron_dagger_transfer_state"  # attribute of a model
 def register() -> None:
     """Register the transfer engine and the loader with vLLM in this process. Repeated calls have no effect."""
     if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, BridgeEngine)
+        WeightTransferEngineFactory.register_engine(BACKEND, MegatronTransferEngine)
     if LOAD_FORMAT not in _LOAD_FORMAT_TO_MODEL_LOADER:
         register_model_loader(LOAD_FORMAT)(MegatronLoader)
 
@@ -76,7 +76,10 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 @dataclass(frozen=True, kw_only=True)
 class TransferState:
-    """The result of the last update, or of loading, on a worker. It is an attribute of the worker's model.
+    """The result of the last update, or of loading, on a worker.
+
+    It is an attribute of the worker's model: the loader, which runs before the transfer engine exists, has nothing else
+    in common with it.
 
     ``shares``: the worker's shares of the digests. ``error``: why the update failed, or None. ``touched``: whether the
     model's weights had begun to change.
@@ -100,7 +103,7 @@ class TransferState:
 _NO_UPDATE = TransferState(shares={}, error="no weights have been loaded yet", touched=False)
 
 
-class BridgeEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+class MegatronTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Replaces the weights of a vLLM worker's model in place."""
 
     init_info_cls = InitInfo
@@ -171,7 +174,7 @@ class MegatronLoader(BaseModelLoader):
 class WorkerExtension:
     """Methods added to vLLM's workers, for ``collective_rpc`` by name."""
 
-    weight_transfer_engine: BridgeEngine
+    weight_transfer_engine: MegatronTransferEngine
 
     def transfer_state(self) -> TransferState:
         """Return the result of the last update, or of loading."""

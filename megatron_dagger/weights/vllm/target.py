@@ -65,8 +65,9 @@ class VllmTarget:
                         shard = spec.target.shard(self._rank, experts=parameter.experts > 0)
                         self._fill(name, tensor, parameter.shape(shard), parameter.padding(shard), arrivals)
                         digests.add(parameter.blocks(shard), tensor)
-            for copy, _ in arrivals:
-                raise AssertionError(f"the plan has another copy for {copy.target_parameter!r}, which is full")
+            surplus = next(arrivals, None)
+            if surplus is not None:
+                raise WeightSyncError(f"a block arrived for {surplus[0].target_parameter!r}, which is full")
             return digests.finish()
 
     def _fill(
@@ -83,7 +84,8 @@ class VllmTarget:
         missing = math.prod(shape) - (padding.elements if padding else 0)
         while missing > 0:
             copy, block = next(arrivals)
-            assert copy.target_parameter == name, "copies come in the order of the parameters"
+            if copy.target_parameter != name:
+                raise WeightSyncError(f"a block arrived for {copy.target_parameter!r} while {name!r} is incomplete")
             if block.dtype != tensor.dtype:
                 raise WeightSyncError(f"vLLM's {name!r} is {tensor.dtype}, but {block.dtype} arrives for it")
             self.touched = True
@@ -110,7 +112,7 @@ class VllmTarget:
 
     @contextmanager
     def _writable(self, layer: torch.nn.Module, digests: DigestPool) -> Iterator[Mapping[str, torch.Tensor]]:
-        """Context manager of the layer's own parameters, to be filled in the block. After it vLLM serves them."""
+        """Context manager: yield the layer's own parameters, which the block fills. vLLM serves them afterwards."""
         if self._fresh or _is_served_unpacked(layer):
             yield {name: parameter.data for name, parameter in layer.named_parameters(recurse=False)}
             return

@@ -1,4 +1,4 @@
-"""What users type, right and wrong, and what must come back."""
+"""Calls of the command line, valid and invalid, and their expected outcomes."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tools.check.cli_cases import CASES, problem_of
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_command_line_answers(case):
+def test_a_call_has_its_expected_outcome(case):
     assert problem_of(case) == ""
 
 

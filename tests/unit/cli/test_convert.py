@@ -1,4 +1,4 @@
-"""Interrupted conversions: the same command resumes them, any other starts again."""
+"""Interrupted conversions: the same command resumes them, a different one starts from scratch."""
 
 import os
 import shutil
@@ -79,8 +79,8 @@ def test_the_repeated_command_resumes(models, tmp_path, monkeypatch, command):
     source, target = models / "a" / SOURCES[command], tmp_path / "out"
     written = interrupted(monkeypatch, command, source, target, *SMALL)
     assert run(command, source, target, *SMALL) == 0
-    for path, when in written.items():
-        assert (target / path.name).stat().st_mtime_ns == when, "finished files are not written again"
+    for path, mtime in written.items():
+        assert (target / path.name).stat().st_mtime_ns == mtime, "finished files are not written again"
     assert digests(target) == digests(source)
     assert run(command, source, tmp_path / "at-once", *SMALL) == 0
     assert {path.name for path in target.iterdir()} == {path.name for path in (tmp_path / "at-once").iterdir()}
@@ -109,10 +109,10 @@ def test_tensors_of_a_source_that_changed_are_not_mixed_in(models, tmp_path, mon
 @pytest.mark.parametrize("command", SOURCES)
 @pytest.mark.parametrize("setting", [("--dtype", "bfloat16"), ("--shard-mib", "1")])
 def test_tensors_written_with_other_settings_are_not_mixed_in(models, tmp_path, monkeypatch, command, setting):
-    source, other = models / "a" / SOURCES[command], [*SMALL, *setting]
+    source, new_settings = models / "a" / SOURCES[command], [*SMALL, *setting]
     interrupted(monkeypatch, command, source, tmp_path / "out", *SMALL)
     for target in ("out", "at-once"):
-        assert run(command, source, tmp_path / target, *other) == 0
+        assert run(command, source, tmp_path / target, *new_settings) == 0
     out, at_once = ({path.name: path for path in (tmp_path / name).iterdir()} for name in ("out", "at-once"))
     assert out.keys() == at_once.keys(), "no stale files"
     assert digests(tmp_path / "out") == digests(tmp_path / "at-once")

@@ -1,4 +1,4 @@
-"""What of a run is graded."""
+"""The tasks and predictions of a run that are graded."""
 
 import argparse
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ def test_an_abandoned_heldout_task_counts_without_a_prediction(tmp_path, monkeyp
     heldout = [SimpleNamespace(instance_id=name) for name in ("a", "b")]
     monkeypatch.setattr(grade, "_tasks", lambda arguments: heldout)
     arguments = argparse.Namespace(run_dir=tmp_path, predictions=None, round_index=None, out=tmp_path / "grades")
-    tasks, predictions, _, episodes = grade._of_run(arguments)
-    assert tasks == heldout
-    assert [row["instance_id"] for row in predictions] == [episode.task_id for episode in episodes] == ["a"]
+    subject = grade._run_subject(arguments)
+    assert subject.tasks == heldout
+    predicted = [row["instance_id"] for row in subject.predictions]
+    assert predicted == [episode.task_id for episode in subject.episodes] == ["a"]

@@ -1,4 +1,4 @@
-"""Which settings of an existing run can be changed, and what a spent budget says."""
+"""Settings of an existing run: which can be changed, and the error for a spent budget."""
 
 import asyncio
 
@@ -25,7 +25,7 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def test_a_budget_is_raised_and_the_script_that_created_the_run_keeps_working(run, capsys):
+def test_a_budget_can_be_raised_and_the_original_command_does_not_lower_it(run, capsys):
     assert main(["run", str(run), "teacher.token_budget=50", "--dry-run"]) == 0
     assert "token_budget: 50" in capsys.readouterr().out
     assert load_run_config(run).teacher.token_budget == 5, "a dry run changes nothing"
@@ -63,7 +63,7 @@ def test_every_changeable_setting_exists(run):
             node = node[part]
 
 
-def test_a_spent_budget_names_the_way_out_and_not_the_same_command(run, capsys, monkeypatch):
+def test_the_error_for_a_spent_budget_suggests_raising_it_not_repeating_the_command(run, capsys, monkeypatch):
     cache = ResponseCache(run / "teacher")
     cache.put("a", Response(text="a", prompt_tokens=9))
     cache.close()
@@ -74,12 +74,12 @@ def test_a_spent_budget_names_the_way_out_and_not_the_same_command(run, capsys, 
 
     monkeypatch.setattr("megatron_dagger.cli.recipes.main", ask)
     assert main(["recipes"]) == 1
-    said = capsys.readouterr().err
-    assert "raise it and resume with `megatron-dagger run RUN teacher.token_budget=VALUE`" in said
-    assert "the same command" not in said
+    error = capsys.readouterr().err
+    assert "raise it and resume with `megatron-dagger run RUN teacher.token_budget=VALUE`" in error
+    assert "the same command" not in error
 
 
-def test_a_run_without_an_episode_is_created_anew_and_nothing_of_the_old_one_stays(run):
+def test_a_run_without_an_episode_is_replaced_completely(run):
     for name in ("tasks", "student"):
         (run / name).mkdir()
     assert main(["create", str(run), "--recipe", "quickstart", "seed=5"]) == 0

@@ -1,4 +1,4 @@
-"""Settings are checked on construction, survive their file, and errors name the setting."""
+"""Settings are checked on construction and unchanged after a round trip through their file; errors name them."""
 
 import re
 
@@ -22,7 +22,7 @@ from megatron_dagger.recipes import RECIPES, find_recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_survives_its_file(name, tmp_path):
+def test_a_recipe_is_unchanged_after_a_round_trip_through_its_file(name, tmp_path):
     config = find_recipe(name)()
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     assert load_yaml(RunConfig, tmp_path / "config.yaml") == config

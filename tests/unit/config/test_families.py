@@ -13,7 +13,7 @@ def test_every_family_has_a_weight_map_and_every_map_a_family():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_weight_map_has_the_tensors_that_the_table_says(name):
+def test_the_weight_maps_tensors_agree_with_the_table(name):
     model, family = sample_model(name), FAMILIES[name]
     for tensors in (weight_maps.canonical_names(model), weight_maps.WEIGHT_MAPS[name].vllm(model)):
         assert any("q_norm" in tensor for tensor in tensors) == model.qk_norm == family.qk_norm

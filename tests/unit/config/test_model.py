@@ -14,7 +14,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hugging_face_takes_every_setting(family, tied):
+def test_hugging_face_accepts_every_setting(family, tied):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model = ModelConfig(family=family, tie_embeddings=tied, rotary_base=123_000, **FAMILIES[family])
     values = model.hf_config()
@@ -38,12 +38,12 @@ def test_hugging_face_takes_every_setting(family, tied):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_survives_its_file(family):
+def test_a_model_is_unchanged_after_a_round_trip_through_its_file(family):
     model = ModelConfig(family=family, **FAMILIES[family])
     assert build(ModelConfig, to_dict(model)) == model
 
 
-def test_settings_from_before_there_were_experts_are_read():
+def test_old_settings_without_experts_are_read():
     values = {name: value for name, value in to_dict(ModelConfig()).items() if "moe" not in name and "topk" not in name}
     assert build(ModelConfig, values) == ModelConfig()
 

@@ -1,4 +1,4 @@
-"""What a run on SWE tasks must name."""
+"""The settings that a run on SWE tasks requires."""
 
 import pytest
 

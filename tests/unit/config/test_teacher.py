@@ -10,7 +10,7 @@ from megatron_dagger.config import ConfigError, TeacherConfig
     [
         ({"urls": ("localhost:8000",), "model": "m"}, "is not an http address"),
         ({"urls": ("http://x/v1",)}, r"teacher\.model is missing"),
-        ({"urls": ("http://key@x/v1",), "model": "m"}, "must hold no key"),
+        ({"urls": ("http://key@x/v1",), "model": "m"}, "must contain no key"),
         ({"money_budget": 5.0}, "needs teacher.price_per_million"),
         ({"score_student_turns": True}, r"teacher\.score_student_turns needs teacher\.urls"),
     ],

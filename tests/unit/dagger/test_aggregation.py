@@ -44,7 +44,7 @@ def runs(draw: st.DrawFn) -> list[Trajectory]:
 
 
 def naive(trajectories: list[Trajectory], config: AggregationConfig) -> list[tuple[list[int], list[tuple]]]:
-    """The specification, without hashes or incremental positions."""
+    """Return the labels as specified, computed without hashes or incremental positions."""
     seen, result = [], []
     for trajectory in trajectories:
         if config.filter == "finished" and trajectory.stop_reason is not StopReason.SUBMITTED:
@@ -90,7 +90,7 @@ def test_label_positions_follow_the_prompt() -> None:
     assert tokens[9:10].tolist() == labels[1].tokens.tolist()  # on the trunk, as it was executed
 
 
-def test_deduplication_compares_where_the_state_ends() -> None:
+def test_labels_after_different_states_are_not_duplicates() -> None:
     first = make_trajectory("a", turns=(make_turn([0], [7, 8], prompt=(1,)),))
     second = make_trajectory("b", turns=(make_turn([0], [8], prompt=(1, 7)),))
     assert len(aggregate([first, second], AggregationConfig())) == 2
@@ -166,5 +166,5 @@ def test_a_cap_samples_at_most_that_many_labels_of_each_round(trajectories, cap)
         names = [(label.position, label.tokens.tolist()) for label in every]
         assert len(kept) == min(cap, len(every))
         assert all((label.position, label.tokens.tolist()) in names for label in kept)
-        again = [label for episode in aggregate(of_round, capped) for label in episode.labels]
-        assert [k.position for k in again] == [k.position for k in kept]
+        repeated = [label for episode in aggregate(of_round, capped) for label in episode.labels]
+        assert [k.position for k in repeated] == [k.position for k in kept]

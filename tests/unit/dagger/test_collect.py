@@ -41,10 +41,10 @@ TASKS = tuple(f"owner/task-{number}" for number in range(8))
 
 
 @dataclass
-class Place:
-    """An environment of one step per task that runs out of memory in ``hungry`` tasks, as many times as given."""
+class EnvFactory:
+    """Makes environments of one step. A task runs out of memory as many times as ``memory_errors`` gives for it."""
 
-    hungry: dict[str, int] = field(default_factory=dict)
+    memory_errors: dict[str, int] = field(default_factory=dict)
     opened: list[str] = field(default_factory=list)
 
     def make_env(self, task_id):
@@ -55,14 +55,14 @@ class Place:
 @dataclass
 class Env:
     task_id: str
-    place: Place
+    factory: EnvFactory
 
     def reset(self):
         return "be an agent", self.task_id
 
     def step(self, command):
-        if self.place.hungry.get(self.task_id, 0):
-            self.place.hungry[self.task_id] -= 1
+        if self.factory.memory_errors.get(self.task_id, 0):
+            self.factory.memory_errors[self.task_id] -= 1
             raise EnvironmentBroken("over 512 MiB", StopReason.OUT_OF_MEMORY)
         return Observation(text="", done=True)
 
@@ -98,7 +98,7 @@ def renderer(tmp_path_factory):
 
 @pytest.fixture
 def context(renderer, tmp_path):
-    place, seeds = Place(), []
+    factory, seeds = EnvFactory(), []
 
     class RecordingPolicy(RandomPolicy):
         async def act(self, state):
@@ -113,7 +113,7 @@ def context(renderer, tmp_path):
             renderer=renderer,
             train_tasks=TASKS,
             heldout_tasks=TASKS[:4],
-            make_env=place.make_env,
+            make_env=factory.make_env,
             prefetch=lambda tasks: None,
             teacher=policy,
             score=None,
@@ -125,7 +125,7 @@ def context(renderer, tmp_path):
             track=partial(track, process=RunProcess(run_dir=tmp_path)),
             threads=threads,
         )
-        yield context, place, seeds
+        yield context, factory, seeds
 
 
 def run(context, worker=None):
@@ -137,8 +137,8 @@ def report(context, name="collect"):
 
 
 def test_a_task_that_breaks_every_time_is_abandoned_and_the_others_become_data(context):
-    context, place, seeds = context
-    place.hungry = {TASKS[3]: 99}
+    context, factory, seeds = context
+    factory.memory_errors = {TASKS[3]: 99}
     run(context)
     values = report(context)
     assert (values["episodes"], values["broken_episodes"], values["given_up"]) == (7, TRIES, 1)
@@ -149,8 +149,8 @@ def test_a_task_that_breaks_every_time_is_abandoned_and_the_others_become_data(c
 
 
 def test_an_episode_that_broke_once_keeps_its_key(context):
-    context, place, _ = context
-    place.hungry = {TASKS[3]: 1, TASKS[4]: TRIES - 1}
+    context, factory, _ = context
+    factory.memory_errors = {TASKS[3]: 1, TASKS[4]: TRIES - 1}
     run(context)
     values = report(context)
     assert (values["episodes"], values["broken_episodes"], values["given_up"]) == (8, TRIES, 0)
@@ -163,32 +163,32 @@ def test_seeds_never_change():
 
 @pytest.mark.parametrize("resident", [False, True])
 def test_other_workers_and_a_restart_skip_abandoned_tasks(context, resident):
-    context, place, _ = context
-    place.hungry = {TASKS[3]: 99}
+    context, factory, _ = context
+    factory.memory_errors = {TASKS[3]: 99}
     for index in (1, 0):
         run(context, Worker(index=index, count=2, resident=resident))
     if not resident:
         run(context)
     values = report(context)
     assert (values["episodes"], values["broken_episodes"], values["given_up"]) == (7, TRIES, 1)
-    assert len(place.opened) == 7 + TRIES
+    assert len(factory.opened) == 7 + TRIES
 
 
-@pytest.mark.parametrize("hungry", [TASKS[:3], TASKS])
-def test_many_broken_tasks_stop_the_run_and_are_retried_later(context, hungry):
-    context, place, _ = context
-    place.hungry = dict.fromkeys(hungry, 99)
+@pytest.mark.parametrize("failing", [TASKS[:3], TASKS])
+def test_many_broken_tasks_stop_the_run_and_are_retried_later(context, failing):
+    context, factory, _ = context
+    factory.memory_errors = dict.fromkeys(failing, 99)
     with pytest.raises(TooManyBroken, match=r"3 of 8 tasks broke 3 times each.*out_of_memory: over 512 MiB"):
         run(context)
     assert not (context.round_dir(0) / "collect.json").exists()
-    place.hungry = {}
+    factory.memory_errors = {}
     run(context)
     assert (report(context)["episodes"], report(context)["given_up"]) == (8, 0)
 
 
 def test_a_broken_heldout_task_counts_as_unsolved(context):
-    context, place, _ = context
-    place.hungry = {TASKS[3]: 99}
+    context, factory, _ = context
+    factory.memory_errors = {TASKS[3]: 99}
     manifest = {"canary": {"tokens": [1, 2], "logprobs": [-1.0]}, "checkpoint": "checkpoint", "digests": {}}
     write_json(train_manifest(context.run_dir, 0), manifest)
     asyncio.run(evaluate(context, 0))
@@ -220,12 +220,12 @@ def test_a_teacher_without_an_action_for_one_task_does_not_block_the_run(context
 
 
 def test_a_teacher_that_is_gone_stops_the_run_and_abandons_no_task(context, tmp_path):
-    context, place, _ = context
+    context, factory, _ = context
     with (
         chat_server(lambda request: 503) as server,
         taught_by(server, context, tmp_path / "teacher") as context,
         pytest.raises(PolicyGone, match="no teacher answered within 1 s"),
     ):
         run(context)
-    assert len(place.opened) == len(set(place.opened)), "no task is tried twice"
+    assert len(factory.opened) == len(set(factory.opened)), "no task is tried twice"
     assert not context.data.abandoned(0).tasks()

@@ -1,4 +1,4 @@
-"""Who acts: the mixture's draws, the prefix, and one teacher call where the teacher acts."""
+"""The choice of who acts: random draws, the student's prefix, and one teacher request per state."""
 
 import asyncio
 
@@ -36,7 +36,7 @@ def state():
     return State(messages=(Message(role="user", content="go"),), tokens=encode("go"), seed=1)
 
 
-def test_share_of_the_teacher_is_beta():
+def test_the_teachers_share_of_turns_is_beta():
     drawn = [per_turn(0.3, key(f"task-{n}"))(turn) for n in range(200) for turn in range(20)]
     assert np.mean(drawn) == pytest.approx(0.3, abs=0.03)
 
@@ -48,7 +48,7 @@ def test_draws_repeat_and_differ_between_episodes():
 
 
 @pytest.mark.parametrize(("share", "acts"), [(0.0, False), (1.0, True)])
-def test_extremes(share, acts):
+def test_at_beta_zero_or_one_a_single_policy_acts(share, acts):
     assert all(per_turn(share, key())(turn) is acts for turn in range(50))
 
 
@@ -57,7 +57,7 @@ def test_the_prefix_belongs_to_the_student_and_has_every_length():
     for number in range(400):
         acts = student_prefix(6, key(f"task-{number}"))
         turns = [acts(turn) for turn in range(10)]
-        assert turns == sorted(turns), "once the teacher acts it goes on"
+        assert turns == sorted(turns), "once the teacher acts, it acts until the end"
         lengths.add(turns.index(True))
     assert lengths == set(range(7))
 

@@ -27,7 +27,7 @@ def test_only_the_first_resident_worker_seals():
 
 
 @pytest.mark.parametrize("text", ["4/4", "0/0", "1", "a/b", "-1/2", "/"])
-def test_a_worker_that_cannot_be_is_refused(text):
+def test_an_impossible_worker_is_refused(text):
     with pytest.raises(ConfigError, match="worker"):
         Worker.parse(text)
 

@@ -1,4 +1,4 @@
-"""A signal of the cluster ends the program in order, once, with the code that means: again."""
+"""A signal from the cluster stops the program in good order, with the exit code that requeues the job."""
 
 import asyncio
 import os
@@ -6,13 +6,13 @@ import signal
 
 import pytest
 
-from megatron_dagger.driver.preemption import stops_when_asked
+from megatron_dagger.driver.preemption import stop_on_signals
 from megatron_dagger.signals import STOPPED
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Put back after each test: a program that was asked to stop keeps ours to its end."""
+    """Restore the handlers after each test, since a program that was asked to stop keeps ours until it ends."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
     for number, handler in before.items():
@@ -20,29 +20,29 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_what_runs_is_cancelled_and_may_finish_what_it_began(number):
+def test_a_signal_cancels_the_work_but_not_its_cleanup(number):
     done = []
 
     async def work():
         try:
             await asyncio.sleep(60)
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # the second signal does not cut this short
+            os.kill(os.getpid(), signal.SIGTERM)  # a second signal does not interrupt the cleanup
             done.append("committed")
 
     async def rounds():
         asyncio.get_running_loop().call_later(0.05, os.kill, os.getpid(), number)
         await work()
 
-    with pytest.raises(SystemExit) as caught, stops_when_asked():
+    with pytest.raises(SystemExit) as caught, stop_on_signals():
         asyncio.run(rounds())
-    os.kill(os.getpid(), signal.SIGTERM)  # nor does a later one spoil the exit code
+    os.kill(os.getpid(), signal.SIGTERM)  # nor does a later one change the exit code
     assert caught.value.code == STOPPED == 75
     assert done == ["committed"]
 
 
-def test_what_breaks_while_stopping_does_not_hide_that_it_was_asked():
-    @stops_when_asked()
+def test_an_error_while_stopping_does_not_change_the_exit_code():
+    @stop_on_signals()
     def work():
         try:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -54,8 +54,8 @@ def test_what_breaks_while_stopping_does_not_hide_that_it_was_asked():
     assert caught.value.code == STOPPED
 
 
-def test_other_errors_pass():
+def test_an_error_without_a_signal_propagates():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RuntimeError, match="by itself"), stops_when_asked():
+    with pytest.raises(RuntimeError, match="by itself"), stop_on_signals():
         raise RuntimeError("by itself")
     assert signal.getsignal(signal.SIGTERM) is before

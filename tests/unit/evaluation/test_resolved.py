@@ -5,7 +5,7 @@ import pytest
 from megatron_dagger.evaluation.resolved import Outcome, resolve_rate, table
 
 
-def test_whatever_is_not_resolved_counts_as_not_resolved():
+def test_every_outcome_but_resolved_counts_as_not_resolved():
     outcomes = {f"a-{n}": Outcome.RESOLVED for n in range(3)} | {"a-3": Outcome.UNRESOLVED, "b-0": Outcome.RESOLVED}
     outcomes |= {"b-1": Outcome.EMPTY_PATCH, "b-2": Outcome.NO_PREDICTION, "b-3": Outcome.PATCH_DOES_NOT_APPLY}
     rates = resolve_rate(outcomes, {task: f"org/{task[0]}" for task in outcomes})

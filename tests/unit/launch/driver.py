@@ -1,4 +1,4 @@
-"""What test_nemo_run.py runs in the launch environment; the environment of the tests has no NeMo-Run.
+"""The program that test_nemo_run.py runs in the launch environment, since the tests' own has no NeMo-Run.
 
 NEMORUN_HOME must be set.
 
@@ -55,8 +55,8 @@ def golden(folder):
         (folder / f"{name}.sbatch").write_text(sbatch(plain, name))
     script = Path(plain._exp_dir) / "round1-train" / "scripts" / "round1-train.sh"
     (folder / "round1-train.sh").write_text(script.read_text())
-    boxed = dry_run(config, cluster(container_image="team/image:1", container_mounts=["/shared:/shared"]))
-    (folder / "round1-train-container.sbatch").write_text(sbatch(boxed, "round1-train"))
+    in_container = dry_run(config, cluster(container_image="team/image:1", container_mounts=["/shared:/shared"]))
+    (folder / "round1-train-container.sbatch").write_text(sbatch(in_container, "round1-train"))
 
 
 def dryrun(folder):

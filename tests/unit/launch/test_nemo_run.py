@@ -26,7 +26,7 @@ def driver(folder, action, expected=0):
     return run_python(folder, ROOT / "tests" / "unit" / "launch" / "driver.py", action, folder, expected=expected)
 
 
-def test_the_job_files_are_the_golden_ones(tmp_path):
+def test_the_job_files_equal_the_golden_files(tmp_path):
     driver(tmp_path, "golden")
     for path in GOLDEN.iterdir():
         assert (tmp_path / path.name).read_text() == path.read_text(), path.name
@@ -46,11 +46,11 @@ def test_every_recipe_is_a_chain_of_jobs(tasks_of_recipes, name):
     assert set(stages) <= {task["name"] for task in tasks}
     assert [task["after"] for task in tasks] == [[], *([task["name"]] for task in tasks[:-1])]
     for task in tasks:
-        wanted = config.training.parallel.nodes if task["name"].endswith("train") else 1
-        assert task["nodes"] == wanted
-        assert f"#SBATCH --nodes={wanted}\n" in task["sbatch"]
+        nodes = config.training.parallel.nodes if task["name"].endswith("train") else 1
+        assert task["nodes"] == nodes
+        assert f"#SBATCH --nodes={nodes}\n" in task["sbatch"]
         assert "#SBATCH --kill-on-invalid-dep=yes\n" in task["sbatch"]
-        assert ("export MASTER_ADDR" in task["sbatch"]) == (wanted > 1)
+        assert ("export MASTER_ADDR" in task["sbatch"]) == (nodes > 1)
         assert ("--dependency=afterok:" in task["sbatch"]) == (task is not tasks[0])
 
 
@@ -72,7 +72,7 @@ LAUNCH = ("-m", "megatron_dagger.launch")
 
 
 def test_settings_are_overridden_and_exported_on_the_command_line(tmp_path):
-    """The exported YAML is NeMo-Run's: targets and values."""
+    """The exported file has NeMo-Run's format: values with their targets."""
     changes = ["training.optimizer.lr=1e-5", "dagger.rounds=1", "rollout.engine.kv_cache_memory_mib=77"]
     settings = ["config=quickstart", "directory=runs/it", *(f"config.{change}" for change in changes)]
     packages = "repo_repair.train_packages=[boltons,munch]"
@@ -127,7 +127,7 @@ def test_a_run_for_several_nodes_is_refused_on_one_machine(tmp_path):
     assert "a stage on 4 nodes: LocalExecutor has one" in output
 
 
-def test_each_type_of_executor_is_given_the_nodes_in_its_own_way(tmp_path):
+def test_the_nodes_of_a_stage_are_set_on_every_type_of_executor(tmp_path):
     driver(tmp_path, "nodes")
     outcomes = json.loads((tmp_path / "nodes.json").read_text())
     refusals = {name: outcomes.pop(name) for name in ("LocalExecutor 4", "SingleExecutor 4")}

@@ -14,7 +14,7 @@ FILES = sorted((Path(__file__).resolve().parents[3] / "slurm").glob("*.sbatch"))
 
 
 def requested(text, option):
-    """Return the number in the first such line; in a heterogeneous job that is the line of the trainer's nodes."""
+    """Return the first number for ``option``; in a heterogeneous job it is that of the trainer's nodes."""
     return int(re.findall(rf"{option}=(\d+)", text)[0])
 
 

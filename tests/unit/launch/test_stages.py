@@ -42,7 +42,7 @@ def test_several_workers_collect_before_the_round_is_sealed():
     assert not any(" create " in stage.script for stage in chain[1:])
 
 
-def test_the_first_script_really_makes_the_run(tmp_path):
+def test_the_first_script_creates_the_run(tmp_path):
     """Run the script up to ``create`` by bash, with the real command line."""
     directory, work_dir = tmp_path / "a run", tmp_path / "work dir"
     (work_dir / "here" / "it" / "hf").mkdir(parents=True)  # looks like a converted checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,3 +65,12 @@ def test_an_unwritable_log_file_is_reported_once(tmp_path: Path, capsys: pytest.
     assert [line for line in lines if "No space left" in line] == [lines[1]]
     assert "logs/driver.log" in lines[1]
     assert len(lines) == 4
+
+
+def test_a_log_folder_that_is_removed_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(setup_logging(tmp_path / "run"))
+    next(h for h in logging.getLogger().handlers if getattr(h, "baseFilename", "") == path).close()
+    shutil.rmtree(tmp_path / "run")
+    for _ in range(2):
+        logging.getLogger("megatron_dagger").warning("still working")
+    assert capsys.readouterr().err.count("cannot write") == 1

@@ -13,7 +13,7 @@ from megatron_dagger.observability.metrics import StageMetrics, append_line, rea
 from megatron_dagger.store.atomic import DiskFullError
 
 
-def test_a_stage_is_recorded_once_and_again_when_its_numbers_change(tmp_path: Path) -> None:
+def test_a_stage_is_recorded_once_unless_its_numbers_change(tmp_path: Path) -> None:
     metrics = StageMetrics(tmp_path)
     assert metrics.record(0, "collect", {"episodes": 4, "agreement": None})
     assert metrics.record(0, "train", {"steps": 2})
@@ -54,7 +54,7 @@ def test_a_line_that_is_not_an_object_is_skipped_with_a_warning(
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"a": 1}\nnonsense\n[1]\n{"a": 2}\n')
     assert read_lines(path) == [{"a": 1}, {"a": 2}]
-    assert "line 2 is no JSON object" in caplog.text
+    assert "line 2 is not a JSON object" in caplog.text
     assert read_lines(tmp_path / "none.jsonl") == []
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from megatron_dagger.observability import progress, status_file
 from megatron_dagger.observability.progress import format_duration, track
 from megatron_dagger.observability.status_file import RunProcess
 from megatron_dagger.store.atomic import read_json
+from tests.support.waiting import wait_until
 
 
 class Terminal(io.StringIO):
@@ -22,16 +21,20 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_off_a_terminal_progress_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_terminal_progress_is_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO)
-    with track("collect", 4, interval_s=0.0, stream=io.StringIO()) as tracker:
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
+    with track("collect", 4, stream=io.StringIO()) as tracker:
         for _ in range(3):
             tracker.advance(note="solved 50%")
     assert len(caplog.records) == 4  # one for each call, as the interval is 0, and the final state
     assert caplog.messages[0].startswith("collect: 1/4 episodes (")
     assert caplog.messages[-1].endswith("left), solved 50%")
     caplog.clear()
-    with track("collect", 1000, interval_s=60.0, stream=io.StringIO()) as tracker:
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 60.0)
+    with track("collect", 1000, stream=io.StringIO()) as tracker:
         for _ in range(1000):
             tracker.advance()
     assert len(caplog.records) == 1
@@ -108,8 +111,8 @@ def test_work_of_another_process_is_counted_and_the_status_file_is_kept_fresh(
     monkeypatch.setattr(progress, "_POLL_S", 0.02)
     monkeypatch.setattr(status_file, "PULSE_S", 0.05)
     path, steps = tmp_path / "status" / "0000-train.json", [1]
-    where = {"process": RunProcess(run_dir=tmp_path), "stage": (0, "train"), "stream": io.StringIO()}
-    with track("train", None, unit="steps", count=lambda: len(steps), **where) as tracker:
+    options = {"process": RunProcess(run_dir=tmp_path), "stage": (0, "train"), "stream": io.StringIO()}
+    with track("train", None, unit="steps", count=lambda: len(steps), **options) as tracker:
         steps += [2, 3]
         wait_until(lambda: tracker.done == 3)
         before = read_json(path)["updated"]
@@ -117,10 +120,3 @@ def test_work_of_another_process_is_counted_and_the_status_file_is_kept_fresh(
         steps.append(4)
     assert read_json(path)["done"] == 4
     assert read_json(path)["state"] == "done"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

@@ -34,7 +34,7 @@ def test_an_episode_shows_who_acted_the_labels_and_the_outcome() -> None:
     assert lines[lines.index("student > say 9") + 1] == "(no label)"
     assert "not solved  (submitted, 4 turns; the student agreed with the teacher in 1 of 2 of its turns)" in text
     assert lines.index("some output") < lines.index("student > say 6")
-    assert "\x1b" not in text  # no colours off a terminal
+    assert "\x1b" not in text  # no colours without a terminal
 
 
 def test_untrusted_text_cannot_control_the_terminal_or_rich() -> None:

@@ -113,7 +113,7 @@ def test_damaged_files_read_as_not_done(finished: Path, tmp_path: Path) -> None:
 def test_a_directory_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NoRunError, match="there is no such directory"):
         status(tmp_path / "none")
-    with pytest.raises(NoRunError, match="no run directory"):
+    with pytest.raises(NoRunError, match="not a run directory"):
         status(tmp_path)
 
 

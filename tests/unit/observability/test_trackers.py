@@ -36,12 +36,12 @@ def test_tensorboard_reads_the_scalars(tmp_path: Path) -> None:
 def test_all_stages_go_to_one_offline_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for round_index in range(2):  # each stage may run in a job of its own
+    for round_index in range(2):  # each stage may run in its own job
         metrics = StageMetrics(tmp_path, wandb_project="dagger")
         metrics.record(round_index, "train", {"steps": 2, "loss": 0.5}, steps=[{"step": 1, "loss": 0.75}])
     files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2
-    assert len({file.name for file in files}) == 1, "one run, under one name"
+    assert len({file.name for file in files}) == 1, "both processes log to the same run"
     deadline = time.monotonic() + 30  # W&B's own process still writes after the run has finished
     for file in files:
         while not (b"train/loss" in file.read_bytes() and b"steps/loss" in file.read_bytes()):

@@ -1,4 +1,4 @@
-"""Memory: published formulas, serving, and what the recipes need."""
+"""Memory: published formulas, serving, and the recipes' needs."""
 
 from dataclasses import replace
 
@@ -55,8 +55,8 @@ def test_a_pipelines_first_stage_holds_most():
     training = replace(BF16, parallel=parallel)
     assert [in_flight_layers(QWEN3_8B, training, stage) for stage in range(4)] == [36, 27, 18, 9]
     interleaved = replace(training, parallel=replace(parallel, virtual_pipeline_model_parallel_size=3))
-    held = in_flight_layers(QWEN3_8B, interleaved, 0)
-    assert held == 36 * (1 + 3 / (4 * 3))  # 1 + (p - 1) / (p v) of all layers: arXiv 2205.05198, section 4.2.3
+    layers = in_flight_layers(QWEN3_8B, interleaved, 0)
+    assert layers == 36 * (1 + 3 / (4 * 3))  # 1 + (p - 1) / (p v) of all layers: arXiv 2205.05198, section 4.2.3
 
 
 def test_recomputation_trades_memory_only_downwards():

@@ -31,14 +31,14 @@ def test_nothing_changes_if_everything_fits():
     ],
 )
 def test_the_change_fits_on_as_many_gpus_and_trains_the_same(settings):
-    asked = override(find_recipe("qwen3_8b_swegym_8h100")(), settings)
+    requested = override(find_recipe("qwen3_8b_swegym_8h100")(), settings)
     change = nearest("qwen3_8b_swegym_8h100", *settings)
     assert change is not None
     assert change.settings
     assert change.memory.problems() == []
-    assert change.config == override(asked, list(change.settings))
-    assert change.config.training.parallel.world_size == asked.training.parallel.world_size
-    assert change.config.training.sequence_length == asked.training.sequence_length
+    assert change.config == override(requested, list(change.settings))
+    assert change.config.training.parallel.world_size == requested.training.parallel.world_size
+    assert change.config.training.sequence_length == requested.training.sequence_length
 
 
 def test_a_single_change_is_preferred():

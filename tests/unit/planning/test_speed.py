@@ -6,7 +6,7 @@ import pytest
 
 from megatron_dagger.config import ModelConfig, override
 from megatron_dagger.planning import GPUS, Assumptions, plan_run
-from megatron_dagger.planning.episodes import Episodes, mean_sample, row_tokens, student_share
+from megatron_dagger.planning.episodes import MeanEpisode, mean_sample, row_tokens, student_share
 from megatron_dagger.planning.memory import serving_memory
 from megatron_dagger.planning.speed import flops_per_token, rollout_speed, training_speed
 from megatron_dagger.recipes import find_recipe
@@ -21,7 +21,7 @@ def config(*settings):
 
 def rollout(c, assumed=ASSUMED):
     memory = serving_memory(c.model, c.rollout.engine, H100, assumed)
-    return rollout_speed(c, H100, assumed, memory, Episodes.of(c, assumed))
+    return rollout_speed(c, H100, assumed, memory, MeanEpisode.of(c, assumed))
 
 
 def test_flops_match_the_formula_of_narayanan_et_al():
@@ -67,13 +67,13 @@ def test_ranks_wait_for_the_busiest_experts():
 
 
 def test_few_sequences_read_few_experts():
-    lone, many = (
+    single, many = (
         rollout(override(find_recipe("qwen3_30b_a3b_swegym_4x8h100")(), [f"rollout.concurrent_episodes={n}"]))
         for n in (1, 64)
     )
     dense = rollout(config("rollout.concurrent_episodes=1"))
-    assert lone.turns_per_s > 0.9 * dense.turns_per_s  # 3.3B active of 30.5B read about as a 4B model
-    assert many.turns_per_s < 64 * lone.turns_per_s
+    assert single.turns_per_s > 0.9 * dense.turns_per_s  # 3.3B active of 30.5B read about as a 4B model
+    assert many.turns_per_s < 64 * single.turns_per_s
 
 
 def test_full_recomputation_costs_a_third_and_a_pipeline_its_bubble():
@@ -87,12 +87,12 @@ def test_full_recomputation_costs_a_third_and_a_pipeline_its_bubble():
 
 
 def test_a_single_episode_waits_for_each_of_its_steps():
-    lone = config("rollout.concurrent_episodes=1")
-    speed, assumed = rollout(lone), ASSUMED
-    episodes = Episodes.of(lone, assumed)
-    memory = serving_memory(lone.model, lone.rollout.engine, H100, assumed)
-    read = (memory.weights + memory.kv_bytes_per_token * episodes.tokens / 2) / (3.35e12 * 0.7)
-    decoding = episodes.reply * (assumed.decode_step_s + read)
+    single = config("rollout.concurrent_episodes=1")
+    speed, assumed = rollout(single), ASSUMED
+    episode = MeanEpisode.of(single, assumed)
+    memory = serving_memory(single.model, single.rollout.engine, H100, assumed)
+    read = (memory.weights + memory.kv_bytes_per_token * episode.tokens / 2) / (3.35e12 * 0.7)
+    decoding = episode.reply * (assumed.decode_step_s + read)
     assert 1 / speed.turns_per_s == pytest.approx(decoding + assumed.tool_s, rel=0.02)  # and a short prompt
 
 
@@ -119,14 +119,14 @@ def test_the_students_share_of_the_turns():
 
 
 def test_separate_samples_repeat_their_prefixes():
-    episodes, assumed = Episodes(turns=50, tokens=30_000, reply=200), Assumptions(agreement=0.5)
+    episode, assumed = MeanEpisode(turns=50, tokens=30_000, reply=200), Assumptions(agreement=0.5)
     separate = config().training
     shared = replace(separate, precision="fp32", packing="shared_prefix")
-    assert row_tokens(separate, assumed, episodes, 0.0) == row_tokens(shared, assumed, episodes, 0.0) == 30_000
-    assert row_tokens(shared, assumed, episodes, 0.4) == 30_000 + 10 * 200
-    assert row_tokens(separate, assumed, episodes, 0.4) == 30_000 + 10 * (15_000 + 200)
-    assert mean_sample(separate, assumed, episodes, 0.0) == 30_000
-    assert 15_000 < mean_sample(separate, assumed, episodes, 1.0) < 30_000
+    assert row_tokens(separate, assumed, episode, 0.0) == row_tokens(shared, assumed, episode, 0.0) == 30_000
+    assert row_tokens(shared, assumed, episode, 0.4) == 30_000 + 10 * 200
+    assert row_tokens(separate, assumed, episode, 0.4) == 30_000 + 10 * (15_000 + 200)
+    assert mean_sample(separate, assumed, episode, 0.0) == 30_000
+    assert 15_000 < mean_sample(separate, assumed, episode, 1.0) < 30_000
 
 
 def test_later_rounds_train_on_more_data_up_to_max_steps():

@@ -123,7 +123,7 @@ def test_a_failure_breaks_the_episode_and_never_counts_as_solved(renderer):
     assert (episode.stop_reason, episode.details["error"]) == (StopReason.POLICY_ERROR, "no answer")
 
 
-def test_a_policy_that_is_gone_is_no_ending_of_the_episode(renderer):
+def test_a_policy_that_is_gone_raises_instead_of_ending_the_episode(renderer):
     with pytest.raises(PolicyGone, match="the engine stopped"):
         run(renderer, FailingPolicy(PolicyGone("the engine stopped")))
 

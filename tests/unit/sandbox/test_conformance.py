@@ -21,20 +21,20 @@ def test_runs_commands_on_written_files(sandbox):
 
 
 def test_a_timeout_kills_every_process_of_the_command(sandbox):
-    word = f"31{os.getpid()}"
+    duration = f"31{os.getpid()}"
     started = time.monotonic()
-    result = sandbox.run(f"echo begun; sleep {word} & sleep {word}", timeout_s=1)
+    result = sandbox.run(f"echo begun; sleep {duration} & sleep {duration}", timeout_s=1)
     assert result.timed_out
     assert result.output == "begun\n"
     assert time.monotonic() - started < 4
-    assert not processes_with(f"sleep {word}")
+    assert not processes_with(f"sleep {duration}")
     assert sandbox.run("echo alive").output == "alive\n"
 
 
 def test_background_process_does_not_outlive_its_command(sandbox):
-    word = f"32{os.getpid()}"
-    assert sandbox.run(f"sleep {word} & echo started").output == "started\n"
-    assert not processes_with(f"sleep {word}")
+    duration = f"32{os.getpid()}"
+    assert sandbox.run(f"sleep {duration} & echo started").output == "started\n"
+    assert not processes_with(f"sleep {duration}")
 
 
 def test_output_is_truncated_in_the_middle(sandbox):

@@ -54,12 +54,12 @@ def test_appended_episodes_are_read_back_exactly(tmp_path_factory: pytest.TempPa
         assert store.rounds() == []
         return
 
-    def check(where: DataStore) -> None:
-        assert where.committed(2) == set(expected)
-        episodes = list(where.episodes(2))
+    def check(reader: DataStore) -> None:
+        assert reader.committed(2) == set(expected)
+        episodes = list(reader.episodes(2))
         assert [(t.task_id, t.attempt) for t in episodes] == sorted(expected)
         assert all(same_trajectory(t, expected[t.task_id, t.attempt]) for t in episodes)
-        assert all(same_trajectory(where.read(2, key), expected[key]) for key in expected)
+        assert all(same_trajectory(reader.read(2, key), expected[key]) for key in expected)
 
     check(store)
     manifest = store.seal(2)
@@ -125,9 +125,7 @@ def test_content_does_not_depend_on_the_order_of_arrival(tmp_path: Path) -> None
         assert path.is_dir() or path.read_bytes() == twin.read_bytes()
 
 
-def test_the_digest_covers_exactly_what_a_run_must_reproduce(tmp_path: Path) -> None:
-    from dataclasses import replace
-
+def test_the_digest_covers_exactly_the_reproducible_content(tmp_path: Path) -> None:
     base = make_trajectory()
     turn = base.turns[1]
 
@@ -219,7 +217,7 @@ def test_a_reader_continues_when_the_round_is_sealed_meanwhile(store: DataStore)
     assert same_trajectory(reader.read(0, ("task-004", 0)), episodes_of(6)[4])
 
 
-def test_errors_name_the_mistake(store: DataStore, tmp_path: Path) -> None:
+def test_errors_name_their_cause(store: DataStore, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="round 4 has no committed episode"):
         store.seal(4)
     with pytest.raises(StoreError, match="no episode 'nobody'"):

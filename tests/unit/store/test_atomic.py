@@ -52,7 +52,7 @@ FULL_DISK = """
 import sys
 from pathlib import Path
 from megatron_dagger.store.aggregated import DataStore
-from megatron_dagger.store.atomic import DiskFullError, check_room, write_bytes
+from megatron_dagger.store.atomic import DiskFullError, check_disk_space, write_bytes
 from tests.support.trajectories import random_trajectory, same_trajectory
 
 root = Path(sys.argv[1])
@@ -63,7 +63,7 @@ try:
 except DiskFullError as error:
     assert str(root / "small") in str(error), error
 assert (root / "small").read_bytes() == b"old"
-check_room(root, 1000)
+check_disk_space(root, 1000)
 assert sorted(p.name for p in root.iterdir()) == ["small"]
 store = DataStore.create_or_open(root / "data.zarr")
 kept = []
@@ -75,8 +75,8 @@ try:
     sys.exit("the disk never filled")
 except DiskFullError as error:
     assert "data.zarr" in str(error), error
-found = list(DataStore.open(root / "data.zarr").episodes(0))
-assert kept and all(same_trajectory(a, b) for a, b in zip(kept, found, strict=True))
+stored = list(DataStore.open(root / "data.zarr").episodes(0))
+assert kept and all(same_trajectory(a, b) for a, b in zip(kept, stored, strict=True))
 try:
     store.seal(0)
     sys.exit("a seal fitted on a full disk")
@@ -84,7 +84,7 @@ except DiskFullError:
     pass
 assert len(DataStore.open(root / "data.zarr").committed(0)) == len(kept)
 try:
-    check_room(root)
+    check_disk_space(root)
     sys.exit("there was room on a full disk")
 except DiskFullError as error:
     assert str(root) in str(error), error
@@ -93,10 +93,10 @@ print("full after", len(kept))
 """
 
 
-def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
+def test_a_full_file_system_loses_nothing(tmp_path: Path) -> None:
     mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("needs unshare and permission to mount a small file system in a namespace of its own")
+        pytest.skip("needs unshare and permission to mount a small file system in a new namespace")
     command = f'{mount} && exec "{sys.executable}" -c "$SCRIPT" {tmp_path}'
     environment = {**os.environ, "SCRIPT": FULL_DISK, "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(

@@ -22,9 +22,9 @@ def test_join_cut_and_decode_return_the_same_episodes(episodes: list[Trajectory]
     for index, trajectory in enumerate(episodes):
         assert same_trajectory(decode(joined, index), trajectory)
         assert same_trajectory(decode(c.cut(joined, index), 0), trajectory)
-    again = c.join([c.cut(joined, i) for i in range(len(joined))])
+    rejoined = c.join([c.cut(joined, i) for i in range(len(joined))])
     for name in c.LAYOUT:
-        assert getattr(again, name).tobytes() == getattr(joined, name).tobytes(), name
+        assert getattr(rejoined, name).tobytes() == getattr(joined, name).tobytes(), name
 
 
 def test_the_token_stream_is_the_concatenation_of_prompts_and_actions() -> None:
@@ -38,7 +38,7 @@ def test_the_token_stream_is_the_concatenation_of_prompts_and_actions() -> None:
 
 @pytest.mark.parametrize("reason", [r for r in StopReason if not r.is_clean])
 def test_a_broken_episode_is_refused(reason: StopReason) -> None:
-    with pytest.raises(BrokenEpisodeError, match=rf"task-0.*{reason.value}.*no data"):
+    with pytest.raises(BrokenEpisodeError, match=rf"task-0.*{reason.value}.*not data"):
         encode(make_trajectory(stop_reason=reason))
 
 

@@ -165,8 +165,8 @@ def test_several_writers_at_once_commit_every_episode_once(tmp_path: Path) -> No
     writers = [start_writer(path, f"w{i}", order, seed=i) for i, order in enumerate(orders)]
     lines = [w.communicate(timeout=120)[0].split() for w in writers]
     assert [w.returncode for w in writers] == [0, 0, 0]
-    won = [line for out in lines for line in out if line != "ready"]
-    assert sorted(won) == [f"task-{i:03d}" for i in range(count)]  # each by exactly one writer
+    confirmed = [line for out in lines for line in out if line != "ready"]
+    assert sorted(confirmed) == [f"task-{i:03d}" for i in range(count)]  # each by exactly one writer
     store = DataStore.open(path)
     assert sum(1 for _ in store.episodes(0)) == count
     assert store.seal(0).episodes == count
@@ -184,14 +184,14 @@ def test_a_killed_writer_loses_no_confirmed_episode(tmp_path: Path) -> None:
     confirmed += victim.stdout.read().split()
     assert victim.wait(timeout=30) == -signal.SIGKILL
     victim.stdout.close()
-    others = [line for line in other.communicate(timeout=60)[0].split() if line != "ready"]
+    confirmed_by_other = [line for line in other.communicate(timeout=60)[0].split() if line != "ready"]
     assert other.returncode == 0  # the dead writer's lock does not block it
     store = DataStore.open(path)
     names = {task_id for task_id, _ in store.committed(0)}
-    assert set(confirmed) | set(others) <= names
-    assert len(names) <= len(confirmed) + len(others) + 1  # at most the commit that was interrupted
-    again = start_writer(path, "victim", list(range(40)))
-    again.communicate(timeout=120)
+    assert set(confirmed) | set(confirmed_by_other) <= names
+    assert len(names) <= len(confirmed) + len(confirmed_by_other) + 1  # at most the commit that was interrupted
+    restarted = start_writer(path, "victim", list(range(40)))
+    restarted.communicate(timeout=120)
     store.seal(0)
     assert store.verify() == {0: 48}
     fresh = DataStore.create_or_open(tmp_path / "undisturbed.zarr")

@@ -85,7 +85,7 @@ def test_a_dead_holder_holds_nothing(twin: subprocess.Popen[str], tmp_path: Path
         atomic.write_text(tmp_path / "value", "2")
 
 
-def test_the_next_incarnation_of_a_job_fences_the_last_one_off(
+def test_the_next_incarnation_of_a_job_fences_off_the_previous_one(
     twin: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin holds the lock and is stopped. When it continues, the run belongs to another process."""

@@ -23,8 +23,8 @@ def test_a_random_policy_depends_only_on_the_states_seed():
     policy = RandomPolicy(["a", "b", "c"], encode, seed=1)
     assert isinstance(policy, Policy)
     first = [asyncio.run(policy.act(state(seed))).text for seed in range(40)]
-    again = [asyncio.run(policy.act(state(seed))).text for seed in reversed(range(40))]
-    assert first == again[::-1]
+    repeated = [asyncio.run(policy.act(state(seed))).text for seed in reversed(range(40))]
+    assert first == repeated[::-1]
     assert set(first) == {"a", "b", "c"}
     other = RandomPolicy(["a", "b", "c"], encode, seed=2)
     assert first != [asyncio.run(other.act(state(seed))).text for seed in range(40)]

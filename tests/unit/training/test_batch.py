@@ -7,20 +7,9 @@ import torch
 from megatron_dagger.training.batch import micro_batch
 from megatron_dagger.training.data.packing import pack
 from megatron_dagger.types import LabelledEpisode, StateLabel
+from tests.unit.training.sample_rows import dataset
 
 CPU = torch.device("cpu")
-
-
-def dataset(weights=(1.0, 0.25, 1.5)):
-    rng = np.random.default_rng(0)
-    episodes = []
-    for weight in weights:
-        tokens = rng.integers(0, 50, 20).astype(np.int32)
-        branch = StateLabel(position=6, tokens=rng.integers(50, 60, 3).astype(np.int32), weight=weight / 3)
-        episodes.append(
-            LabelledEpisode(tokens=tokens, labels=(StateLabel(position=8, tokens=tokens[8:13], weight=weight), branch))
-        )
-    return pack(episodes, 32)
 
 
 def test_selected_positions_hold_every_label_and_their_number_is_rounded_up():
@@ -28,8 +17,8 @@ def test_selected_positions_hold_every_label_and_their_number_is_rounded_up():
     for index in range(len(data.rows)):
         row = data.row(index)
         batch = micro_batch(row, 1.0, CPU, labels_only=True)
-        assert batch.positions is not None
-        chosen = batch.positions.numpy()
+        assert batch.label_places is not None
+        chosen = batch.label_places.numpy()
         assert set(np.flatnonzero(row.weights)) <= set(chosen)
         assert len(chosen) % 8 == 0
         assert np.array_equal(batch.targets.numpy()[0], row.targets[chosen])

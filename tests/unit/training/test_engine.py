@@ -1,11 +1,11 @@
-"""The engine's record of what weights and moments in memory belong to, without a model."""
+"""The engine's record of the checkpoint that the weights and moments in memory come from, without a model."""
 
 from pathlib import Path
 
 import pytest
 
 from megatron_dagger.config import ModelConfig, TrainingConfig
-from megatron_dagger.training import engine as module
+from megatron_dagger.training import engine as engine_module
 from megatron_dagger.training.engine import MegatronEngine, Moments
 
 CHECKPOINT = Path("checkpoint")
@@ -28,8 +28,8 @@ class FakeOptimizer:
 @pytest.fixture
 def engine(monkeypatch):
     for name in ("check_model", "load", "save"):
-        monkeypatch.setattr(module.checkpoint, name, lambda *args, **kwargs: {})
-    monkeypatch.setattr(module.optimizer, "build", lambda *args: FakeOptimizer())
+        monkeypatch.setattr(engine_module.checkpoint, name, lambda *args, **kwargs: {})
+    monkeypatch.setattr(engine_module.optimizer, "build", lambda *args: FakeOptimizer())
     engine = MegatronEngine.__new__(MegatronEngine)
     engine.model_config, engine.training, engine.chunks = ModelConfig(), TrainingConfig(), []
     engine.optimizer, engine.moments, engine._checkpoint = FakeOptimizer(), Moments.NONE, None
@@ -53,7 +53,7 @@ def test_a_loaded_or_saved_checkpoint_is_held_until_the_next_step(engine):
 def test_moments_start_from_zero_after_loading_weights_alone(engine, stepped):
     fresh = engine.optimizer
     engine.load(CHECKPOINT, with_optimizer=False)
-    assert engine.optimizer is fresh, "there was nothing to forget"
+    assert engine.optimizer is fresh, "there were no moments to discard"
     engine.load(CHECKPOINT, with_optimizer=True)
     if stepped:
         engine.step([], normaliser=1.0, learning_rate=0.1)

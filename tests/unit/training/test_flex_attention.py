@@ -32,14 +32,15 @@ def row(seed):
 
 
 def visible(packed):
+    """Return which keys each query attends to, by the definition: (queries, keys) bool."""
     starts = np.repeat(packed.trees[:-1], np.diff(packed.trees))[:, None]
-    place, other = np.arange(LENGTH)[:, None], np.arange(LENGTH)[None]
-    in_prefix = (other >= starts) & (other < packed.prefix_stops[:, None])
-    return in_prefix | ((other >= packed.run_starts[:, None]) & (other <= place))
+    query, key = np.arange(LENGTH)[:, None], np.arange(LENGTH)[None]
+    in_prefix = (key >= starts) & (key < packed.prefix_stops[:, None])
+    return in_prefix | ((key >= packed.run_starts[:, None]) & (key <= query))
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_blocks_are_skipped_or_full_as_the_row_says(seed):
+def test_the_block_mask_equals_the_definition(seed):
     packed = row(seed)
     sees = visible(packed)
     tiles = sees.reshape(LENGTH // BLOCK, BLOCK, LENGTH // BLOCK, BLOCK)

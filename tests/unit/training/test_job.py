@@ -1,4 +1,4 @@
-"""A TrainJob: its file, and what it refuses."""
+"""A TrainJob: its file, and the settings that it refuses."""
 
 import json
 
@@ -8,7 +8,7 @@ from megatron_dagger.config import ConfigError, ModelConfig, ParallelConfig, Tra
 from megatron_dagger.training.job import TrainJob
 
 
-def test_a_job_survives_its_file_and_an_unknown_field_is_named(tmp_path):
+def test_a_job_is_unchanged_after_a_round_trip_and_an_unknown_field_is_named(tmp_path):
     training = TrainingConfig(parallel=ParallelConfig(world_size=2, tensor_model_parallel_size=2))
     job = TrainJob(round_index=3, seed=5, model=ModelConfig(), training=training, output_dir="x")
     job.save(tmp_path / "job.json")

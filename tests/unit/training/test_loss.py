@@ -1,4 +1,4 @@
-"""The weighted loss of one micro-batch, and what it shares with the others of its step."""
+"""The weighted loss of one micro-batch, and the normaliser that it shares with the others of its step."""
 
 import numpy as np
 import pytest
@@ -6,27 +6,14 @@ import torch
 from torch.nn import functional
 
 from megatron_dagger.training.batch import micro_batch
-from megatron_dagger.training.data.packing import pack
 from megatron_dagger.training.loss import weighted_loss
-from megatron_dagger.types import LabelledEpisode, StateLabel
+from tests.unit.training.sample_rows import dataset
 
 CPU = torch.device("cpu")
 
 
-def dataset(weights=(1.0, 0.25, 1.5)):
-    rng = np.random.default_rng(0)
-    episodes = []
-    for weight in weights:
-        tokens = rng.integers(0, 50, 20).astype(np.int32)
-        branch = StateLabel(position=6, tokens=rng.integers(50, 60, 3).astype(np.int32), weight=weight / 3)
-        episodes.append(
-            LabelledEpisode(tokens=tokens, labels=(StateLabel(position=8, tokens=tokens[8:13], weight=weight), branch))
-        )
-    return pack(episodes, 32)
-
-
 def token_losses(logits, batch):
-    chosen = logits if batch.positions is None else logits[:, batch.positions]
+    chosen = logits if batch.label_places is None else logits[:, batch.label_places]
     return functional.cross_entropy(chosen[0], batch.targets[0], reduction="none")[None]
 
 

@@ -18,7 +18,7 @@ def built(shape=None, **training):
     return compat.transformer_config(**settings | {"apply_rope_fusion": False})
 
 
-def has(config, **expected):
+def assert_has(config, **expected):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
@@ -32,13 +32,13 @@ def has(config, **expected):
 )
 def test_fp8_recipes(recipe, expected):
     config = built(precision=f"fp8_{recipe}")
-    has(config, fp8_recipe=recipe, bf16=True, fp8_param=False, first_last_layers_bf16=False, **expected)
+    assert_has(config, fp8_recipe=recipe, bf16=True, fp8_param=False, first_last_layers_bf16=False, **expected)
     assert optimizer.settings(TrainingConfig(precision=f"fp8_{recipe}"))["fp8_recipe"] == recipe
 
 
 def test_layers_at_the_ends_in_bf16_and_weights_in_fp8():
     training = {"precision": "fp8_tensorwise", "bf16_layers_at_ends": 2, "fp8_param_gather": True}
-    has(
+    assert_has(
         built(**training),
         first_last_layers_bf16=True,
         num_layers_at_start_in_bf16=2,
@@ -50,18 +50,22 @@ def test_layers_at_the_ends_in_bf16_and_weights_in_fp8():
 
 
 def test_recomputation():
-    has(built(recompute="full"), recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    has(built(recompute="selective"), recompute_granularity="selective", recompute_modules=["core_attn"])
+    assert_has(
+        built(recompute="full"), recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+    )
+    assert_has(built(recompute="selective"), recompute_granularity="selective", recompute_modules=["core_attn"])
     chosen = built(MOE, precision="bf16", recompute="selective", recompute_modules=("layernorm", "moe_act"))
-    has(chosen, recompute_granularity="selective", recompute_modules=["layernorm", "moe_act"])
+    assert_has(chosen, recompute_granularity="selective", recompute_modules=["layernorm", "moe_act"])
 
 
 def test_experts():
     parallel = ParallelConfig(world_size=4, expert_model_parallel_size=4)
     expected = {"num_moe_experts": 4, "moe_ffn_hidden_size": 96, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.0}
     config = built(MOE, parallel=parallel, precision="bf16")
-    has(config, **expected, expert_model_parallel_size=4, expert_tensor_parallel_size=1, moe_router_pre_softmax=True)
-    has(config, moe_grouped_gemm=True, moe_router_dtype="fp32", moe_router_load_balancing_type="none")
+    assert_has(
+        config, **expected, expert_model_parallel_size=4, expert_tensor_parallel_size=1, moe_router_pre_softmax=True
+    )
+    assert_has(config, moe_grouped_gemm=True, moe_router_dtype="fp32", moe_router_load_balancing_type="none")
     fp8 = megatron_config.settings(ModelConfig(**MOE), TrainingConfig(precision="fp8_blockwise"), cuda=True)
     assert fp8["moe_router_padding_for_quantization"]  # an expert's tokens are a multiple of nothing
 
@@ -69,7 +73,7 @@ def test_experts():
 def test_yarn_is_not_fused():
     stretched, plain = ModelConfig(yarn=YarnConfig(factor=2.0)), ModelConfig()
     config = megatron_config.transformer_config(stretched, TrainingConfig())
-    has(config, yarn_rotary_scaling_factor=2.0, yarn_original_max_position_embeddings=32768, yarn_mscale=None)
+    assert_has(config, yarn_rotary_scaling_factor=2.0, yarn_original_max_position_embeddings=32768, yarn_mscale=None)
     bf16 = TrainingConfig(precision="bf16")
     assert [megatron_config.settings(m, bf16, cuda=True)["apply_rope_fusion"] for m in (stretched, plain)] == [
         False,

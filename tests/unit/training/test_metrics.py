@@ -14,17 +14,17 @@ def test_a_resumed_file_repeats_and_loses_nothing(tmp_path):
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # killed while writing
-    again = StepMetrics(tmp_path, 4, finished=2)
+    resumed = StepMetrics(tmp_path, 4, finished=2)
     for step in (3, 4):
-        again.add(step=step, loss=10.0 * step, **LINE)
-    again.close()
+        resumed.add(step=step, loss=10.0 * step, **LINE)
+    resumed.close()
     assert [(x["step"], x["loss"]) for x in read_steps(tmp_path / "metrics.jsonl")] == [
         (1, 1.0),
         (2, 2.0),
         (3, 30.0),
         (4, 40.0),
     ]
-    summary = again.summary()
+    summary = resumed.summary()
     assert (summary["steps"], summary["first_loss"], summary["last_loss"]) == (4, 1.0, 40.0)
     assert (summary["tokens"], summary["tokens_per_s"], summary["fill"]) == (40, 20.0, 10 / 16)
     assert summary["mean_loss_last_10"] == pytest.approx(18.25)

@@ -13,7 +13,7 @@ PADDED = 128
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_a_part_is_what_the_weight_map_says(family, size):
+def test_a_cut_parameter_has_the_blocks_of_the_weight_map(family, size):
     model = sample_model(family, num_query_groups=4, tie_embeddings=False)
     for name, layout in families.lookup(model).megatron_tensors(model).items():
         canonical = {
@@ -26,8 +26,8 @@ def test_a_part_is_what_the_weight_map_says(family, size):
             own = Shard(rank=rank, size=size)
             part = cut(full, layout, own)
             for block in layout.blocks(own, padded_rows=rows):
-                place = tuple(slice(s, s + n) for s, n in zip(block.start, block.canonical.shape, strict=True))
-                assert torch.equal(part[place], canonical[block.name][block.canonical.slices]), name
+                index = tuple(slice(s, s + n) for s, n in zip(block.start, block.canonical.shape, strict=True))
+                assert torch.equal(part[index], canonical[block.name][block.canonical.slices]), name
 
 
 def test_each_rank_gets_its_rows_of_the_gate_and_of_the_up_projection():

@@ -29,16 +29,16 @@ def row(seed, length=96):
     return pack(episodes, length).row(0)
 
 
-def plainly(packed, query, key, value):
-    """Return each place's own softmax over the places that it attends to."""
+def naive_attention(packed, query, key, value):
+    """Return attention computed query by query: the softmax over the keys that the query attends to."""
     out = torch.zeros_like(query)
     starts = np.repeat(packed.trees[:-1], np.diff(packed.trees))
-    for place in range(query.size(0)):
-        seen = [*range(starts[place], packed.prefix_stops[place]), *range(packed.run_starts[place], place + 1)]
+    for i in range(query.size(0)):
+        seen = [*range(starts[i], packed.prefix_stops[i]), *range(packed.run_starts[i], i + 1)]
         for head in range(HEADS):
             group = head // (HEADS // GROUPS)
-            scores = key[seen, 0, group] @ query[place, 0, head] / math.sqrt(SIZE)
-            out[place, 0, head] = scores.softmax(0) @ value[seen, 0, group]
+            scores = key[seen, 0, group] @ query[i, 0, head] / math.sqrt(SIZE)
+            out[i, 0, head] = scores.softmax(0) @ value[seen, 0, group]
     return out.reshape(query.size(0), 1, -1)
 
 
@@ -52,7 +52,7 @@ def test_output_and_gradients_equal_those_of_the_plain_computation(seed):
     inputs_of_trees = [x.clone().requires_grad_() for x in inputs]
     inputs_of_plain = [x.clone().requires_grad_() for x in inputs]
     a = attention(*inputs_of_trees, packed_seq_params=tree_params(packed, torch.device("cpu")))
-    b = plainly(packed, *inputs_of_plain)
+    b = naive_attention(packed, *inputs_of_plain)
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     weights = torch.randn(a.shape, generator=generator, dtype=torch.float64)
     for result in (a, b):

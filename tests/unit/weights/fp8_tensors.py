@@ -7,7 +7,7 @@ from megatron_dagger.weights.quantise import quantise_matrix
 
 
 def quantised(model, tensors):
-    """``tensors`` (name, tensor) with those of linear layers in e4m3, followed by their scales."""
+    """Return ``tensors``, (name, tensor) pairs, with those of linear layers in e4m3, followed by their scales."""
     names, result = scales_shapes(model), {}
     for name, tensor in tensors:
         result[name] = tensor
@@ -17,13 +17,13 @@ def quantised(model, tensors):
 
 
 def dequantised(values, scales):
-    """The matrix in float32 with these values and blocks' scales."""
+    """Return the matrix in float32 that has these values and block scales."""
     rows, columns = (torch.arange(extent) // 128 for extent in values.shape)
     return values.float() * scales[rows][:, columns]
 
 
 def without_scales(tensors):
-    """``quantised`` tensors without their scales, dequantised to float32."""
+    """Return ``quantised`` tensors dequantised to float32, without their scales."""
     return {
         name: dequantised(tensor, tensors[scales_name(name)]) if scales_name(name) in tensors else tensor
         for name, tensor in tensors.items()

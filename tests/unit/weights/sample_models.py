@@ -15,7 +15,7 @@ FAMILIES = tuple(families.FAMILIES)
 
 
 def sample_model(family: str, **settings: Any) -> ModelConfig:
-    """A small model. By default the hidden size is heads x head size."""
+    """Return a small model. By default the hidden size is heads x head size."""
     heads, head = settings.setdefault("num_attention_heads", 4), settings.setdefault("kv_channels", 2)
     defaults: dict[str, Any] = {"family": family, "hidden_size": heads * head, "num_layers": 2, "vocab_size": 70}
     if family == "qwen3_moe":
@@ -25,7 +25,7 @@ def sample_model(family: str, **settings: Any) -> ModelConfig:
 
 @st.composite
 def sample_models(draw: Any) -> ModelConfig:
-    """Any family, with odd sizes."""
+    """Draw a model of any family, with odd sizes."""
     family, groups = draw(st.sampled_from(FAMILIES)), draw(st.integers(1, 4))
     heads, head = groups * draw(st.integers(1, 3)), 2 * draw(st.integers(1, 3))
     hidden = {"qwen2": heads * head, "llama": heads * draw(st.integers(1, 3))}.get(family) or draw(st.integers(1, 6))
@@ -52,7 +52,7 @@ def sample_models(draw: Any) -> ModelConfig:
 
 
 def sources(groups: int, experts: bool) -> Iterator[SourceLayout]:
-    """All layouts of the trainer in the matrix, for this many query groups."""
+    """Yield the trainer's layouts of the test matrix, for this many query groups."""
     tensor = [tp for tp in range(1, groups + 1) if groups % tp == 0]
     for tp, (pp, vp), dp in itertools.product(tensor, [(1, 1), (2, 2), (4, 1)], [1, 2]):
         layout = SourceLayout(
@@ -70,7 +70,7 @@ def sources(groups: int, experts: bool) -> Iterator[SourceLayout]:
 
 
 def targets(groups: int, experts: bool) -> Iterator[TargetLayout]:
-    """All layouts of the engine in the matrix: a single rank, a rank per KV head, and more ranks than KV heads."""
+    """Yield the engine's layouts of the test matrix: a single rank, a rank per KV head, more ranks than KV heads."""
     for tp in sorted({1, groups, 2 * groups}):
         yield TargetLayout(tensor_parallel_size=tp)
         yield TargetLayout(tensor_parallel_size=tp, replicas=3, enable_expert_parallel=experts)

@@ -34,14 +34,14 @@ TARGETS = {"one": TargetLayout(), "tp2-replicas2": TargetLayout(tensor_parallel_
 
 
 def e4m3_values():
-    """All finite non-negative values of e4m3 (OFP8): 4 exponent bits with bias 7, 3 mantissa bits, no infinities."""
+    """Return all finite non-negative values of e4m3 (OFP8): 4 exponent bits, bias 7, 3 mantissa bits, no infinities."""
     codes = np.arange(0x7F)
     exponent, mantissa = codes >> 3, codes & 7
     return np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
 
 
 def naive(matrix):
-    """The reference: block by block and value by value, in float64 except for the scale and the quotient."""
+    """Quantise block by block and value by value, in float64 except for the scale and the quotient."""
     table, (rows, columns) = e4m3_values(), matrix.shape
     values, scales = np.empty_like(matrix, dtype=np.float64), np.empty((-(-rows // 128), -(-columns // 128)))
     for i in range(0, rows, 128):
@@ -111,7 +111,7 @@ def own_blocks(model, layout, rank_tensors, rank):
 
 
 def agreed_scales(model, layout, ranks):
-    """Each rank's scales, after the all-reduce that the trainer does."""
+    """Return each rank's scales, after the all-reduce that the trainer does."""
     by_rank = [BlockScales(model, CPU) for _ in ranks]
     for rank, (scales, tensors) in enumerate(zip(by_rank, ranks, strict=True)):
         for blocks, tensor in own_blocks(model, layout, tensors, rank):
@@ -124,7 +124,7 @@ def agreed_scales(model, layout, ranks):
 
 
 def receive(spec, rank):
-    """A target rank's parameters after a transfer, and its shares of their digests."""
+    """Return a target rank's parameters after a transfer, and its shares of their digests."""
     table, dtypes = vllm_table(spec.model, "fp8"), spec.bucket_spec.dtypes
     shards = {name: spec.target.shard(rank, experts=False) for name in table}
     received = {n: torch.zeros(p.shape(shards[n]), dtype=getattr(torch, dtypes[n])) for n, p in table.items()}
@@ -159,10 +159,10 @@ def test_every_rank_gets_the_values_and_scales_of_the_full_tensors(kind, layout,
     restored = {name: tensor.numpy() for name, tensor in without_scales(canonical).items()}
     for (received, _), expected in zip(results, vllm_ranks(model, spec.target, restored), strict=True):
         for name, array in expected.items():
-            held = received[name].float().numpy()
+            actual = received[name].float().numpy()
             if scales_name(name) in received:
-                held = dequantised(received[name], received[scales_name(name)]).numpy()
-            assert np.array_equal(held, array), name
+                actual = dequantised(received[name], received[scales_name(name)]).numpy()
+            assert np.array_equal(actual, array), name
 
     expected_digests = canonical_digests(canonical.items(), model)
     assert compare(expected_digests, merge([shares for _, shares in results], model)) is None

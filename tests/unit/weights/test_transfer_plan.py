@@ -1,4 +1,4 @@
-"""Plans carried out on small arrays, compared with the naively computed shards of both sides."""
+"""Plans executed on small arrays, and compared with the naively computed shards of trainer and engine."""
 
 import itertools
 import time
@@ -21,14 +21,14 @@ MOE = {"num_moe_experts": 24, "moe_ffn_hidden_size": 24}
 ITEMSIZE = 4
 
 
-def check(model, source, target, held, expected):
-    """Carry the plan out on the source ranks' ``held`` tensors, and compare with the ``expected`` parameters."""
+def check(model, source, target, source_tensors, expected):
+    """Execute the plan on the source ranks' tensors, and compare the result with the ``expected`` parameters."""
     result = plan(model, source, target)
-    assert (source.world_size, target.world_size) == (len(held), len(expected))
+    assert (source.world_size, target.world_size) == (len(source_tensors), len(expected))
     received = [{name: np.full(array.shape, -2, array.dtype) for name, array in rank.items()} for rank in expected]
     writes = [{name: np.zeros(array.shape, np.int8) for name, array in rank.items()} for rank in expected]
     for copy in result.copies:
-        block = held[copy.source_rank][copy.source_tensor][copy.source.slices]
+        block = source_tensors[copy.source_rank][copy.source_tensor][copy.source.slices]
         assert block.shape == copy.source.shape == copy.target.shape
         received[copy.target_rank][copy.target_parameter][copy.target.slices] = block
         writes[copy.target_rank][copy.target_parameter][copy.target.slices] += 1
@@ -63,14 +63,14 @@ def test_every_element_is_written_once_over_the_whole_matrix(family, groups, tie
     tensors = canonical_tensors(model, families.canonical_names(model))
     expected_by_target = [(target, vllm_ranks(model, target, tensors)) for target in targets(groups, experts)]
     for source in sources(groups, experts):
-        held = megatron_ranks(model, source, tensors)
+        source_tensors = megatron_ranks(model, source, tensors)
         for target, expected in expected_by_target:
-            check(model, source, target, held, expected)
+            check(model, source, target, source_tensors, expected)
 
 
 @st.composite
 def cases(draw):
-    """A model of any family and two layouts that fit it."""
+    """Draw a model of any family and two layouts that fit it."""
     small = st.integers(1, 3)
     family, head = draw(st.sampled_from(FAMILIES)), 2 * draw(small)
     tp, pp, dp, target_tp = draw(small), draw(small), draw(small), draw(st.sampled_from([1, 2, 4, 8]))
@@ -145,7 +145,7 @@ def test_the_last_stages_copy_of_a_tied_embedding_is_a_source_too():
     assert embedding == {(0, "embedding.word_embeddings.weight"), (1, "output_layer.weight")}
 
 
-def test_rows_adjacent_on_both_sides_are_a_single_copy():
+def test_rows_that_are_adjacent_in_trainer_and_engine_are_a_single_copy():
     """With a single KV head QKV has the same order on both sides, as gate and up always do; experts are stacked."""
     model = sample_model("qwen3_moe", num_query_groups=1, vocab_size=128)
     result = plan(model, SourceLayout(padded_vocab_size=128), TargetLayout())
@@ -215,7 +215,7 @@ def test_virtual_stages_take_layers_in_turn():
         ("llama", {}, {"data_parallel_size": 2, "expert_model_parallel_size": 2}, {}, "family llama has no experts"),
         ("qwen3_moe", {}, {"expert_model_parallel_size": 2}, {}, "does not divide the 1 ranks"),
         ("qwen3_moe", {}, {"data_parallel_size": 3, "expert_model_parallel_size": 3}, {}, "experts .*: 4 .* 3"),
-        ("llama", {}, {}, {"tensor_parallel_size": 8}, "heads of .*q_proj.weight': 4 cannot be cut into 8"),
+        ("llama", {}, {}, {"tensor_parallel_size": 8}, "heads of .*q_proj.weight': 4 cannot be split into 8"),
         (
             "llama",
             {"num_attention_heads": 6, "vocab_size": 192},
@@ -238,7 +238,7 @@ def test_a_model_that_does_not_fit_the_layout_is_an_error_that_names_the_cause(
 
 
 @pytest.mark.parametrize("side", ["megatron", "vllm"])
-def test_a_tensor_that_only_one_side_has_is_named(side, monkeypatch):
+def test_a_tensor_that_only_trainer_or_engine_has_is_named(side, monkeypatch):
     model, entry = sample_model("qwen3"), families.WEIGHT_MAPS["qwen3"]
     table = dict(getattr(entry, side)(model))
     del table["decoder.final_layernorm.weight" if side == "megatron" else "model.norm.weight"]
@@ -248,7 +248,7 @@ def test_a_tensor_that_only_one_side_has_is_named(side, monkeypatch):
 
 
 def test_planning_qwen3_235b_a22b_takes_seconds():
-    """From 64 ranks to 32; the times are printed (``pytest -s``) and not asserted."""
+    """Plan transfers from 64 ranks to 32. The times are printed (``pytest -s``), not asserted."""
     model = ModelConfig(
         family="qwen3_moe",
         num_layers=94,

@@ -23,7 +23,7 @@ HERE = [this_host()] * 2
 
 @contextmanager
 def served(server, version):
-    """In the block the trainer serves tickets; yields the list of its sources."""
+    """Let the trainer serve tickets while the block runs; yield the list of its sources."""
     sources, stop = [], threading.Event()
 
     def serve():
@@ -44,7 +44,7 @@ def served(server, version):
     ("hosts", "kind"),
     [(HERE, "shared_memory"), ([this_host(), "another"], "p2p"), (["another", "another"], "p2p")],
 )
-def test_each_engine_gets_a_source_of_its_own(tmp_path, hosts, kind):
+def test_each_engine_gets_its_own_source(tmp_path, hosts, kind):
     with served(WeightServer(tmp_path, LAYOUT, hosts), 3) as sent, ThreadPoolExecutor(3) as pool:
         requests = [pool.submit(request_weights, tmp_path, 3) for _ in range(3)]
         received = [request.result(20) for request in requests]

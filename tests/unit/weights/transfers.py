@@ -1,4 +1,4 @@
-"""Transfers carried out inside a test: models, sources of every kind, and all ranks of both sides as threads."""
+"""Transfers inside a test process: models, sources of every kind, and the ranks of trainer and engine as threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +21,7 @@ TRAINER_KINDS = tuple(kind for kind, transport in TRANSPORTS.items() if transpor
 
 
 def model_and_tensors(family="qwen3", tied=True):
-    """A model, and canonical tensors of small whole numbers, which float32 and bfloat16 hold exactly."""
+    """Return a model, and canonical tensors of small whole numbers, which float32 and bfloat16 hold exactly."""
     moe = {"num_moe_experts": 8, "moe_ffn_hidden_size": 8} if family == "qwen3_moe" else {}
     model = sample_model(family, num_query_groups=2, vocab_size=VOCAB, tie_embeddings=tied, **moe)
     tensors = canonical_tensors(model, families.canonical_names(model))
@@ -29,16 +29,16 @@ def model_and_tensors(family="qwen3", tied=True):
 
 
 def as_torch(rank, dtype=torch.float32):
-    """A naive rank's arrays in the trainer's form: every local expert is a tensor of its own."""
+    """Return a naive rank's arrays in the trainer's form, in which every local expert has its own tensor."""
     tensors = {}
     for name, array in rank.items():
-        each = [(name.format(i), part) for i, part in enumerate(array)] if "{}" in name else [(name, array)]
-        tensors |= {key: torch.from_numpy(np.ascontiguousarray(part)).to(dtype) for key, part in each}
+        parts = [(name.format(i), part) for i, part in enumerate(array)] if "{}" in name else [(name, array)]
+        tensors |= {key: torch.from_numpy(np.ascontiguousarray(part)).to(dtype) for key, part in parts}
     return tensors
 
 
 def save_checkpoint(directory, model, tensors, dtype=torch.float32):
-    """Write a checkpoint in Megatron's form: the layers stacked."""
+    """Write a checkpoint in Megatron's form, with the layers stacked."""
     stacked = {}
     for name, tensor in as_torch(megatron_ranks(model, SINGLE, tensors)[0], dtype).items():
         head, _, rest = name.rpartition("layers.")
@@ -48,7 +48,7 @@ def save_checkpoint(directory, model, tensors, dtype=torch.float32):
 
 
 def new_source(kind, directory, layout, model, tensors, **settings):
-    """A source of this kind; a checkpoint is written to ``directory``."""
+    """Return a source of this kind; a checkpoint is written to ``directory``."""
     if kind == "checkpoint":
         save_checkpoint(directory, model, tensors)
         return replace(checkpoint_source(directory, model), **settings)
@@ -57,10 +57,10 @@ def new_source(kind, directory, layout, model, tensors, **settings):
 
 
 def transfer(spec, model, tensors, dtype=torch.float32):
-    """Carry a transfer out with all ranks of both sides at once; returns the received and the expected arrays."""
+    """Transfer with all ranks of trainer and engine at once; return the received and the expected arrays."""
     expected = vllm_ranks(model, spec.target, tensors)
-    held = megatron_ranks(model, spec.source.layout, tensors)
-    senders = [as_torch(rank) for rank in held] if spec.source.from_trainer else []
+    source_ranks = megatron_ranks(model, spec.source.layout, tensors)
+    senders = [as_torch(rank) for rank in source_ranks] if spec.source.from_trainer else []
     with ThreadPoolExecutor(len(senders) + len(expected)) as pool:
         sending = [pool.submit(send_weights, spec, rank, own, CPU) for rank, own in enumerate(senders)]
         receiving = [
@@ -74,6 +74,7 @@ def transfer(spec, model, tensors, dtype=torch.float32):
 
 
 def receive(spec, rank, shapes, dtype=torch.float32):
+    """Return a target rank's parameters after a transfer."""
     received = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
     with open_transport(spec, rank, CPU) as transport:
         for copy, block in transport.receive(spec.plan.by_target[rank]):

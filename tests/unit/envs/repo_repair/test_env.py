@@ -1,4 +1,4 @@
-"""An episode's environment, and the expert in it: from the start and from messes."""
+"""An episode's environment, and the expert in it: from the start and after random commands."""
 
 import asyncio
 import random
@@ -54,7 +54,7 @@ def run(renderer, make_env, actor, **limits):
 
 
 class Messy:
-    """Random commands first, then the expert."""
+    """Types random commands for some turns, then lets the expert act."""
 
     def __init__(self, expert, turns, seed):
         self.expert, self.turns, self.chance = expert, turns, random.Random(seed)
@@ -91,7 +91,7 @@ def test_tokens_of_the_turns_are_the_conversation(renderer, make_env):
         assert f"{turn.observation}<|im_end|>\n<|im_start|>assistant\n{turn.action.text}<|im_end|>" in text
 
 
-def test_a_mistake_that_is_not_undone_derails(renderer, make_env, tasks):
+def test_replaying_the_gold_commands_does_not_undo_a_mistake(renderer, make_env, tasks):
     expert = RepairExpert(renderer.action)
     gold = [turn.action.text for turn in run(renderer, make_env, SoloTurnPolicy(policy=expert)).turns]
     assert run(renderer, make_env, SoloTurnPolicy(policy=ReplayPolicy(gold, renderer.action))).solved
@@ -111,7 +111,7 @@ def test_undo_takes_back_any_change(make_env):
 
 
 def wrong_fix(env):
-    """The address and number of a fix that does not make the tests pass, which has been run and undone."""
+    """Try fixes until one fails the tests, and undo it; return the rank of its line and the text after the undo."""
     for rank in range(1, 10):
         if not env.step(f"view @{rank}").text.endswith(f"untested: none of @{rank}"):
             env.step(f"fix @{rank} 1")
@@ -121,7 +121,7 @@ def wrong_fix(env):
     raise AssertionError("every first fix makes the tests pass")
 
 
-def test_a_fix_with_which_the_tests_failed_is_not_proposed_again(make_env):
+def test_a_fix_that_failed_the_tests_is_not_proposed_again(make_env):
     with make_env() as env:
         env.reset()
         env.step("locate")
@@ -130,7 +130,7 @@ def test_a_fix_with_which_the_tests_failed_is_not_proposed_again(make_env):
         assert untested.endswith(f" of @{rank}")
         assert not untested.endswith(f" 1 of @{rank}")
         assert env.step(f"view @{rank}").text.endswith(untested)
-        env.reset()  # another episode knows nothing of it
+        env.reset()  # a new episode does not remember it
         env.step("locate")
         assert env.step(f"view @{rank}").text.endswith(f" 1 of @{rank}")
 
@@ -150,7 +150,7 @@ def test_two_open_edits_clear_no_fix(make_env):
 
 
 @pytest.mark.parametrize("command", ["fix @1 99", "fix @1 x", "fix @1", "fix small.py:1 0", "fix nowhere.py:1 1"])
-def test_a_fix_that_is_not_there_is_an_error_and_changes_nothing(make_env, command):
+def test_a_missing_fix_is_an_error_and_changes_nothing(make_env, command):
     with make_env() as env:
         env.reset()
         env.step("locate")
@@ -201,7 +201,7 @@ def test_a_broken_episode_has_a_reason_and_is_not_clean(renderer, make_env):
         async def decide(self, state, turn):
             raise PolicyGone("the engine is gone")
 
-    with pytest.raises(PolicyGone):  # of no use to the next episode either
+    with pytest.raises(PolicyGone):  # the next episode could not use it either
         run(renderer, make_env, Gone())
 
     class BrokenEnv:

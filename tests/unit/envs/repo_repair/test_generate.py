@@ -1,7 +1,8 @@
-"""Making tasks: which are accepted, their schema, and that a seed gives the same tasks again."""
+"""Making tasks: which are accepted, their schema, and that the same seed gives the same tasks."""
 
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -61,8 +62,6 @@ def test_damaged_row_is_named(tmp_path):
 
 
 def test_package_whose_tests_fail_is_refused(pool, tmp_path):
-    from dataclasses import replace
-
     broken = replace(TREE, files={**TREE.files, "tests/test_small.py": b"def test_x():\n    assert False\n"})
     with pytest.raises(UnusablePackage, match="small"):
         make_tasks(broken, 1, 1, RepoRepairConfig(), pool, tmp_path)

@@ -11,7 +11,6 @@ import pytest
 
 from megatron_dagger.envs.repo_repair import sdists
 from megatron_dagger.envs.repo_repair.packages import SourcePackage
-from megatron_dagger.envs.repo_repair.pinned_packages import PACKAGES, UnknownPackageError, find_package, packages
 from megatron_dagger.envs.repo_repair.sdists import FetchError, fetch, fetch_all, unpack
 
 TOP = "tinypkg-1.0"
@@ -81,7 +80,7 @@ def test_half_a_file_in_the_cache_is_fetched_again(package, index, tmp_path):
     assert (fetch(package, tmp_path / "cache") / "tinypkg").is_dir()
 
 
-def test_an_unpacking_cut_short_leaves_no_tree(package, tmp_path, monkeypatch):
+def test_interrupted_unpacking_leaves_no_tree(package, tmp_path, monkeypatch):
     def fail_halfway(path, top, target):
         (target / "tinypkg").mkdir()
         raise OSError("the disk went away")
@@ -94,10 +93,10 @@ def test_an_unpacking_cut_short_leaves_no_tree(package, tmp_path, monkeypatch):
     assert (fetch(package, tmp_path / "cache") / "tinypkg" / "__init__.py").is_file()
 
 
-def test_another_file_than_the_pinned_one_is_refused(package, tmp_path):
-    other = dataclasses.replace(package, sha256="0" * 64)
+def test_a_file_without_the_pinned_digest_is_refused(package, tmp_path):
+    mispinned = dataclasses.replace(package, sha256="0" * 64)
     with pytest.raises(FetchError, match=r"tinypkg-1\.0\.tar\.gz.*sha256.*repo_repair\.source=stdlib"):
-        fetch(other, tmp_path / "cache")
+        fetch(mispinned, tmp_path / "cache")
     assert list((tmp_path / "cache" / "sdists").iterdir()) == []
 
 
@@ -159,23 +158,8 @@ def test_a_damaged_archive_is_named(package, index, tmp_path):
         unpack(half, TOP, tmp_path / "target")
 
 
-def test_the_table_keeps_the_sides_apart():
-    train, heldout = packages(heldout=False), packages(heldout=True)
-    assert {p.name for p in train}.isdisjoint(p.name for p in heldout)
-    assert len(train) + len(heldout) == len(PACKAGES) == len({p.name for p in PACKAGES})
-    for package in PACKAGES:
-        assert package.sdist.endswith(f"-{package.version}.tar.gz")
-        assert len(package.sha256) == 64
-
-
-def test_an_unknown_package_is_an_error_with_the_closest_name():
-    assert find_package("toolz").version
-    with pytest.raises(UnknownPackageError, match="did you mean toolz"):
-        find_package("tools")
-
-
 def test_finding_pip_does_not_break_distutils():
-    """Or vLLM, imported in the same process after a download, does not start (setuptools' assertion)."""
+    """Otherwise vLLM could not start in the same process after a download: an assertion of setuptools fails."""
     program = (
         "from megatron_dagger.envs.repo_repair.sdists import _python_with_pip\n"
         "_python_with_pip()\n"

@@ -27,9 +27,8 @@ def test_real_rows_of_swebench_verified():
         assert swebench_task(without(row, "image")).image == row["image"]
         assert task.fail_to_pass
         assert task.eval_script in row["eval_script"]
-        older, why = without(row, "image", "eval_script", "log_parser", "eval_type"), "older schema"
-        with pytest.raises(ConfigError, match=why):
-            swebench_task(older)
+        with pytest.raises(ConfigError, match="older schema"):
+            swebench_task(without(row, "image", "eval_script", "log_parser", "eval_type"))
 
 
 def test_a_row_of_the_older_schema_is_refused_with_the_reason():
@@ -65,7 +64,7 @@ def test_swegym_rows_are_judged_as_its_fork_of_the_harness_does():
     assert swegym_task({**GYM, "repo": "pydantic/pydantic"}).log_parser == "parse_log_pytest_v2"
 
 
-def test_swesmith_rows_are_bugs_to_be_undone():
+def test_the_patch_of_a_swesmith_row_is_a_bug_to_undo():
     task = swesmith_task(SMITH)
     assert task.image == "jyangballin/swesmith.x86_64.org_1776_pkg.c0ffee00:latest"
     assert swesmith_image("someone/swesmith.x86_64.a_1776_b.c:2") == "someone/swesmith.x86_64.a_1776_b.c:2"
@@ -78,13 +77,13 @@ def test_swesmith_rows_are_bugs_to_be_undone():
         swesmith_task({**SMITH, "problem_statement": ""})
 
 
-def test_r2e_gym_rows_have_their_gold_patch_made():
+def test_the_gold_patch_of_an_r2e_gym_row_is_made_from_its_file_diffs():
     task = r2e_gym_task(R2E)
     assert (task.image, task.problem_statement) == (R2E["docker_image"], "x is wrong")
     assert dict(task.expected_outcomes) == {"TestA.test_x": "PASSED", "TestA.test_y": "FAILED"}
-    lost = "\\ No newline at end of file\n"
+    no_newline = "\\ No newline at end of file\n"
     head = "diff --git a/pkg/a.py b/pkg/a.py\n--- a/pkg/a.py\n+++ b/pkg/a.py\n@@ -1 +1 @@\n"
-    assert task.patch == f"{head}-x = 1\n{lost}+x = 2\n{lost}"
+    assert task.patch == f"{head}-x = 1\n{no_newline}+x = 2\n{no_newline}"
     assert r2e_gym_task(without(R2E, "parsed_commit_content")).patch == ""
 
 

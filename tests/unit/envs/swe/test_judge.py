@@ -34,11 +34,11 @@ ERROR r2e_tests/test_1.py::TestA::test_z - ValueError
 
 def test_r2e_gym_compares_every_test():
     row = {"repo_name": "p", "docker_image": "i", "commit_hash": "c" * 40, "problem_statement": "s"}
-    ends = {"TestA.test_x": "PASSED", "TestA.test_y": "FAILED", "TestA.test_z": "ERROR"}
+    outcomes = {"TestA.test_x": "PASSED", "TestA.test_y": "FAILED", "TestA.test_z": "ERROR"}
     for expected, resolved in (
-        (ends, True),
-        ({**ends, "TestA.test_y": "PASSED"}, False),
-        ({**ends, "TestA.test_w": "PASSED"}, False),
+        (outcomes, True),
+        ({**outcomes, "TestA.test_y": "PASSED"}, False),
+        ({**outcomes, "TestA.test_w": "PASSED"}, False),
         ({"TestA.test_x": "PASSED"}, False),
     ):
         task = r2e_gym_task({**row, "expected_output_json": json.dumps(expected)})
@@ -47,7 +47,7 @@ def test_r2e_gym_compares_every_test():
 
 
 def line_of(parser, test, passed):
-    """How the test runner that the parser is for tells of a test."""
+    """Return a test's line in the log format that ``parser`` reads."""
     if parser == "parse_log_django":
         return f"{test} ... {'ok' if passed else 'FAIL'}"
     if parser == "parse_log_sympy":

@@ -9,10 +9,10 @@ from megatron_dagger.envs.swe.tool_calls import ToolCall
 from megatron_dagger.policies.openai.cache import MalformedResponse, Response
 
 
-def test_a_parsed_call_reads_like_one_in_the_text():
+def test_a_parsed_call_is_read_like_a_call_in_the_text():
     call = ToolCall(name="bash", arguments={"command": "grep -n 'é' a.py"})
-    apart = Response(text="Let me look.", tool_calls=(("bash", json.dumps(call.arguments)),))
-    assert read_tool_call(apart) == read_tool_call(Response(text=f"Let me look.\n{call.text()}"))
+    separate = Response(text="Let me look.", tool_calls=(("bash", json.dumps(call.arguments)),))
+    assert read_tool_call(separate) == read_tool_call(Response(text=f"Let me look.\n{call.text()}"))
     for calls in ((("bash", "{no json"),), (("bash", '{"cmd": "ls"}'),), 2 * (("submit", "{}"),), ()):
         with pytest.raises(MalformedResponse):
             read_tool_call(Response(text="", tool_calls=calls))

@@ -42,9 +42,11 @@ def test_the_published_count_of_swegym_is_held_out():
         dataclasses.replace(template, instance_id=f"getmoto__moto-{n}", base_commit=f"{n:08x}") for n in range(2438)
     ]
     heldout = held_out(tasks, HELD_OUT)
-    assert held_out(reversed(tasks), HELD_OUT) == heldout, "whatever the order of the rows"
+    assert held_out(reversed(tasks), HELD_OUT) == heldout, "the order of the rows does not matter"
     assert held_out(tasks, HELD_OUT, seed=1) != heldout
     without_one = [task for task in tasks if task != heldout[0]]
-    assert held_out(without_one, HELD_OUT)[:-1] == heldout[1:], "a row that is refused changes nothing else"
+    assert held_out(without_one, HELD_OUT)[:-1] == heldout[1:], (
+        "refusing one row does not change the choice of the others"
+    )
     train, refused = TrainingTasks.allowed(tasks, never=EvaluationSet(heldout))
     assert (len(heldout), len(train), set(refused)) == (100, 2338, {task.instance_id for task in heldout})

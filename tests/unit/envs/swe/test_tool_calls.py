@@ -1,4 +1,4 @@
-"""The agent's tool calls: Qwen3's own message, and a parser that guesses nothing."""
+"""The agent's tool calls: the tools as Qwen3's template shows them, and a strict parser of replies."""
 
 import json
 
@@ -20,7 +20,7 @@ CALL = ToolCall(name="bash", arguments={"command": 'echo "é" && ls\n'})
         '<tool_call>{"arguments": {"command": "echo \\"\\u00e9\\" && ls\\n"}, "name": "bash"}</tool_call>',
     ],
 )
-def test_one_call_is_found(reply):
+def test_a_single_call_is_parsed(reply):
     assert parse_tool_call(reply, TOOLS) == CALL
 
 

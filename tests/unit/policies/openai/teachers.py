@@ -1,4 +1,4 @@
-"""Teachers behind endpoints of a test, and states to ask them about."""
+"""Teachers behind a test's own endpoints, and states to ask them about."""
 
 import asyncio
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def encode(text: str) -> np.ndarray:
 
 
 def state(*texts: str, seed: int = 1) -> State:
-    """The state after the user and assistant messages ``texts``."""
+    """Return the state after the user and assistant messages ``texts``."""
     roles = ["system", "user", *["assistant", "user"] * len(texts)]
     messages = tuple(Message(role=r, content=t) for r, t in zip(roles, ("be an agent", *texts), strict=False))
     return State(messages=messages, tokens=np.zeros(1, np.int32), seed=seed)
@@ -29,7 +29,7 @@ def state(*texts: str, seed: int = 1) -> State:
 
 @contextmanager
 def teacher(folder: Path, *servers: ChatServer, **settings) -> Iterator[EndpointPolicy]:
-    """A teacher on ``servers`` whose responses are cached in ``folder``."""
+    """Yield a teacher on ``servers`` whose responses are cached in ``folder``."""
     defaults = {"request_timeout_s": 5.0, "patience_s": 5.0, "sampling": SamplingConfig(max_tokens=50)}
     config = TeacherConfig(urls=tuple(s.url for s in servers), model="teacher-30b", **{**defaults, **settings})
     with closing(ResponseCache(folder)) as cache, EndpointPool(config, cache) as pool:

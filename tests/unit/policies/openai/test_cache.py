@@ -16,7 +16,7 @@ def test_the_responses_of_all_writers_are_read(tmp_path):
     assert (cache.get("a"), cache.get("b")) == (Response(text="1", prompt_tokens=3), CALL)
 
 
-def test_a_line_cut_short_is_ignored(tmp_path):
+def test_a_torn_line_is_ignored(tmp_path):
     with closing(ResponseCache(tmp_path)) as cache:
         cache.put("a", CALL)
     [file] = tmp_path.glob("*.jsonl")

@@ -29,15 +29,15 @@ def test_requests_are_limited_and_spread_over_the_servers(tmp_path):
         first.delay_s = second.delay_s = 0.05
         with teacher(tmp_path, first, second, concurrent_requests=4) as policy:
             act(policy, *states(24))
-    assert first.most_at_once + second.most_at_once <= 4
+    assert first.max_concurrent + second.max_concurrent <= 4
     assert min(len(first.requests), len(second.requests)) >= 8
 
 
-def test_more_than_a_hundred_requests_at_once_wait_for_no_connection(tmp_path):
+def test_more_than_a_hundred_concurrent_requests_do_not_wait_for_a_connection(tmp_path):
     with chat_server(lambda request: "a") as server, teacher(tmp_path, server, concurrent_requests=120) as policy:
         server.delay_s = 1.5
         act(policy, *states(120))
-    assert server.most_at_once > 100
+    assert server.max_concurrent > 100
     assert len(server.requests) == 120
 
 
@@ -71,7 +71,7 @@ def test_closing_the_pool_cancels_running_requests(tmp_path):
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_server_is_asked_again(tmp_path, status):
+def test_a_request_to_a_busy_server_is_retried(tmp_path, status):
     answers = iter([status, status, "at last"])
     with chat_server(lambda request: next(answers)) as server, teacher(tmp_path, server) as policy:
         assert act(policy, state("x"))[0].text == "at last"
@@ -107,7 +107,7 @@ def test_a_teacher_that_restarts_is_awaited_and_soon_found_by_all_requests(tmp_p
         thread.join()
 
 
-def test_a_teacher_that_stays_away_is_an_error_after_the_patience(tmp_path):
+def test_a_teacher_that_does_not_return_is_an_error_after_the_patience(tmp_path):
     with chat_server(lambda request: "a") as server:
         pass
     began = time.monotonic()
@@ -119,7 +119,7 @@ def test_a_teacher_that_stays_away_is_an_error_after_the_patience(tmp_path):
     assert time.monotonic() - began < 5
 
 
-def test_a_refusal_is_an_error_at_once_that_gives_the_reason(tmp_path):
+def test_a_refusal_is_an_immediate_error_with_the_reason(tmp_path):
     with chat_server(lambda request: 401) as server, teacher(tmp_path, server) as policy:
         with pytest.raises(PolicyGone, match=r"refused.*401.*status 401"):
             act(policy, state("x"))
@@ -139,8 +139,8 @@ def test_a_single_request_that_is_never_answered_does_not_mean_that_the_teacher_
         return await asyncio.gather(policy.act(state("endless")), ask_others(), return_exceptions=True)
 
     with chat_server(answer) as server, teacher(tmp_path, server, patience_s=1.0) as policy:
-        error, others = asyncio.run(ask(policy))
-    assert (type(error), others) == (PolicyError, None)
+        error, result_of_others = asyncio.run(ask(policy))
+    assert (type(error), result_of_others) == (PolicyError, None)
 
 
 TOO_LONG = {"error": {"message": "This model's maximum context length is 8192 tokens. However, you requested 9000"}}
@@ -171,12 +171,12 @@ def test_a_spent_budget_stops_requests_also_after_a_restart_and_keeps_the_cache(
                 act(policy, state(str(number)))
             with pytest.raises(BudgetSpent, match=message):
                 act(policy, state("3"))
-        asked = len(server.requests)
+        requests_so_far = len(server.requests)
         with teacher(tmp_path, server, **settings) as restarted:
             assert act(restarted, state("0"))[0].text == "a", "cached responses cost nothing"
             with pytest.raises(BudgetSpent):
                 act(restarted, state("new"))
-        assert len(server.requests) == asked
+        assert len(server.requests) == requests_so_far
 
 
 def test_the_key_is_sent_to_the_endpoint_and_appears_nowhere_else(tmp_path, monkeypatch, caplog):

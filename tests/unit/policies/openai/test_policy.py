@@ -34,7 +34,7 @@ def test_the_expert_behind_an_endpoint_acts_like_the_expert(tmp_path):
     assert [a.text for a in actions] == [next_command(s.messages) for s in states] == ["locate", "view @1", "submit"]
 
 
-def test_a_resumed_round_asks_nothing_twice_even_after_a_torn_line(tmp_path):
+def test_a_resumed_round_repeats_no_request_even_after_a_torn_line(tmp_path):
     with chat_server(lambda request: "a") as server:
         with teacher(tmp_path, server) as policy:
             act(policy, state("1"), state("2"))

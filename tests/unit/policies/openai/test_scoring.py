@@ -68,7 +68,7 @@ def test_one_request_up_to_the_students_last_turn_scores_its_turns_only(tmp_path
         (lambda request: {"choices": [{"prompt_logprobs": [None]}]}, "tokens and scored 1;"),
     ],
 )
-def test_log_probs_without_a_meaning_are_an_error_that_gives_the_reason(tmp_path, answer, message):
+def test_unusable_log_probs_are_an_error_with_the_reason(tmp_path, answer, message):
     with chat_server(answer) as server, pytest.raises(ConfigError, match=message):
         score(server.url, tmp_path)
 

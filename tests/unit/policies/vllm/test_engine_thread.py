@@ -1,4 +1,4 @@
-"""The engine's thread: what it does before an engine is needed, and how failures reach the callers."""
+"""The engine's thread: its preload before an engine is needed, and how failures reach the callers."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Importing vLLM early: it can be cancelled, so that a process that needs no engine ends promptly."""
+"""Importing vLLM early: it can be cancelled, so a process that needs no engine ends promptly."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Replacing an engine's weights: what is served after each kind of failure."""
+"""Replacing an engine's weights: the version that is served after each kind of failure."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def serving(version, kind="checkpoint"):
 
 
 def served_after(engine, *versions, loaded=False, weights=None):
-    """The state after attempts to serve one version after the other."""
+    """Return the state after attempts to serve one version after the other."""
     weights = weights or ServedWeights()
     for version in versions:
         try:

@@ -28,7 +28,7 @@ def test_isolation(bubblewrap, tmp_path):
 
 def test_fork_bomb_is_contained(bubblewrap):
     if os.geteuid() != 0:
-        pytest.skip("only root can give a sandbox a user number, and so a process limit, of its own")
+        pytest.skip("only root can give a sandbox its own user id, and so its own process limit")
     result = bubblewrap.run("bomb() { bomb | bomb & }; bomb; sleep 1; echo over", timeout_s=4)
     assert "fork" in result.output or result.timed_out
     assert bubblewrap.run("echo alive").output == "alive\n"

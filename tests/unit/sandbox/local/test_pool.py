@@ -1,4 +1,4 @@
-"""The pool of local sandboxes, and what it removes of killed processes."""
+"""The pool of local sandboxes, and its removal of folders that killed processes left behind."""
 
 import os
 import tempfile
@@ -20,13 +20,13 @@ def test_the_pool_lends_only_sandboxes_that_ended_normally():
     with SandboxPool(factory) as pool:
         with pool.lend() as first:
             first.write({"left": b"behind"})
-        with pool.lend() as again:
-            assert again is first
-            assert again.read() == {}
+        with pool.lend() as second:
+            assert second is first
+            assert second.read() == {}
         with pytest.raises(KeyError), pool.lend():
             raise KeyError
-        with pool.lend() as other:
-            assert other is not first
+        with pool.lend() as third:
+            assert third is not first
     assert len(opened) == 2
 
 
@@ -35,11 +35,11 @@ def test_folders_of_killed_processes_are_removed(monkeypatch, tmp_path):
     abandoned, young = (tmp_path / f"{HOME_PREFIX}{name}" for name in ("abandoned", "young"))
     (abandoned / "work").mkdir(parents=True)
     young.mkdir()
-    with ProcessSandbox(LIMITS) as held:
+    with ProcessSandbox(LIMITS) as sandbox:
         (home,) = set(tmp_path.iterdir()) - {abandoned, young}
         for path in (abandoned, home):
             os.utime(path, (0, 0))
-        SandboxPool(lambda: held).close()
+        SandboxPool(lambda: sandbox).close()
         assert set(tmp_path.iterdir()) == {young, home}
-        assert held.run("echo alive").output == "alive\n"
+        assert sandbox.run("echo alive").output == "alive\n"
     assert set(tmp_path.iterdir()) == {young}

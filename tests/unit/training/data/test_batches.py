@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from megatron_dagger.config import ParallelConfig, TrainingConfig
-from megatron_dagger.training.data.batches import EMPTY_ROW, BatchPlan, row_lengths, share_out
+from megatron_dagger.training.data.batches import EMPTY_ROW, BatchPlan, distribute_rows, row_lengths
 
 
 def plan(**changes):
@@ -19,11 +19,11 @@ def plan(**changes):
 def test_each_epoch_takes_every_row_once_in_its_own_order(rows, per_step, epochs, seed):
     p = plan(rows=rows, rows_per_step=per_step, epochs=epochs, seed=seed)
     stream = np.concatenate([p.rows_of(step) for step in range(p.steps)])
-    wanted = max(1, round(rows * epochs))
-    assert (stream[wanted:] == EMPTY_ROW).all()
-    assert len(stream) - wanted < per_step
-    for start in range(0, wanted, rows):
-        epoch = stream[start : min(start + rows, wanted)]
+    row_count = max(1, round(rows * epochs))
+    assert (stream[row_count:] == EMPTY_ROW).all()
+    assert len(stream) - row_count < per_step
+    for start in range(0, row_count, rows):
+        epoch = stream[start : min(start + rows, row_count)]
         assert len(set(epoch)) == len(epoch)
         assert set(epoch) <= set(range(rows))
 
@@ -32,16 +32,16 @@ def test_each_epoch_takes_every_row_once_in_its_own_order(rows, per_step, epochs
 def test_ranks_share_a_steps_rows_evenly_by_cost(costs, ranks, empty):
     rows = np.array([*range(12 - empty), *[EMPTY_ROW] * empty])
     costs = np.array(costs)
-    shares = share_out(rows, costs, ranks)
+    shares = distribute_rows(rows, costs, ranks)
     assert sorted(np.concatenate(shares)) == sorted(rows)
     assert {len(share) for share in shares} == {12 // ranks}
     loads = [costs[share[share >= 0]].sum() for share in shares]
     assert max(loads) - min(loads) <= costs.max()
-    assert all(np.array_equal(a, b) for a, b in zip(shares, share_out(rows, costs, ranks), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(shares, distribute_rows(rows, costs, ranks), strict=True))
 
 
 def test_the_costliest_rows_are_computed_at_the_same_time():
-    shares = share_out(np.arange(4), np.array([1.0, 9.0, 2.0, 8.0]), 2)
+    shares = distribute_rows(np.arange(4), np.array([1.0, 9.0, 2.0, 8.0]), 2)
     assert [share.tolist() for share in shares] == [[1, 0], [3, 2]]
 
 
@@ -53,15 +53,15 @@ def test_a_row_is_as_long_as_its_tokens_and_in_a_pipeline_as_the_longest():
         ({"tensor_model_parallel_size": 2}, [128, 32, 256]),
         ({"pipeline_model_parallel_size": 2}, [256, 256, 256]),
     ):
-        laid_out = replace(training, parallel=ParallelConfig(world_size=2, **parallel))
-        assert row_lengths(tokens, laid_out) == expected
+        in_layout = replace(training, parallel=ParallelConfig(world_size=2, **parallel))
+        assert row_lengths(tokens, in_layout) == expected
 
 
 def test_the_order_depends_on_seed_round_and_epoch_only():
     base = plan(rows=30, rows_per_step=30)
     assert np.array_equal(base.rows_of(0), plan(rows=30, rows_per_step=30).rows_of(0))
-    others = [base.rows_of(1), *(plan(rows=30, rows_per_step=30, **c).rows_of(0) for c in CHANGES)]
-    assert all(not np.array_equal(base.rows_of(0), other) for other in others)
+    orders = [base.rows_of(1), *(plan(rows=30, rows_per_step=30, **c).rows_of(0) for c in CHANGES)]
+    assert all(not np.array_equal(base.rows_of(0), order) for order in orders)
 
 
 CHANGES = ({"seed": 2}, {"round_index": 1})

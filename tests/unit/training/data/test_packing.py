@@ -30,33 +30,33 @@ def episodes(draw: st.DrawFn, longest: int = 40) -> LabelledEpisode:
 
 
 def predictions(data):
-    """Return (context, target, weight) of each place with a loss, read from the packed rows alone."""
+    """Return (context, target, weight) of each position with a loss, read from the packed rows alone."""
     result = []
     for index in range(len(data.rows)):
         row = data.row(index)
         for start, stop in zip(row.trees[:-1], row.trees[1:], strict=True):
-            for place in np.flatnonzero(row.weights[start:stop]) + start:
-                seen = [*range(start, row.prefix_stops[place]), *range(row.run_starts[place], place + 1)]
+            for position in np.flatnonzero(row.weights[start:stop]) + start:
+                seen = [*range(start, row.prefix_stops[position]), *range(row.run_starts[position], position + 1)]
                 assert [int(row.position_ids[i]) for i in seen] == list(range(len(seen)))
                 context = tuple(row.tokens[seen])
-                result.append((context, int(row.targets[place]), float(row.weights[place])))
+                result.append((context, int(row.targets[position]), float(row.weights[position])))
     return sorted(result)
 
 
 def expected(all_episodes):
-    wanted = []
+    result = []
     for episode in all_episodes:
         for label in episode.labels:
             whole = [*episode.tokens[: label.position], *label.tokens]
-            for place in range(label.position, len(whole)):
-                wanted.append((tuple(whole[:place]), int(whole[place]), label.weight))
-    return sorted(wanted)
+            for position in range(label.position, len(whole)):
+                result.append((tuple(whole[:position]), int(whole[position]), label.weight))
+    return sorted(result)
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
 @hypothesis.given(st.lists(episodes(), max_size=6), st.booleans(), st.sampled_from(["shared_prefix", "separate"]))
-def test_every_label_token_is_predicted_once_after_exactly_its_own_context(labelled, apart, packing):
-    data = pack(labelled, CAPACITY, packing=packing, one_sample_per_row=apart)
+def test_every_label_token_is_predicted_once_after_exactly_its_own_context(labelled, one_sample_per_row, packing):
+    data = pack(labelled, CAPACITY, packing=packing, one_sample_per_row=one_sample_per_row)
     assert predictions(data) == expected(labelled)
 
 
@@ -105,7 +105,7 @@ def test_branches_that_do_not_fit_go_into_another_row_with_the_trunk():
     assert predictions(data) == expected(labelled)
 
 
-def test_the_branches_that_go_into_another_row_are_those_with_the_shortest_prefix():
+def test_branches_with_the_shortest_prefix_go_into_another_row():
     tokens = np.arange(40, dtype=np.int32)
     branches = [StateLabel(position=p, tokens=np.full(4, p, np.int32)) for p in (5, 20, 12, 36)]
     executed = StateLabel(position=36, tokens=tokens[36:])
@@ -139,10 +139,10 @@ def test_rows_are_well_formed_and_their_sums_agree(labelled):
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(st.lists(episodes(), max_size=6))
 def test_the_same_episodes_give_the_same_rows(labelled):
-    first, again = pack(labelled, CAPACITY), pack(labelled, CAPACITY)
-    assert first.rows == again.rows
+    first, second = pack(labelled, CAPACITY), pack(labelled, CAPACITY)
+    assert first.rows == second.rows
     for index in range(len(first.rows)):
-        assert np.array_equal(first.row(index).tokens, again.row(index).tokens)
+        assert np.array_equal(first.row(index).tokens, second.row(index).tokens)
 
 
 def test_agent_episodes_fill_their_rows():
@@ -181,7 +181,7 @@ def test_a_row_is_no_longer_than_its_tokens_and_a_multiple(labelled, multiple):
 
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(st.lists(episodes(), max_size=6))
-def test_pairs_are_what_the_rows_say(labelled):
+def test_attention_pairs_are_counted_as_in_the_rows(labelled):
     data = pack(labelled, CAPACITY)
     for index, tokens in enumerate(data.row_tokens):
         row = data.row(index)

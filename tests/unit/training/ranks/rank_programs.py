@@ -1,6 +1,5 @@
-"""Small programs as ranks, and what becomes of their processes."""
+"""Small programs that run as ranks, and checks of their processes."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from megatron_dagger.training.ranks.launch import launch
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 TWO = ParallelConfig(world_size=2)
-forked = pytest.mark.parametrize("way", ["forked"], indirect=True)  # for tests of the server
+forked = pytest.mark.parametrize("start_method", ["forked"], indirect=True)  # for tests of the fork server
 
 
 def run(tmp_path, source, *, deadline_s=30.0, parallel=TWO):
@@ -24,10 +23,3 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert condition()

@@ -9,11 +9,12 @@ import threading
 
 import pytest
 
-from megatron_dagger.training.ranks import launch as module
+from megatron_dagger.training.ranks import launch as launch_module
 from megatron_dagger.training.ranks.launch import LaunchError, launch, warm_up
-from tests.unit.training.ranks.rank_programs import REPOSITORY, TWO, alive, forked, run, wait_until
+from tests.support.waiting import wait_until
+from tests.unit.training.ranks.rank_programs import REPOSITORY, TWO, alive, forked, run
 
-PRELOAD = module.PRELOAD
+PRELOAD = launch_module.PRELOAD
 
 
 REPORT_PIDS = (
@@ -25,7 +26,7 @@ REPORT_PIDS = (
 
 
 def pids_and_parents(tmp_path):
-    """Return the ranks' pids and their parents'."""
+    """Return the ranks' process ids and those of their parents."""
     pids, parents = zip(*((tmp_path / f"pid{rank}").read_text().split() for rank in (0, 1)), strict=True)
     return [*map(int, pids)], {*map(int, parents)}
 
@@ -33,7 +34,7 @@ def pids_and_parents(tmp_path):
 @forked
 def test_one_server_forks_the_ranks_of_all_launches(tmp_path):
     warm_up({"PYTHONPATH": str(REPOSITORY)})
-    server = module._server.pid
+    server = launch_module._server.pid
     assert server != os.getpid()
     for name in ("first", "second"):  # the second finds another rank_program
         (tmp_path / name).mkdir()
@@ -41,7 +42,7 @@ def test_one_server_forks_the_ranks_of_all_launches(tmp_path):
         pids, parents = pids_and_parents(tmp_path / name)
         assert len({*pids, server, os.getpid()}) == 4
         assert parents == {server}
-    module._server.close()
+    launch_module._server.close()
     assert not alive(server)
 
 
@@ -49,7 +50,7 @@ def test_one_server_forks_the_ranks_of_all_launches(tmp_path):
 def test_a_killed_server_is_reported_and_replaced(tmp_path):
     def kill():
         wait_until(lambda: all((tmp_path / f"pid{rank}").exists() for rank in (0, 1)), 30.0)
-        os.kill(module._server.pid, signal.SIGKILL)
+        os.kill(launch_module._server.pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -59,7 +60,7 @@ def test_a_killed_server_is_reported_and_replaced(tmp_path):
     pids, parents = pids_and_parents(tmp_path)
     wait_until(lambda: not any(map(alive, pids)))
     run(tmp_path, REPORT_PIDS)
-    assert pids_and_parents(tmp_path)[1] == {module._server.pid} != parents
+    assert pids_and_parents(tmp_path)[1] == {launch_module._server.pid} != parents
 
 
 @forked
@@ -70,7 +71,7 @@ def test_a_server_that_cannot_start_is_an_error_with_the_reason(tmp_path):
 
 @forked
 def test_a_failed_import_in_advance_is_logged_by_the_ranks(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PRELOAD", ("no_such_module", "colorsys"))
+    monkeypatch.setattr(launch_module, "PRELOAD", ("no_such_module", "colorsys"))
     run(tmp_path, "import sys; print('colorsys' in sys.modules)")
     for rank in (0, 1):
         text = (tmp_path / "logs" / f"rank-{rank}.log").read_text()
@@ -81,11 +82,11 @@ def test_a_failed_import_in_advance_is_logged_by_the_ranks(tmp_path, monkeypatch
 @forked
 def test_a_launch_abandoned_while_the_server_imports_starts_no_rank_and_keeps_the_server(tmp_path, monkeypatch):
     (tmp_path / "slow.py").write_text("import time; time.sleep(2)")
-    monkeypatch.setattr(module, "PRELOAD", ("slow",))
+    monkeypatch.setattr(launch_module, "PRELOAD", ("slow",))
     for name in ("abandoned", "next"):
         (tmp_path / name).mkdir()
     warm_up({"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"})
-    server = module._server.pid
+    server = launch_module._server.pid
     with pytest.raises(LaunchError, match=r"not finished after 0 s; rank 0: .* is empty"):
         run(tmp_path / "abandoned", REPORT_PIDS, deadline_s=0.3)
     run(tmp_path / "next", REPORT_PIDS)
@@ -129,7 +130,7 @@ def test_a_server_does_not_import_for_a_killed_launcher(tmp_path):
 @forked
 @pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed")
 def test_the_trainer_is_imported_and_no_thread_runs_when_ranks_are_forked(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PRELOAD", PRELOAD)
+    monkeypatch.setattr(launch_module, "PRELOAD", PRELOAD)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     source = (
         "import os, sys\n"

@@ -10,9 +10,10 @@ import time
 import pytest
 
 from megatron_dagger.config import ConfigError, ParallelConfig
-from megatron_dagger.training.ranks import launch as module
+from megatron_dagger.training.ranks import launch as launch_module
 from megatron_dagger.training.ranks.launch import LaunchError, check_gpus
-from tests.unit.training.ranks.rank_programs import REPOSITORY, alive, forked, run, wait_until
+from tests.support.waiting import wait_until
+from tests.unit.training.ranks.rank_programs import REPOSITORY, alive, forked, run
 
 
 def test_ranks_get_torchruns_variables_and_rank_zero_a_listening_socket(tmp_path):
@@ -60,7 +61,7 @@ def test_a_rank_that_lost_its_peer_is_not_blamed(tmp_path):
         run(tmp_path, source)
 
 
-def test_the_deadline_ends_ranks_and_what_they_started(tmp_path):
+def test_the_deadline_ends_ranks_and_their_children(tmp_path):
     source = (
         "import subprocess, sys, os, time\n"
         "child = subprocess.Popen(['sleep', '60'])\n"
@@ -87,7 +88,7 @@ def test_a_rank_runs_as_python_m_would(tmp_path):
         "    print('error', rank, file=sys.stderr)\n"
         "    os.system('echo child $RANK')\n"
         "    while rank == '1' and 'child' not in open(f'{sys.argv[1]}/logs/rank-0.log').read():\n"
-        "        time.sleep(0.01)\n"  # a rank that fails takes the others along
+        "        time.sleep(0.01)\n"  # a failing rank ends the others
         "    sys.exit(2 * int(rank))\n"
     )
     with pytest.raises(LaunchError, match="rank 1 failed: exit code 2;"):
@@ -97,7 +98,7 @@ def test_a_rank_runs_as_python_m_would(tmp_path):
         assert text.split("\n") == [f"python {rank}", f"error {rank}", f"child {rank}", ""]
 
 
-def test_nothing_outlives_a_killed_launcher(tmp_path, way):
+def test_nothing_outlives_a_killed_launcher(tmp_path, start_method):
     (tmp_path / "rank_program.py").write_text(
         "import os, sys, time\n"
         "open(f'{sys.argv[1]}/pid{os.environ[\"RANK\"]}', 'w').write(f'{os.getpid()} {os.getppid()}')\n"
@@ -110,7 +111,7 @@ def test_nothing_outlives_a_killed_launcher(tmp_path, way):
             "import sys; from pathlib import Path\n"
             "from megatron_dagger.config import ParallelConfig\n"
             "from megatron_dagger.training.ranks import launch\n"
-            f"launch.PRELOAD, launch._forks = (), lambda: {way == 'forked'}\n"
+            f"launch.PRELOAD, launch._forks = (), lambda: {start_method == 'forked'}\n"
             "launch.launch(['rank_program', sys.argv[1]], ParallelConfig(world_size=2), Path(sys.argv[1]), 60)\n",
             str(tmp_path),
         ],
@@ -119,7 +120,7 @@ def test_nothing_outlives_a_killed_launcher(tmp_path, way):
     wait_until(lambda: len([p for p in tmp_path.glob("pid*") if p.read_text()]) == 2, 30.0)
     pids = {int(pid) for file in tmp_path.glob("pid*") for pid in file.read_text().split()}
     assert len(pids) == 3
-    assert (launcher.pid in pids) == (way == "started")
+    assert (launcher.pid in pids) == (start_method == "started")
     launcher.send_signal(signal.SIGKILL)
     launcher.wait()
     wait_until(lambda: not any(map(alive, pids)))
@@ -129,7 +130,7 @@ def test_several_hosts_need_an_address(tmp_path, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ConfigError, match="nodes=2 needs the variable MASTER_ADDR"):
         run(tmp_path, "", parallel=ParallelConfig(world_size=4, nodes=2))
-    with pytest.raises(ConfigError, match="world_size=4 is no multiple of"):
+    with pytest.raises(ConfigError, match="world_size=4 is not a multiple of"):
         run(tmp_path, "", parallel=ParallelConfig(world_size=4, nodes=3))
 
 
@@ -153,19 +154,19 @@ def test_ranks_may_save_when_the_launcher_gets_a_signal(tmp_path):
     def stop(number, frame):
         raise SystemExit(75)
 
-    def ask():
+    def send_signal():
         wait_until(lambda: len(list(tmp_path.glob("pid*"))) == 2, 30.0)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, stop)
-    asking = threading.Thread(target=ask)
-    asking.start()
+    sender = threading.Thread(target=send_signal)
+    sender.start()
     try:
         with pytest.raises(SystemExit, match="75"):
             run(tmp_path, STOPPABLE)
     finally:
         signal.signal(signal.SIGUSR1, before)
-    asking.join()
+    sender.join()
     assert saved(tmp_path) == ["saved0", "saved1"]
 
 
@@ -191,13 +192,13 @@ def test_more_ranks_on_a_node_than_gpus_are_refused():
     check_gpus(two_nodes, None)
     check_gpus(two_nodes, 16)
     with pytest.raises(
-        ConfigError, match=r"world_size=32 on training\.parallel\.nodes=2 is 16 ranks a node, but 8 GPUs"
+        ConfigError, match=r"world_size=32 on training\.parallel\.nodes=2 is 16 ranks per node, but 8 GPUs"
     ):
         check_gpus(two_nodes, 8)
 
 
 @forked
-def test_the_launcher_checks_the_visible_gpus(tmp_path, monkeypatch, way):
-    monkeypatch.setattr(module, "visible_gpus", lambda environ: 1)
-    with pytest.raises(ConfigError, match="2 ranks a node, but 1 GPUs are visible"):
+def test_the_launcher_checks_the_visible_gpus(tmp_path, monkeypatch, start_method):
+    monkeypatch.setattr(launch_module, "visible_gpus", lambda environ: 1)
+    with pytest.raises(ConfigError, match="2 ranks per node, but 1 GPUs are visible"):
         run(tmp_path, "")

@@ -89,7 +89,7 @@ def test_canonical_names_and_shapes_are_those_of_transformers(family, tied):
 
 
 def _published(name, shape):
-    """The tensor as in published checkpoints: transformers stacks experts, gate above up."""
+    """Return the tensor's shapes in published checkpoints; Transformers stacks experts, gate above up."""
     layer, _, kind = name.partition("mlp.experts.")
     if not kind:
         return {name: shape}
@@ -116,7 +116,7 @@ def test_experts_have_the_names_of_both_layer_specs(spelling, name):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_sides_have_the_same_canonical_tensors(family):
+def test_trainer_and_engine_have_the_same_canonical_tensors(family):
     model = sample_model(family, tie_embeddings=False)
     weight_map = families.lookup(model)
     megatron = [part.name for entry in weight_map.megatron(model).values() for part in entry.parts]

@@ -6,6 +6,7 @@ by Megatron are read in tests/integration/test_bridge_vllm.py.
 
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,18 @@ def test_the_index_agrees_with_torchs_own_reader(written):
     for name, stored in tensors.items():
         assert stored.shape == tuple(reference[name].size)
         assert getattr(torch, stored.dtype) == reference[name].properties.dtype
+
+
+def test_chunks_that_leave_a_gap_are_refused(copy):
+    checkpoint = MegatronCheckpoint(copy)
+    source = next(source for source in checkpoint.sources(MODEL) if source.lead == ())
+    (chunk,) = source.stored.chunks
+    part = replace(chunk, sizes=(chunk.sizes[0] - 1, *chunk.sizes[1:]))
+    gap = replace(source, stored=replace(source.stored, chunks=(part,)))
+    checkpoint = MegatronCheckpoint(copy)
+    checkpoint._views[gap.stored.name, part] = torch.zeros(part.sizes)
+    with pytest.raises(CheckpointReadError, match="do not cover"):
+        checkpoint.read(gap)
 
 
 class Bomb:

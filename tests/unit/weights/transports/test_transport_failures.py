@@ -33,14 +33,8 @@ from tests.unit.weights.transfers import (
 ROOT = Path(__file__).resolve().parents[4]
 
 
-@pytest.fixture(autouse=True)
-def small_buckets(monkeypatch):
-    """400 bytes: a transfer takes many buckets."""
-    monkeypatch.setattr(WeightSource, "bucket_bytes", 400)
-
-
 def single_rank_spec(kind, directory, **settings):
-    """A model, its tensors, and the spec of a transfer from a single rank to a single rank."""
+    """Return a model, its tensors, and the spec of a transfer from a single rank to a single rank."""
     model, tensors = model_and_tensors()
     source = new_source(kind, directory, SINGLE, model, tensors, **settings)
     return model, tensors, TransferSpec(model=model, target=TargetLayout(), dtype="float32", source=source)
@@ -51,11 +45,11 @@ def trainer_tensors(model, tensors):
 
 
 @pytest.mark.parametrize("kind", TRAINER_KINDS)
-def test_sides_with_different_plans_refuse_each_other(kind, tmp_path):
+def test_ranks_with_different_plans_refuse_each_other(kind, tmp_path):
     model, tensors, spec = single_rank_spec(kind, tmp_path, deadline_s=5.0)
-    other = replace(spec, model=replace(model, layernorm_epsilon=1e-3))
+    different = replace(spec, model=replace(model, layernorm_epsilon=1e-3))
     with ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(send_weights, other, 0, trainer_tensors(model, tensors), CPU)
+        sending = pool.submit(send_weights, different, 0, trainer_tensors(model, tensors), CPU)
         with pytest.raises(WeightSyncError, match="carries out another plan"):
             open_transport(spec, 0, CPU)
         with pytest.raises(WeightSyncError):
@@ -96,13 +90,13 @@ from tests.unit.weights import transfers
 WeightSource.bucket_bytes = 400
 spec = pickle.load(sys.stdin.buffer)
 model, tensors = transfers.model_and_tensors()
-held = transfers.as_torch(transfers.megatron_ranks(model, spec.source.layout, tensors)[0])
+tensors = transfers.as_torch(transfers.megatron_ranks(model, spec.source.layout, tensors)[0])
 class Deadly(dict):
     def __getitem__(self, name):
         if name == "decoder.layers.1.mlp.linear_fc1.weight":
             os.kill(os.getpid(), 9)
         return super().__getitem__(name)
-send_weights(spec, 0, Deadly(held), torch.device("cpu"))
+send_weights(spec, 0, Deadly(tensors), torch.device("cpu"))
 """
 
 
@@ -136,12 +130,12 @@ def test_an_engine_that_ends_in_the_middle_is_named(tmp_path):
             sending.result()
 
 
-def test_a_rank_that_is_not_in_the_plan_is_turned_away(tmp_path):
+def test_a_rank_that_is_not_in_the_plan_is_refused(tmp_path):
     _, _, spec = single_rank_spec("shared_memory", tmp_path)
     path = shared_memory.socket_path(spec.source.address, 0)
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(send_weights, spec, 0, {}, CPU)
-        with contextlib.closing(shared_memory._connect(path, 30.0)) as stranger:
+        with contextlib.closing(shared_memory._connect_socket(path, 30.0)) as stranger:
             stranger.sendall(b'{"target_rank": 5, "plan": ""}\n')
             with pytest.raises(WeightSyncError, match="target rank 5 connected unexpectedly"):
                 sending.result()
@@ -157,5 +151,5 @@ def test_a_source_rank_without_a_tensor_names_it(tmp_path):
             sending.result()
 
 
-def test_no_thread_is_left():
+def test_no_thread_remains():
     assert threading.active_count() < 20

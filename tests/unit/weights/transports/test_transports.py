@@ -1,4 +1,4 @@
-"""What every transport must do: the conformance suite over all of TRANSPORTS.
+"""The conformance suite of transports, run over all of TRANSPORTS.
 
 Source and target ranks are threads of this process, each with its own sockets, groups and buffers.
 """
@@ -36,12 +36,6 @@ TARGETS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_buckets(monkeypatch):
-    """400 bytes: most tensors are split, many share a bucket."""
-    monkeypatch.setattr(WeightSource, "bucket_bytes", 400)
-
-
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("layout", SOURCES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,7 +68,9 @@ def test_a_checkpoint_of_another_dtype_is_refused(tmp_path):
     model, tensors = model_and_tensors()
     source = new_source("checkpoint", tmp_path, SINGLE, model, tensors)
     spec = TransferSpec(model=model, target=TargetLayout(), dtype="bfloat16", source=source)
-    with pytest.raises(WeightSyncError, match=r"holds float32, the engine wants bfloat16: set rollout\.engine\.dtype"):
+    with pytest.raises(
+        WeightSyncError, match=r"holds float32, but the engine needs bfloat16: set rollout\.engine\.dtype"
+    ):
         open_transport(spec, 0, CPU)
 
 

@@ -1,4 +1,4 @@
-"""Digests cover dtype, shape, values and their places, and the shares of any layout add up to the same digest."""
+"""Digests cover dtype, shape, values and their positions; the shares of any layout add up to the same digest."""
 
 import pytest
 import torch
@@ -66,17 +66,17 @@ def test_the_digest_does_not_depend_on_strides_and_storage():
     assert digest(DOWN, torch.cat([tensor, tensor])[:8]) == digest(DOWN, tensor)
 
 
-def test_dtype_values_and_their_places_change_the_digest():
+def test_dtype_values_and_their_positions_change_the_digest():
     tensor = torch.arange(64, dtype=torch.float32).reshape(8, 8)
-    others = [tensor.to(torch.bfloat16), tensor.t(), tensor.flip(0), tensor.flip(1), tensor.clone()]
-    others[-1][7, 3] += 1e-5
+    variants = [tensor.to(torch.bfloat16), tensor.t(), tensor.flip(0), tensor.flip(1), tensor.clone()]
+    variants[-1][7, 3] += 1e-5
     for name in (QUERY, DOWN):
-        assert len({digest(name, other) for other in [tensor, *others]}) == 6
+        assert len({digest(name, variant) for variant in [tensor, *variants]}) == 6
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shares_of_any_layout_of_either_side_add_up_to_the_digests(family, groups):
+def test_shares_of_any_layout_of_trainer_or_engine_add_up_to_the_digests(family, groups):
     experts = family == "qwen3_moe"
     sizes = {"num_attention_heads": 24, "num_query_groups": groups, "ffn_hidden_size": 24, "vocab_size": VOCAB}
     moe = {"num_moe_experts": 24, "moe_ffn_hidden_size": 24} if experts else {}
@@ -85,21 +85,21 @@ def test_shares_of_any_layout_of_either_side_add_up_to_the_digests(family, group
     expected = canonical_digests(tensors.items(), model)
     assert list(expected) == list(tensors)
     for source in sources(groups, experts):
-        held = megatron_ranks(model, source, tensors)
-        ranks: list = [{} for _ in held]
+        shards = megatron_ranks(model, source, tensors)
+        ranks: list = [{} for _ in shards]
         for name, entry in families.lookup(model).megatron(model).items():
             for shard, holders in source.holders(entry, source.stage(name, model)):
                 blocks = entry.blocks(shard, padded_rows=PADDED)
                 for rank in holders:
-                    ranks[rank] |= digest_shares(blocks, held[rank][name], model)
+                    ranks[rank] |= digest_shares(blocks, shards[rank][name], model)
         assert compare(expected, merge(ranks, model)) is None, source
     for target in targets(groups, experts):
-        held = vllm_ranks(model, target, tensors)
-        ranks = [{} for _ in held]
+        shards = vllm_ranks(model, target, tensors)
+        ranks = [{} for _ in shards]
         for name, parameter in families.lookup(model).vllm(model).items():
             for shard, holders in target.holders(experts=experts and parameter.experts > 0):
                 for rank in holders:
-                    ranks[rank] |= digest_shares(parameter.blocks(shard), held[rank][name], model)
+                    ranks[rank] |= digest_shares(parameter.blocks(shard), shards[rank][name], model)
         assert compare(expected, merge(ranks, model)) is None, target
 
 

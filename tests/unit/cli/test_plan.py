@@ -11,24 +11,24 @@ def test_a_recipe_that_fits(capsys):
     assert main(["plan", "qwen3_8b_swegym_4x8h100"]) == 0
     out = capsys.readouterr()
     assert out.err == ""
-    for word in (
+    for text in (
         "8.19B parameters on 32 x h100",
         "TP8 x PP1 x DP4",
         "optimizer",
         "tokens in the KV cache",
         "mfu_fp8=0.25",
     ):
-        assert word in out.out
+        assert text in out.out
 
 
-def test_experts_are_counted_apart(capsys):
+def test_experts_are_counted_separately(capsys):
     assert main(["plan", "qwen3_30b_a3b_swegym_4x8h100"]) == 0
     out = capsys.readouterr().out
-    for word in ("30.53B parameters, 3.35B of them active", "experts EP8 x ETP1 x DP4", "expert_load=1.5"):
-        assert word in " ".join(out.split())
+    for text in ("30.53B parameters, 3.35B of them active", "experts EP8 x ETP1 x DP4", "expert_load=1.5"):
+        assert text in " ".join(out.split())
 
 
-def test_json_has_it_all(capsys):
+def test_the_json_report_is_complete(capsys):
     assert main(["plan", "smollm2_135m_repair_1gpu", "dagger.rounds=1", "--json", "--assume", "mfu=0.3"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["fits"] is True
@@ -39,7 +39,7 @@ def test_json_has_it_all(capsys):
     assert stage["total"] == pytest.approx(sum(stage[part] for part in parts))
 
 
-def test_a_recipe_that_cannot_fit_is_refused_with_the_reason_and_what_would_fit(capsys):
+def test_a_recipe_that_does_not_fit_is_refused_with_the_reason_and_settings_that_fit(capsys):
     settings = ["training.parallel.tensor_model_parallel_size=2"]
     assert main(["plan", "qwen3_8b_swegym_8h100", *settings]) == 1
     err = capsys.readouterr().err
@@ -66,6 +66,6 @@ def test_a_recipe_that_cannot_fit_is_refused_with_the_reason_and_what_would_fit(
         (["smollm2_135m_repair_1gpu", "rollout.engine.tensor_parallel_size=3"], "one node"),
     ],
 )
-def test_what_cannot_be_planned_is_an_error(arguments, message, capsys):
+def test_a_plan_that_cannot_be_made_is_an_error(arguments, message, capsys):
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The bug family: what may be wrong in a line, and that every mutation can be undone."""
+"""Token swaps: the candidate repairs of a line, and that they undo every mutation."""
 
 import ast
 

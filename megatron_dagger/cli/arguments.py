@@ -7,7 +7,7 @@ import difflib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_dagger.config import RunConfig
 from megatron_dagger.planning import GPUS
@@ -23,10 +23,10 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog, description=description, formatter_class=formatter, allow_abbrev=False)
         self._nested = False
 
-    def nested(self) -> argparse._SubParsersAction[argparse.ArgumentParser]:
+    def nested(self) -> argparse._SubParsersAction[CommandParser]:
         """Add commands below this one and return where to add them."""
         self._nested = True
-        return self.add_subparsers(required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser)
+        return self.add_subparsers(required=True, metavar="COMMAND", parser_class=_NestedParser)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         return self.parse_args(argv) if self._nested else self.parse_intermixed_args(argv)
@@ -42,18 +42,30 @@ class CommandParser(argparse.ArgumentParser):
     def _advice(self, word: str) -> str:
         if word.startswith("--") and "." in word:
             return f" (settings are NAME=VALUE, without dashes: {word.lstrip('-')})"
-        options = [option for action in self._actions for option in action.option_strings]
-        return suggestion(word.partition("=")[0], options) if word.startswith("-") else ""
+        options = [option for action in self._actions for option in action.option_strings if action.dest != "help"]
+        return suggestion(word.partition("=")[0], options) if word.startswith("--") else ""
+
+
+class _NestedParser(CommandParser):
+    """The parser of a command below another: reports unknown arguments itself, not through the outer parser."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the nearest of ``known``, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    """Return "; did you mean X?" for the one of ``known`` with these initials or nearly this spelling, or nothing."""
+    names = list(known)
+    close = [name for name in names if "".join(part[:1] for part in name.strip("-").split("-")) == word.strip("-")]
+    close = close or difflib.get_close_matches(word, names, n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="the run directory")
+    parser.add_argument("run_dir", type=_run_dir, metavar="RUN", help="the run directory")
 
 
 def add_settings(parser: argparse.ArgumentParser, text: str) -> None:
@@ -65,6 +77,7 @@ def add_new_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", "--print", action="store_true", help="check and print the settings, write nothing")
     parser.add_argument(
         "--gpu",
+        type=str.lower,
         choices=[*sorted(GPUS), "any"],
         help="the kind of GPU whose memory the run must fit (default: h100; any: do not check)",
     )
@@ -79,6 +92,10 @@ def add_episode_filter(parser: argparse.ArgumentParser) -> None:
     add_round(parser, "the round (default: the last one with episodes)")
     parser.add_argument("--evaluation", action="store_true", help="episodes of the evaluation, not of the collection")
     parser.add_argument("--task", default="", metavar="TEXT", help="only tasks whose id contains TEXT")
+    add_failed(parser)
+
+
+def add_failed(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--failed", action="store_true", help="only episodes that did not solve their task")
 
 
@@ -87,6 +104,12 @@ def setting(text: str) -> str:
     if "=" not in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a setting: write NAME=VALUE, such as dagger.rounds=5")
     return text
+
+
+def _run_dir(text: str) -> Path:
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file, not a run directory")
+    return Path(text)
 
 
 def recipe_config(name: str) -> RunConfig:

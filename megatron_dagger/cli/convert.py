@@ -25,6 +25,7 @@ from typing import Any
 
 from megatron_dagger.cli.arguments import CommandParser
 from megatron_dagger.config import ConfigError, ModelConfig, to_dict
+from megatron_dagger.config.base import require
 from megatron_dagger.observability.progress import track
 from megatron_dagger.store import atomic
 from megatron_dagger.store.errors import StoreError
@@ -42,16 +43,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 def main(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.convert(arguments))
-    except (CheckpointReadError, WeightMapError, StoreError) as error:
+    except (CheckpointReadError, WeightMapError, StoreError, FileExistsError) as error:
         raise ConfigError(str(error)) from error
 
 
 def hf_to_megatron(arguments: argparse.Namespace) -> int:
-    return _to_megatron(arguments, open_checkpoint(arguments.source), arguments.files or arguments.source)
+    return _to_megatron(arguments, _open(arguments.source), arguments.files or arguments.source)
 
 
 def reshard(arguments: argparse.Namespace) -> int:
-    source = open_checkpoint(arguments.source, _model(arguments))
+    source = _open(arguments.source, _model(arguments))
     code = _to_megatron(arguments, source, arguments.files or arguments.source / HF_FILES)
     if isinstance(source, MegatronFiles) and source.weights.has_optimizer:
         print("the optimizer's state was left out: training from these weights starts at step 0")
@@ -63,6 +64,7 @@ def gguf_to_hf(arguments: argparse.Namespace) -> int:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    require(arguments.source.is_file(), f"{arguments.source}: no such file; download the checkpoint first")
     source = {"pretrained_model_name_or_path": str(arguments.source.parent), "gguf_file": arguments.source.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     model, tensors = ModelConfig.from_hf(loaded.config.to_dict()), loaded.state_dict()
@@ -76,7 +78,7 @@ def gguf_to_hf(arguments: argparse.Namespace) -> int:
 
 
 def megatron_to_hf(arguments: argparse.Namespace) -> int:
-    source = open_checkpoint(arguments.source, _model(arguments))
+    source = _open(arguments.source, _model(arguments))
     dtype = arguments.dtype or source.dtype()
     total = len(families.canonical_names(source.model))
     with _output(arguments) as folder:
@@ -91,8 +93,8 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Compare tensor by tensor. Return 0 if all are equal, 1 if not."""
-    first = open_checkpoint(arguments.source, _model(arguments))
-    second = open_checkpoint(arguments.target, _model(arguments))
+    first = _open(arguments.source, _model(arguments))
+    second = _open(arguments.target, _model(arguments))
     names, second_names = families.canonical_names(first.model), families.canonical_names(second.model)
     if names != second_names:
         print(f"different models: {sorted(names.items() ^ second_names.items())[:5]}")
@@ -109,7 +111,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    source = open_checkpoint(arguments.source, _model(arguments))
+    source = _open(arguments.source, _model(arguments))
     model = source.model
     kind = type(source).__name__
     print(
@@ -125,6 +127,11 @@ def inspect(arguments: argparse.Namespace) -> int:
             digest = canonical_digests([(name, source.read(name))], model)[name].rpartition(" ")[2]
         print(f"{name:<60} {'x'.join(map(str, shape)):>16} {math.prod(shape):>14,} {digest}".rstrip())
     return 0
+
+
+def _open(directory: Path, model: ModelConfig | None = None) -> Checkpoint:
+    require(directory.is_dir(), f"{directory}: no such directory; download the checkpoint first")
+    return open_checkpoint(directory, model)
 
 
 def _to_megatron(arguments: argparse.Namespace, source: Checkpoint, files: Path) -> int:
@@ -209,7 +216,7 @@ def _model(arguments: argparse.Namespace) -> ModelConfig | None:
 def add_arguments(parser: CommandParser) -> None:
     commands = parser.nested()
 
-    def command(name: str, convert: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def command(name: str, convert: Callable[[argparse.Namespace], int], text: str) -> CommandParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(convert=convert, model=None)
         sub.add_argument("source", type=Path, help="a checkpoint's directory (gguf-to-hf: a GGUF file)")

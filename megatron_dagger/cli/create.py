@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_dagger.cli.arguments import add_new_run, add_run, add_settings, recipe_config
-from megatron_dagger.config import RunConfig, dump_yaml, load_yaml
+from megatron_dagger.config import RunConfig, dump_yaml, load_yaml, override
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +30,15 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.recipe or arguments.config:
         file = Path("/dev/stdin") if str(arguments.config) == "-" else arguments.config
         base = recipe_config(arguments.recipe) if arguments.recipe else load_yaml(RunConfig, file)
+        if dry_run:  # before the checks: one may want to see settings that cannot run
+            sys.stdout.write(dump_yaml(override(base, arguments.settings)))
         config = create_run(
             base, arguments.run_dir, arguments.settings, recipe=arguments.recipe, gpu=arguments.gpu, dry_run=dry_run
         )
     else:
         config = change_run(arguments.run_dir, arguments.settings, dry_run=dry_run)
-    if dry_run:
-        sys.stdout.write(dump_yaml(config))
-    else:
+        if dry_run:
+            sys.stdout.write(dump_yaml(config))
+    if not dry_run:
         print(*range(config.dagger.rounds + 1))
     return 0

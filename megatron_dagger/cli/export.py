@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_dagger.cli.arguments import add_run
+from megatron_dagger.cli.arguments import add_failed, add_run
+from megatron_dagger.config.base import require
 from megatron_dagger.observability.export import FORMATS
 
 _ALL = "all"
@@ -31,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a round, or all; may be repeated (default: the last one with episodes)",
     )
     parser.add_argument("--evaluation", action="store_true", help="episodes of the evaluation, not of the collection")
-    parser.add_argument("--solved", action="store_true", help="only episodes that solved their task")
+    outcome = parser.add_mutually_exclusive_group()
+    outcome.add_argument("--solved", action="store_true", help="only episodes that solved their task")
+    add_failed(outcome)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -39,12 +42,15 @@ def main(arguments: argparse.Namespace) -> int:
     from megatron_dagger.observability.export import export, system_message
     from megatron_dagger.rollout.chat import ChatRenderer
 
+    require(not arguments.out.exists(), f"{arguments.out} exists already; remove it, or name another file")
     store = episode_store(arguments.run_dir, evaluation=arguments.evaluation)
     wanted = arguments.rounds or [None]
     rounds = store.rounds() if _ALL in wanted else [choose_round(arguments.run_dir, store, index) for index in wanted]
     renderer = ChatRenderer.load(arguments.run_dir / "student")
+    episodes = (episode for index in rounds for episode in store.episodes(index))
+    outcomes = {True} if arguments.solved else {False} if arguments.failed else {True, False}
     count = export(
-        (episode for index in rounds for episode in store.episodes(index) if episode.solved or not arguments.solved),
+        (episode for episode in episodes if episode.solved in outcomes),
         arguments.out,
         arguments.format,
         system=lambda episode: system_message(renderer.text(episode.turns[0].prompt_tokens)) if episode.turns else "",

@@ -26,6 +26,14 @@ GROUPS = {
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 OLD_NAMES = {"admit": "validate"}
+OTHER_NAMES = {  # of other tools, for suggestions
+    "collect": "rollout",
+    "resume": "run",
+    "start": "run",
+    "init": "create",
+    "list": "recipes",
+    "eval": "evaluate",
+}
 
 USAGE = """\
 usage: megatron-dagger COMMAND ...        (megatron-dagger COMMAND --help explains a command)
@@ -65,8 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name = OLD_NAMES.get(name, name)
     if name not in COMMANDS:
+        hint = f"; did you mean {OTHER_NAMES[name]}?" if name in OTHER_NAMES else suggestion(name, COMMANDS)
         sys.stderr.write(
-            f"error: there is no command {name!r}{suggestion(name, COMMANDS)}\n"
+            f"error: there is no command {name!r}{hint}\n"
             f"commands: {', '.join(COMMANDS)}; `megatron-dagger --help` explains them\n"
         )
         raise SystemExit(2)
@@ -111,11 +120,11 @@ def _run(module: ModuleType, arguments: argparse.Namespace, *, debug: bool) -> i
     except ConfigError as error:
         return _fail(error, str(error), code=2, debug=debug)
     except (ValueError, OSError) as error:  # the data or the machine are at fault; or we are, and --debug says where
-        return _fail(error, f"{error}{_where(arguments)}", code=2, debug=debug)
+        return _fail(error, f"{error}{_where()}", code=2, debug=debug)
     except BudgetSpent as error:
         return _fail(error, str(error), code=1, debug=debug)
     except RuntimeError as error:  # a part failed under way: everything committed is kept
-        message = f"{type(error).__name__}: {error}{_where(arguments)}\nrepeat the command to resume"
+        message = f"{type(error).__name__}: {error}{_where()}\nrepeat the command to resume"
         return _fail(error, message, code=1, debug=debug)
     finally:
         gc.freeze()  # else the interpreter's end walks through all objects of vLLM and torch, for seconds
@@ -129,13 +138,12 @@ def _fail(error: Exception, message: str, *, code: int, debug: bool) -> int:
     return code
 
 
-def _where(arguments: argparse.Namespace) -> str:
+def _where() -> str:
     """Return where the traceback of an error can be read."""
-    from megatron_dagger.observability.logs import DRIVER, log_file
+    from megatron_dagger.observability.logs import current_log_file
 
-    run_dir = getattr(arguments, "run_dir", None)
-    log = log_file(run_dir, DRIVER) if run_dir is not None else None
-    return f" (traceback: {log})" if log is not None and log.is_file() else " (--debug prints the traceback)"
+    log = current_log_file()
+    return f" (traceback: {log})" if log is not None else " (--debug prints the traceback)"
 
 
 if __name__ == "__main__":

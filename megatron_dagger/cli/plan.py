@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dagger.cli.arguments import recipe_config
-from megatron_dagger.config import ConfigError, RunConfig, build, override, to_dict
+from megatron_dagger.config import ConfigError, ModelConfig, RunConfig, build, override, to_dict
 from megatron_dagger.config.base import parse_value
 from megatron_dagger.dagger.beta import beta
 from megatron_dagger.driver.run_dir import load_run_config
@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "subject", nargs="*", metavar="RECIPE|RUN|NAME=VALUE", help="a recipe or a run directory; settings"
     )
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="the kind of GPU (default: h100)")
+    parser.add_argument(
+        "--gpu", type=str.lower, choices=sorted(GPUS), default="h100", help="the kind of GPU (default: h100)"
+    )
     parser.add_argument(
         "--assume",
         action="append",
@@ -108,6 +110,16 @@ def report(
     }
 
 
+def model_size(model: ModelConfig) -> str:
+    """Return a model's number of parameters in words, with the active ones if it has experts."""
+
+    def short(count: float) -> str:
+        return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+    size = f"{short(total_parameters(model))} parameters"
+    return size if model.num_moe_experts is None else f"{size}, {short(active_parameters(model))} of them active,"
+
+
 def _assumptions(assignments: list[str]) -> Assumptions:
     values = {}
     for assignment in assignments:
@@ -133,13 +145,11 @@ def _print(config: RunConfig, gpu: Gpu, assumed: Assumptions, plan: RunPlan) -> 
     training, parallel = config.training, config.training.parallel
     layout = f"TP{parallel.tensor_model_parallel_size} x PP{parallel.pipeline_model_parallel_size}"
     layout += f" x DP{parallel.data_parallel_size}" + (", sequence parallel" if parallel.sequence_parallel else "")
-    size = f"{total_parameters(config.model) / 1e9:.2f}B parameters"
     if config.model.num_moe_experts is not None:
-        size += f", {active_parameters(config.model) / 1e9:.2f}B of them active,"
         layout += f", experts EP{parallel.expert_model_parallel_size} x ETP{parallel.expert_tensor_parallel_size}"
         layout += f" x DP{parallel.expert_data_parallel_size}"
     console.print(
-        f"{config.name}: {size} on {parallel.world_size} x {gpu.name}\n"
+        f"{config.name}: {model_size(config.model)} on {parallel.world_size} x {gpu.name}\n"
         f"training: {training.precision}, {layout}, recompute {training.recompute}, rows of "
         f"{training.sequence_length} tokens, {training.micro_batches} per GPU and step\n"
         f"serving: {config.rollout.engine.dtype}, one engine on {config.rollout.engine.tensor_parallel_size} GPUs"
@@ -148,8 +158,9 @@ def _print(config: RunConfig, gpu: Gpu, assumed: Assumptions, plan: RunPlan) -> 
         console.print(table)
     if not plan.memory.fit_together:
         console.print(
-            "Trainer and engine do not fit the same GPUs at once: run the stages as separate jobs (rollout, train, "
-            "evaluate), not in one process with `megatron-dagger run`."
+            "Trainer and engine do not fit the same GPUs at once: run the stages one after another (rollout, train, "
+            "evaluate), not in one process with `megatron-dagger run`; slurm/single_node_with_teacher.sbatch (one "
+            "node) and slurm/multi_node.sbatch do so."
         )
     console.print("assumed, not measured: " + ", ".join(f"{k}={v:g}" for k, v in to_dict(assumed).items()))
 

@@ -1,17 +1,50 @@
-"""List the recipes: complete settings, named by model, task and hardware."""
+"""List the recipes, or describe one: complete settings, named by model, task and hardware."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
+
+from megatron_dagger.config import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: the command takes no arguments."""
+    parser.add_argument("name", nargs="?", metavar="NAME", help="describe this recipe instead of listing all")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.recipes import RECIPES
+    from megatron_dagger.recipes import RECIPES, find_recipe
 
+    if arguments.name:
+        recipe = find_recipe(arguments.name)
+        print((inspect.getdoc(recipe) or "").replace("``", "`"), end="\n\n")
+        for subject, fact in facts(recipe()).items():
+            print(f"{subject:12} {fact}")
+        print(
+            f"\n`megatron-dagger run RUN --recipe {arguments.name}` starts it; --dry-run checks and prints the settings"
+        )
+        return 0
     for name, recipe in RECIPES.items():
         print(f"{name:32} {(recipe.__doc__ or '').strip().splitlines()[0]}")
+    print("\n`megatron-dagger recipes NAME` describes one")
     return 0
+
+
+def facts(config: RunConfig) -> dict[str, str]:
+    """Return the main facts about a config, in words, by subject."""
+    from megatron_dagger.cli.plan import model_size
+
+    training, parallel = config.training, config.training.parallel
+    device = "CPU processes" if training.precision == "fp32" else "GPU" if parallel.world_size == 1 else "GPUs"
+    tasks = config.repo_repair
+    environment = f"repair tasks, {tasks.train_tasks} to train on and {tasks.heldout_tasks} held out"
+    if config.swe.train:
+        environment = f"{config.swe.train_dataset} tasks in Docker containers (swe.train={config.swe.train})"
+    return {
+        "model": f"{config.model.family}, {model_size(config.model)} from {config.init_checkpoint or 'random weights'}",
+        "hardware": f"{parallel.world_size} {device}, {training.precision}: TP{parallel.tensor_model_parallel_size} "
+        f"x PP{parallel.pipeline_model_parallel_size} x DP{parallel.data_parallel_size}",
+        "environment": environment,
+        "teacher": config.teacher.model if config.teacher.urls else "the environment's expert",
+        "rounds": f"{config.dagger.rounds} after round 0, of {config.dagger.tasks_per_round} tasks each",
+    }

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_dagger.cli.arguments import add_run
+from megatron_dagger.config.base import require
 
 EPISODES = 200
 
@@ -20,7 +21,10 @@ def main(arguments: argparse.Namespace) -> int:
     from megatron_dagger.driver.run_dir import load_run_config
 
     load_run_config(arguments.run_dir)  # raises if this is not a run
-    return write(arguments.run_dir, arguments.out, arguments.episodes)
+    out, episodes = arguments.out, arguments.episodes
+    require(out is None or not out.is_dir(), f"--out {out} is a directory; name the file to write")
+    require(episodes >= 0, f"--episodes {episodes} must not be negative")
+    return write(arguments.run_dir, out, episodes)
 
 
 def write(run_dir: Path, out: Path | None = None, episodes: int = EPISODES) -> int:

@@ -15,7 +15,7 @@ import asyncio
 import sys
 
 from megatron_dagger.cli.arguments import TAKE_OVER, add_new_run, add_run, add_settings, recipe_config
-from megatron_dagger.config import dump_yaml
+from megatron_dagger.config import dump_yaml, override
 from megatron_dagger.driver.preemption import stop_on_signals
 
 
@@ -40,13 +40,16 @@ def main(arguments: argparse.Namespace) -> int:
     run_dir, dry_run = arguments.run_dir, arguments.dry_run
     if arguments.recipe:
         base, gpu = recipe_config(arguments.recipe), arguments.gpu
+        if dry_run:  # before the checks: one may want to see settings that cannot run here
+            sys.stdout.write(dump_yaml(override(base, arguments.settings)))
         config = create_run(
             base, run_dir, arguments.settings, recipe=arguments.recipe, here=True, gpu=gpu, dry_run=dry_run
         )
     else:
         config = change_run(run_dir, arguments.settings, take_over=arguments.take_over, dry_run=dry_run)
+        if dry_run:
+            sys.stdout.write(dump_yaml(config))
     if dry_run:
-        sys.stdout.write(dump_yaml(config))
         return 0
     setup_logging(run_dir)
     rounds = range(config.dagger.rounds + 1)

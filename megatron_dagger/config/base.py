@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import yaml
 
 T = TypeVar("T")
+LARGEST_INTEGER = 2**63 - 1  # of NumPy, PyTorch and the stores
 
 
 class ConfigError(ValueError):
@@ -29,18 +31,75 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The range of a number: greater than, at least, less than, at most."""
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+
+    def problem(self, value: float) -> str | None:
+        """Return why a value is refused, e.g. ``must be positive``; None if it lies in the range."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return "must be a finite number"
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            return f"must not exceed {LARGEST_INTEGER}"
+        low = (self.gt is None or value > self.gt) and (self.ge is None or value >= self.ge)
+        high = (self.lt is None or value < self.lt) and (self.le is None or value <= self.le)
+        return None if low and high else self._rule()
+
+    def _rule(self) -> str:
+        lowest = self.ge if self.gt is None else self.gt
+        highest = self.le if self.lt is None else self.lt
+        if highest is not None:
+            left, right = "[" if self.gt is None else "(", "]" if self.lt is None else ")"
+            return f"must lie in {left}{lowest:g}, {highest:g}{right}"
+        if lowest == 0:
+            return "must not be negative" if self.gt is None else "must be positive"
+        return f"must be at least {lowest:g}" if self.gt is None else f"must be greater than {lowest:g}"
+
+
+def number(
+    default: T, *, gt: float | None = None, ge: float | None = None, lt: float | None = None, le: float | None = None
+) -> T:
+    """Return a numeric setting's field with its default and range, which ``check_numbers`` checks. None is allowed."""
+    bounds = Bounds(gt=gt, ge=ge, lt=lt, le=le)
+    require(bounds.gt is not None or bounds.ge is not None, "a setting's range needs a lower bound")
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
+
+
+def check_numbers(config: Any, where: str) -> None:
+    """Raise ConfigError if a setting lies outside its range. Call it first in ``__post_init__``, before arithmetic."""
+    _check_numbers(type(config), vars(config), where)
+
+
+def _check_numbers(cls: Any, values: Mapping[str, Any], where: str) -> None:
+    prefix = f"{where}." if where else ""
+    for setting in dataclasses.fields(cls):
+        bounds, value = setting.metadata.get("bounds"), values.get(setting.name)
+        problem = bounds.problem(value) if bounds and value is not None else None
+        require(problem is None, f"{prefix}{setting.name}={value} {problem}")
+
+
 def build(cls: type[T], values: Any, where: str = "") -> T:
     """Return a config of class ``cls`` made from a dict, nested configs included."""
     if isinstance(values, cls):
         return values
     prefix = f"{where}." if where else ""
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or cls.__name__}: expected a mapping, got {values!r}")
+        require(bool(where), f"{cls.__name__}: expected a mapping, got {values!r}")
+        names = list(_settings(cls))
+        raise ConfigError(f"{where} is a group of settings: set {where}.{names[0]}=... ({', '.join(names)})")
     values = {_current_name(cls, name): value for name, value in values.items()}
     hints = _settings(cls)
     for name in values:
         require(name in hints, f"unknown setting {prefix}{name}{_suggest(name, hints, prefix)}")
-    return cls(**{name: _coerce(hints[name], value, prefix + name) for name, value in values.items()})
+    settings = {name: _coerce(hints[name], value, prefix + name) for name, value in values.items()}
+    if where:  # a class that serves several groups, like SamplingConfig, cannot name the group itself
+        _check_numbers(cls, settings, where)
+    return cls(**settings)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -59,22 +118,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def override(config: T, assignments: list[str]) -> T:
-    """Return ``config`` with ``dotted.name=value`` assignments (YAML values) applied and everything checked again."""
+    """Return ``config`` with ``dotted.name=value`` assignments (YAML values) applied and everything checked again.
+
+    A mapping assigned to a group changes the settings that it names and keeps the others.
+    """
     values = to_dict(config)
     for assignment in assignments:
         name, sign, _ = assignment.partition("=")
         require(bool(sign), f"{assignment!r} is not a setting: write NAME=VALUE")
-        *groups, leaf = current_name(type(config), name.strip()).split(".")
-        node = values
-        for depth, group in enumerate(groups):
-            where = ".".join(groups[: depth + 1])
-            if group not in node:
-                raise ConfigError(f"unknown setting {name}{_suggest_path(name, values)}")
-            require(isinstance(node[group], dict), f"{where} is a value, not a group of settings")
-            node = node[group]
-        if leaf not in node:
-            raise ConfigError(f"unknown setting {name}{_suggest_path(name, values)}")
-        node[leaf] = parse_value(assignment)
+        _assign(type(config), values, name.strip(), parse_value(assignment))
     return build(type(config), values)
 
 
@@ -108,8 +160,11 @@ def load_yaml(cls: type[T], path: Path) -> T:
     """Read a config that ``dump_yaml`` wrote. Raises ConfigError, naming the file, if it cannot be read."""
     try:
         values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a YAML file: {_in_one_line(error)}") from None
+    require(values is not None, f"{path} is empty: not a run's settings")
     try:
         return build(cls, values)
     except ConfigError as error:
@@ -121,10 +176,37 @@ def dump_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, width=100)
 
 
+def _assign(cls: type, values: dict[str, Any], name: str, value: Any) -> None:
+    """Set the dotted ``name`` in ``values``, the plain form of a ``cls``; merge a mapping into a group."""
+    *groups, leaf = current_name(cls, name).split(".")
+    node = values
+    for depth, group in enumerate(groups):
+        require(group in node, f"unknown setting {name}{_suggest_path(name, values)}")
+        if not isinstance(node[group], dict):
+            where = ".".join(groups[: depth + 1])
+            require(_group_class(cls, where) is not None, f"{where} is a value, not a group of settings")
+            raise ConfigError(f"{where} is null: write '{where}={{{leaf}: {value}}}'")
+        node = node[group]
+    require(leaf in node, f"unknown setting {name}{_suggest_path(name, values)}")
+    if isinstance(value, dict) and isinstance(node[leaf], dict):
+        for key, item in value.items():
+            _assign(cls, values, f"{name}.{key}", item)
+        return
+    group_class = _group_class(cls, ".".join([*groups, leaf])) if isinstance(value, dict) else None
+    node[leaf] = to_dict(build(group_class, value, name)) if group_class else value
+
+
 def _settings(cls: Any) -> dict[str, Any]:
     """Return the type of every setting of a config class, by name."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _group_class(cls: Any, name: str) -> Any:
+    """Return the class of the group with the dotted ``name``, which may be null; None if ``name`` is a value."""
+    for part in name.split("."):
+        cls = _without_none(_settings(cls)[part])
+    return cls if dataclasses.is_dataclass(cls) else None
 
 
 def _current_name(cls: Any, name: str) -> str:
@@ -146,14 +228,19 @@ def _suggest_path(name: str, values: Mapping[str, Any]) -> str:
     last = name.rpartition(".")[2].strip()
     same = [path for path in paths if path.rpartition(".")[2] == last]
     if not same:
-        same = difflib.get_close_matches(name, paths, n=1, cutoff=0.7)
-    if not same:
         lasts = {path.rpartition(".")[2] for path in paths}
-        close = difflib.get_close_matches(last, sorted(lasts), n=1)
+        close = difflib.get_close_matches(last, sorted(lasts), n=1, cutoff=0.7)
         same = [path for path in paths if close and path.rpartition(".")[2] == close[0]]
+    if not same:
+        same = difflib.get_close_matches(name, paths, n=1, cutoff=0.9)
     if same:
         return f"; did you mean {' or '.join(same[:3])}?"
-    return f"; the groups of settings are: {', '.join(values)}"
+    group = values.get(name.partition(".")[0])
+    if "." in name and isinstance(group, dict):
+        for part in name.split(".")[1:-1]:
+            group = group[part] if isinstance(group.get(part), dict) else group
+        return f"; there are: {', '.join(group)}"
+    return "; `megatron-dagger run RUN --recipe NAME --dry-run` prints all settings"
 
 
 def _suggest(name: str, known: Mapping[str, Any], prefix: str) -> str:
@@ -179,7 +266,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return None if value is None and type(None) in args else _coerce(_without_none(hint), value, where)
     if origin is tuple:
-        require(value is not None and not isinstance(value, dict), f"{where}: expected a list, got {value!r}")
+        none = f"; for none write {where}=[]" if value is None else ""
+        require(value is not None and not isinstance(value, dict), f"{where}: expected a list, got {value!r}{none}")
         items = value if isinstance(value, (list, tuple)) else [value]  # one item needs no brackets
         return tuple(_coerce(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
     if origin is typing.Literal:
@@ -190,7 +278,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:  # YAML reads 3e-6 as a string
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ConfigError(f"{where}: expected a number, got {value!r}") from None
     if isinstance(hint, type):
         right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from megatron_dagger.config.base import ConfigError, require
+from megatron_dagger.config.base import ConfigError, check_numbers, number, require
 from megatron_dagger.config.families import FAMILIES
 
 # A config.json is supported only if these entries are missing or have these values.
@@ -26,16 +26,16 @@ _VOCAB_MULTIPLE = 128  # Megatron's; it gives the same padding for every power-o
 class YarnConfig:
     """RoPE scaled for longer sequences (YaRN, arXiv 2309.00071), as in Qwen3 beyond 32,768 tokens."""
 
-    factor: float = 4.0
-    original_max_position_embeddings: int = 32_768
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: float = number(4.0, gt=1)
+    original_max_position_embeddings: int = number(32_768, gt=0)
+    beta_fast: float = number(32.0, gt=0)
+    beta_slow: float = number(1.0, gt=0)
 
     def __post_init__(self) -> None:
-        require(self.factor > 1, f"model.yarn.factor={self.factor} must be greater than 1; leave model.yarn out")
+        check_numbers(self, "model.yarn")
         require(
-            self.original_max_position_embeddings > 0,
-            f"model.yarn.original_max_position_embeddings={self.original_max_position_embeddings} must be positive",
+            self.beta_fast > self.beta_slow,
+            f"model.yarn.beta_fast={self.beta_fast} must be greater than model.yarn.beta_slow={self.beta_slow}",
         )
 
     def hf_rope_scaling(self) -> dict[str, Any]:
@@ -61,30 +61,29 @@ class ModelConfig:
     """
 
     family: str = field(default="qwen3", metadata={"choices": FAMILIES})  # llama: SmolLM2 too; qwen2: Qwen2.5 too
-    num_layers: int = 4
-    hidden_size: int = 128
-    ffn_hidden_size: int = 384
-    num_attention_heads: int = 4
-    num_query_groups: int = 2  # key and value heads
-    kv_channels: int = 32  # the size of a head
-    vocab_size: int = 1024  # the tokenizer's, unpadded
-    max_position_embeddings: int = 4096
-    rotary_base: int = 1_000_000
+    num_layers: int = number(4, gt=0)
+    hidden_size: int = number(128, gt=0)
+    ffn_hidden_size: int = number(384, gt=0)
+    num_attention_heads: int = number(4, gt=0)
+    num_query_groups: int = number(2, gt=0)  # key and value heads
+    kv_channels: int = number(32, gt=0)  # the size of a head
+    vocab_size: int = number(1024, gt=0)  # the tokenizer's, unpadded
+    max_position_embeddings: int = number(4096, gt=0)
+    rotary_base: int = number(1_000_000, gt=1)
     yarn: YarnConfig | None = None  # scaling of RoPE; null: none
-    layernorm_epsilon: float = 1e-6
+    layernorm_epsilon: float = number(1e-6, gt=0)
     tie_embeddings: bool = True
-    init_std: float = 0.02
-    num_moe_experts: int | None = None  # this and the next: required by families with experts, refused by others
-    moe_ffn_hidden_size: int | None = None  # of one expert
-    moe_router_topk: int = 2  # experts per token
+    init_std: float = number(0.02, ge=0)
+    num_moe_experts: int | None = number(None, gt=0)  # this and the next: required with experts, refused without
+    moe_ffn_hidden_size: int | None = number(None, gt=0)  # of one expert
+    moe_router_topk: int = number(2, gt=0)  # experts per token
     norm_topk_prob: bool = True  # the chosen experts' weights sum to one
 
     def __post_init__(self) -> None:
+        check_numbers(self, "model")
         require(self.family in FAMILIES, f"model.family={self.family!r}: choose one of {', '.join(FAMILIES)}")
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "kv_channels"):
-            require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
         require(
-            self.num_query_groups > 0 and self.num_attention_heads % self.num_query_groups == 0,
+            self.num_attention_heads % self.num_query_groups == 0,
             f"model.num_query_groups={self.num_query_groups} must divide "
             f"model.num_attention_heads={self.num_attention_heads}",
         )
@@ -204,13 +203,13 @@ class ModelConfig:
             for name, value in (("num_moe_experts", experts), ("moe_ffn_hidden_size", size)):
                 require(value is None, f"model.{name}={value}: family {self.family} has no experts; leave it out")
             return
-        require(experts is not None and experts > 0, f"model.num_moe_experts={experts}: {self.family} needs experts")
+        require(experts is not None, f"model.num_moe_experts={experts}: {self.family} needs experts")
         require(
-            size is not None and size > 0,
+            size is not None,
             f"model.moe_ffn_hidden_size={size}: {self.family} needs the size of its experts",
         )
         require(
-            1 <= self.moe_router_topk <= (experts or 0),
+            self.moe_router_topk <= (experts or 0),
             f"model.moe_router_topk={self.moe_router_topk} must lie between 1 and model.num_moe_experts={experts}",
         )
 

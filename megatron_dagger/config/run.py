@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from megatron_dagger.config.base import differing, require
+from megatron_dagger.config.base import check_numbers, differing, number, require
 from megatron_dagger.config.dagger import DaggerConfig
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.config.repo_repair import RepoRepairConfig
@@ -41,7 +41,7 @@ class RunConfig:
 
     name: str = "run"
     wandb_project: str | None = None  # None: no W&B; mode and key come from WANDB_MODE and WANDB_API_KEY
-    seed: int = 1234
+    seed: int = number(1234, ge=0)
     repo_repair: RepoRepairConfig = RepoRepairConfig()
     swe: SweConfig = SweConfig()
     model: ModelConfig = ModelConfig()
@@ -53,7 +53,9 @@ class RunConfig:
     dagger: DaggerConfig = DaggerConfig()
 
     def __post_init__(self) -> None:
+        check_numbers(self, "")
         self.training.parallel.check_model(self.model)
+        self.rollout.engine.check_model(self.model)
         require(
             not self.swe.train or bool(self.teacher.urls),
             "swe.train needs teacher.urls: these tasks have no expert of their own",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from megatron_dagger.config.base import require
+from megatron_dagger.config.base import check_numbers, number, require
 
 Dataset = Literal["swe-bench", "swe-gym", "swe-smith", "r2e-gym"]
 
@@ -27,19 +27,20 @@ class SweConfig:
     heldout: str = ""  # empty: heldout_of_train tasks of the training dataset
     heldout_dataset: Dataset = "swe-bench"
     heldout_split: str = "test"
-    heldout_of_train: int = 0  # the published setting for SWE-Gym: 100 of 2,438
+    heldout_of_train: int = number(0, ge=0)  # the published setting for SWE-Gym: 100 of 2,438
     heldout_seed: int = 0  # selects heldout_of_train; not the run's seed, so runs with several seeds compare
     whole_repositories: bool = False  # keep every task of an evaluated repository out of training
     docker_url: str | None = None  # None: DOCKER_HOST, or the usual socket
-    image_budget_mib: int = 200_000  # of the daemon's disk
-    cpus: float = 4.0  # of one container, like the limits below
-    memory_mib: int = 16_384
-    disk_mib: int = 8_192
-    processes: int = 512
-    command_timeout_s: float = 120.0  # of one command of the agent
-    observation_characters: int = 12_000  # longer output is truncated in the middle
+    image_budget_mib: int = number(200_000, gt=0)  # of the daemon's disk
+    cpus: float = number(4.0, gt=0)  # of one container, like the limits below
+    memory_mib: int = number(16_384, gt=0)
+    disk_mib: int = number(8_192, gt=0)
+    processes: int = number(512, gt=0)
+    command_timeout_s: float = number(120.0, gt=0)  # of one command of the agent
+    observation_characters: int = number(12_000, gt=0)  # longer output is truncated in the middle
 
     def __post_init__(self) -> None:
+        check_numbers(self, "swe")
         require(
             not self.train or bool(self.heldout) or self.heldout_of_train > 0,
             "swe.heldout is missing: name a dataset to evaluate on, or hold tasks out with swe.heldout_of_train=N",

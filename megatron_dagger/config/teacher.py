@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_dagger.config.base import require
+from megatron_dagger.config.base import check_numbers, number, require
 from megatron_dagger.config.rollout import SamplingConfig
 
 
@@ -20,17 +20,18 @@ class TeacherConfig:
     model: str = ""  # the name that the endpoint serves
     api_key_env: str = "OPENAI_API_KEY"
     sampling: SamplingConfig = SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=4096)
-    concurrent_requests: int = 64  # over all replicas
-    request_timeout_s: float = 300.0  # for one answer
-    patience_s: float = 1800.0  # how long a request is repeated while no replica answers
+    concurrent_requests: int = number(64, gt=0)  # over all replicas
+    request_timeout_s: float = number(300.0, gt=0)  # for one answer
+    patience_s: float = number(1800.0, gt=0)  # how long a request is repeated while no replica answers
     score_student_turns: bool = False  # also request log-probs of the student's tokens (vLLM, same vocabulary)
-    malformed_retries: int = 3  # answers without a valid action before a state is left without a label
-    token_budget: int | None = None  # of the whole run: prompt and completion tokens
-    price_per_million_prompt_tokens: float = 0.0
-    price_per_million_completion_tokens: float = 0.0
-    money_budget: float | None = None  # of the whole run, in the currency of the prices
+    malformed_retries: int = number(3, ge=0)  # answers without a valid action before a state is left without a label
+    token_budget: int | None = number(None, ge=0)  # of the whole run: prompt and completion tokens
+    price_per_million_prompt_tokens: float = number(0.0, ge=0)
+    price_per_million_completion_tokens: float = number(0.0, ge=0)
+    money_budget: float | None = number(None, ge=0)  # of the whole run, in the currency of the prices
 
     def __post_init__(self) -> None:
+        check_numbers(self, "teacher")
         for url in self.urls:
             require(url.startswith(("http://", "https://")), f"teacher.urls: {url!r} is not an http address")
             require(
@@ -38,9 +39,6 @@ class TeacherConfig:
             )
         require(not self.urls or bool(self.model), "teacher.model is missing: the name the endpoint serves")
         require(bool(self.urls) or not self.score_student_turns, "teacher.score_student_turns needs teacher.urls")
-        require(
-            self.concurrent_requests > 0, f"teacher.concurrent_requests must be positive: {self.concurrent_requests}"
-        )
         prices = self.price_per_million_prompt_tokens + self.price_per_million_completion_tokens
         require(
             self.money_budget is None or prices > 0,

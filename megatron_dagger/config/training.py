@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dagger.config.base import require
+from megatron_dagger.config.base import check_numbers, number, require
 from megatron_dagger.config.model import ModelConfig
 
 Packing = Literal["shared_prefix", "separate"]
@@ -18,17 +18,22 @@ RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]
 class ParallelConfig:
     """Megatron-Core's parallel layout. The data-parallel size is world_size / (TP x PP x CP)."""
 
-    world_size: int = 1  # ranks in total
-    nodes: int = 1  # hosts that the ranks run on
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
+    world_size: int = number(1, gt=0)  # ranks in total
+    nodes: int = number(1, gt=0)  # hosts that the ranks run on
+    tensor_model_parallel_size: int = number(1, gt=0)
+    pipeline_model_parallel_size: int = number(1, gt=0)
+    virtual_pipeline_model_parallel_size: int | None = number(None, gt=0)
+    context_parallel_size: int = number(1, gt=0)
     sequence_parallel: bool = False
-    expert_model_parallel_size: int = 1  # tensor- and data-parallel ranks that share a layer's experts
-    expert_tensor_parallel_size: int = 1  # ranks that share one expert
+    expert_model_parallel_size: int = number(1, gt=0)  # tensor- and data-parallel ranks that share a layer's experts
+    expert_tensor_parallel_size: int = number(1, gt=0)  # ranks that share one expert
 
     def __post_init__(self) -> None:
+        check_numbers(self, "training.parallel")
+        require(
+            self.world_size % self.nodes == 0,
+            f"training.parallel.nodes={self.nodes} does not divide training.parallel.world_size={self.world_size}",
+        )
         require(
             self.world_size % self.model_parallel_size == 0,
             f"training.parallel.world_size={self.world_size} is not a multiple of TP x PP x CP = "
@@ -87,7 +92,7 @@ class ParallelConfig:
         require(
             value % size == 0,
             f"training.parallel.{setting}={size} does not divide model.{name}={value}; "
-            f"choose one of {[d for d in range(1, value + 1) if value % d == 0][:8]}",
+            f"choose one of {[d for d in range(1, min(value, 4096) + 1) if value % d == 0][:8]}",
         )
 
 
@@ -95,26 +100,25 @@ class ParallelConfig:
 class OptimizerConfig:
     """AdamW with warm-up and decay. The schedule restarts each round."""
 
-    lr: float = 2e-3
-    min_lr: float = 0.0
+    lr: float = number(2e-3, gt=0)
+    min_lr: float = number(0.0, ge=0)
     decay: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = 10
-    weight_decay: float = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    warmup_steps: int = number(10, ge=0)
+    weight_decay: float = number(0.01, ge=0)
+    adam_beta1: float = number(0.9, ge=0, lt=1)
+    adam_beta2: float = number(0.95, ge=0, lt=1)
+    adam_eps: float = number(1e-8, gt=0)
+    clip_grad: float = number(1.0, ge=0)
     distributed: bool = True  # Megatron's distributed optimizer
     reset_each_round: bool = False  # discard the moments when a new round begins
     moments: Literal["fp32", "bf16", "fp8"] = "fp32"  # their precision; bf16 and fp8 need Transformer Engine's AdamW
-    cpu_offload_fraction: float = 0.0  # share of the optimizer state kept and updated in host memory
+    cpu_offload_fraction: float = number(0.0, ge=0, le=1)  # share of the state kept and updated in host memory
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"training.optimizer.lr must be positive, got {self.lr}")
-        require(0 <= self.min_lr <= self.lr, "training.optimizer.min_lr must lie between 0 and lr")
+        check_numbers(self, "training.optimizer")
         require(
-            0 <= self.cpu_offload_fraction <= 1,
-            f"training.optimizer.cpu_offload_fraction={self.cpu_offload_fraction} must lie between 0 and 1",
+            self.min_lr <= self.lr,
+            f"training.optimizer.min_lr={self.min_lr} must not exceed training.optimizer.lr={self.lr}",
         )
 
     @property
@@ -131,27 +135,26 @@ class TrainingConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: Precision = "fp32"
     fp8_param_gather: bool = False  # keep weights in FP8 between steps and gather them in FP8
-    bf16_layers_at_ends: int = 0  # first and last layers, this many each, that stay in BF16 with FP8
-    epochs: float = 3.0  # passes over the round's aggregated data, limited by max_steps
-    max_steps: int | None = None  # limit of optimizer steps per round
-    sequence_length: int = 4096  # maximum tokens of a packed row (a micro-batch)
+    bf16_layers_at_ends: int = number(0, ge=0)  # first and last layers, this many each, that stay in BF16 with FP8
+    epochs: float = number(3.0, gt=0)  # passes over the round's aggregated data, limited by max_steps
+    max_steps: int | None = number(None, gt=0)  # limit of optimizer steps per round
+    sequence_length: int = number(4096, gt=0)  # maximum tokens of a packed row (a micro-batch)
     packing: Packing = "separate"  # shared_prefix: compute an episode's prefix once for all its labels
-    global_batch_tokens: int = 16384  # maximum tokens of an optimizer step, a multiple of sequence_length
+    global_batch_tokens: int = number(16384, gt=0)  # maximum tokens of an optimizer step, a multiple of sequence_length
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # for recompute=selective
-    checkpoint_interval: int = 50  # steps between checkpoints within a round
-    threads_per_process: int = 1  # OpenMP threads, on the CPU
-    deadline_s: float = 7200.0  # a round that takes longer fails
+    checkpoint_interval: int = number(50, gt=0)  # steps between checkpoints within a round
+    threads_per_process: int = number(1, gt=0)  # OpenMP threads, on the CPU
+    deadline_s: float = number(7200.0, gt=0)  # a round that takes longer fails
 
     def __post_init__(self) -> None:
-        rows = self.global_batch_tokens / self.sequence_length / self.parallel.data_parallel_size
+        check_numbers(self, "training")
         require(
-            rows >= 1 and rows == int(rows),
+            self.global_batch_tokens % (self.sequence_length * self.parallel.data_parallel_size) == 0,
             f"training.global_batch_tokens={self.global_batch_tokens} must be a multiple of "
             f"sequence_length x data-parallel size = "
             f"{self.sequence_length} x {self.parallel.data_parallel_size}",
         )
-        require(self.epochs > 0, f"training.epochs must be positive, got {self.epochs}")
 
     @property
     def row_multiple(self) -> int:

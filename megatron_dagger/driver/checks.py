@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_dagger.config import ConfigError, RepoRepairConfig, RunConfig
+from megatron_dagger.config import ConfigError, RepoRepairConfig, RunConfig, to_dict
 from megatron_dagger.config.base import require
 from megatron_dagger.config.trainer_support import check_supported
 from megatron_dagger.envs.repo_repair import sources
@@ -14,7 +14,8 @@ from megatron_dagger.gpus import has_gpus
 from megatron_dagger.planning import GPUS, Assumptions, nearest_that_fits
 from megatron_dagger.planning.memory import GIB
 from megatron_dagger.planning.run_plan import memory_of
-from megatron_dagger.weights.checkpoints import HF_FILES
+from megatron_dagger.weights.checkpoints import HF_FILES, model_of
+from megatron_dagger.weights.errors import CheckpointReadError
 
 DEFAULT_GPU = "h100"
 ANY_GPU = "any"  # no kind is assumed: memory is not checked
@@ -23,9 +24,10 @@ ANY_GPU = "any"  # no kind is assumed: memory is not checked
 def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) -> None:
     """Raise ConfigError unless the run can work: trainer, memory of the GPUs, checkpoint, packages, data sets.
 
-    ``here``: the run trains on this machine, so the rules for a machine with or without GPUs apply; otherwise the
-    settings need to work on one of the two kinds. ``gpu``: the kind of GPU whose memory the run must fit
-    (a name of ``planning.GPUS``, or ``any`` for no check; default: h100); not checked in fp32, which is for the CPU.
+    ``here``: one process on this machine does all of the run, so the rules for a machine with or without GPUs apply,
+    and trainer and engine must fit the GPUs together; otherwise the settings need to work on one of the two kinds.
+    ``gpu``: the kind of GPU whose memory the run must fit (a name of ``planning.GPUS``, or ``any`` for no check;
+    default: h100); not checked in fp32, which is for the CPU.
     """
     _check_trainer(config, cuda=has_gpus(os.environ) if here else None)
     _check_init_checkpoint(config)
@@ -34,7 +36,7 @@ def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) 
     else:
         _check_packages(config.repo_repair)
     if gpu != ANY_GPU and config.training.precision != "fp32":
-        _check_memory(config, gpu or DEFAULT_GPU)
+        _check_memory(config, gpu or DEFAULT_GPU, one_process=here)
 
 
 def _check_trainer(config: RunConfig, *, cuda: bool | None) -> None:
@@ -58,6 +60,16 @@ def _check_init_checkpoint(config: RunConfig) -> None:
         (folder / HF_FILES).is_dir(),
         f"init_checkpoint={folder} has no {HF_FILES}/ with the tokenizer: it must be a checkpoint made by "
         "`megatron-dagger convert hf-to-megatron`",
+    )
+    try:
+        checkpoint, configured = to_dict(model_of(folder)), to_dict(config.model)
+    except CheckpointReadError as error:
+        raise ConfigError(f"init_checkpoint: {error}") from None
+    wrong = [name for name in configured if name != "init_std" and checkpoint[name] != configured[name]]
+    require(
+        not wrong,
+        f"init_checkpoint={folder} is of another model: "
+        + ", ".join(f"model.{name}={checkpoint[name]}, not {configured[name]}" for name in wrong[:3]),
     )
 
 
@@ -89,10 +101,16 @@ def _check_packages(tasks: RepoRepairConfig) -> None:
                 raise ConfigError(f"repo_repair.{setting}: {error}") from None
 
 
-def _check_memory(config: RunConfig, gpu_name: str) -> None:
+def _check_memory(config: RunConfig, gpu_name: str, *, one_process: bool) -> None:
     gpu, assumed = GPUS[gpu_name], Assumptions()
-    problems = memory_of(config, gpu, assumed).problems()
+    memory = memory_of(config, gpu, assumed)
+    problems = memory.problems()
     if not problems:
+        require(
+            memory.fit_together or not one_process,
+            f"trainer and engine do not fit {gpu.name} GPUs at the same time, as `megatron-dagger run` needs: run the "
+            "stages as separate jobs (slurm/single_node_with_teacher.sbatch does); --gpu any skips this check",
+        )
         return
     change = nearest_that_fits(config, gpu, assumed)
     advice = "take more GPUs, or a smaller model"

@@ -59,9 +59,10 @@ def find_episodes(
     if first is None:
         filters = [f"with {task!r} in the task id"] if task else []
         filters += ["that failed"] if failed else []
+        options = f"--round {index}{' --evaluation' if evaluation else ''} --list"
         raise ConfigError(
             f"none of round {index}'s {len(keys)} episodes is one {' '.join(filters)}; `megatron-dagger show {run_dir} "
-            f"--round {index} --list` lists them"
+            f"{options}` lists them"
         )
     yield first
     yield from matching

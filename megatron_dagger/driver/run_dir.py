@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +69,10 @@ def create_run(
     """
     config, origin = _absolute(override(base, list(settings))), load_origin(run_dir)
     existing = load_run_config(run_dir) if (run_dir / CONFIG).exists() else None
+    requested = _new_requests(settings, origin)
     conflicts = fixed_differences(existing, config) if existing else []
+    if conflicts == ["dagger.rounds"] and not _affecting(requested, conflicts):
+        conflicts = []  # the rounds were raised, and an older script does not ask to lower them
     if existing is None or (conflicts and not has_episodes(run_dir)):
         check_run(config, here=here, gpu=gpu)
         if not dry_run:
@@ -81,10 +84,11 @@ def create_run(
             f"{run_dir} {creator}has other settings ({_first_few(conflicts)}): resume it with "
             f"`megatron-dagger run {run_dir}` (no --recipe), or name another directory"
         )
-    if changes := _requested_changes(existing, config, settings, origin):
+    differences = differing(existing, config)
+    if changes := _affecting(requested, differences):
         return change_run(run_dir, changes, dry_run=dry_run)
-    if kept := differing(existing, config):
-        logger.warning("%s: the run keeps its own %s", run_dir, _first_few(kept))
+    if differences:
+        logger.warning("%s: the run keeps its own %s", run_dir, _first_few(differences))
     return existing
 
 
@@ -100,11 +104,9 @@ def change_run(run_dir: Path, settings: Sequence[str], *, take_over: bool = Fals
             f"{_first_few(conflicts)}: an existing run's results depend on it, so it cannot be changed; start a new "
             f"run with --recipe. These can be changed: {', '.join(CHANGEABLE)}; dagger.rounds can be raised"
         )
-    if config != existing:
-        check_run(config)
-        if not dry_run:
-            with claim(run_dir, take_over=take_over):
-                write_text(run_dir / CONFIG, dump_yaml(config))
+    if config != existing and not dry_run:
+        with claim(run_dir, take_over=take_over):
+            write_text(run_dir / CONFIG, dump_yaml(config))
     return config
 
 
@@ -145,12 +147,19 @@ def _absolute(config: RunConfig) -> RunConfig:
     return replace(config, init_checkpoint=str(Path(config.init_checkpoint).resolve()))
 
 
-def _requested_changes(existing: RunConfig, config: RunConfig, settings: Sequence[str], origin: Origin) -> list[str]:
-    """Return the settings that request a change: those that differ from the run's value and from its origin."""
-    differences = set(differing(existing, config))
+def _new_requests(settings: Sequence[str], origin: Origin) -> dict[str, str]:
+    """Return the settings that the run was not created with, by name: those are wishes, the others an old script's."""
     created = {_parsed(setting) for setting in origin.settings}
-    named = {current_name(RunConfig, setting.partition("=")[0].strip()): setting for setting in settings}
-    return [setting for name, setting in named.items() if name in differences and _parsed(setting) not in created]
+    return {_parsed(setting)[0]: setting for setting in settings if _parsed(setting) not in created}
+
+
+def _affecting(requested: Mapping[str, str], names: Sequence[str]) -> list[str]:
+    """Return those of the requested settings that set one of ``names``, alone or with its group."""
+    return [
+        setting
+        for group, setting in requested.items()
+        if any(name == group or name.startswith(f"{group}.") for name in names)
+    ]
 
 
 def _parsed(setting: str) -> tuple[str, str]:

@@ -53,6 +53,12 @@ def setup_logging(run_dir: Path | None = None, *, name: str = DRIVER, level: int
     return path
 
 
+def current_log_file() -> Path | None:
+    """Return the file that this process logs to; None if it logs to none."""
+    files = [handler.baseFilename for handler in logging.getLogger().handlers if isinstance(handler, _LogFile)]
+    return Path(files[0]) if files and Path(files[0]).is_file() else None
+
+
 class _LogFile(logging.FileHandler):
     """Reports once that it cannot write, because on a full disk each line would print a traceback."""
 

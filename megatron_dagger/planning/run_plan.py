@@ -118,16 +118,12 @@ def plan_run(config: RunConfig, betas: Sequence[float], gpu: Gpu, assumed: Assum
 
 
 def _check_engine(config: RunConfig) -> None:
-    """Check vLLM's conditions on heads and workers."""
-    model, parallel, tp = config.model, config.training.parallel, config.rollout.engine.tensor_parallel_size
-    name = f"rollout.engine.tensor_parallel_size={tp}"
-    for heads in ("num_attention_heads", "num_query_groups"):
-        count = getattr(model, heads)
-        copied = heads == "num_query_groups" and tp % count == 0
-        require(count % tp == 0 or copied, f"{name} does not divide model.{heads}={count}")
+    """Check the engine's size: it fits the model, and the GPUs of a node if trainer and engine share them."""
+    parallel, tp = config.training.parallel, config.rollout.engine.tensor_parallel_size
+    config.rollout.engine.check_model(config.model)
     per_node = parallel.world_size // parallel.nodes
-    if model.num_moe_experts is not None:
-        size, quantization = model.moe_ffn_hidden_size or 0, config.rollout.engine.quantization
-        require(size % tp == 0, f"{name} does not divide model.moe_ffn_hidden_size={size}")
-        require(quantization == "none", f"rollout.engine.quantization={quantization} is for dense models; use none")
-    require(tp <= per_node, f"{name} is more than the {per_node} GPUs of a node: the student is one engine on one node")
+    require(
+        tp <= per_node,
+        f"rollout.engine.tensor_parallel_size={tp} is more than the {per_node} GPUs of a node: the student is one "
+        "engine on one node",
+    )

@@ -79,10 +79,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except FileNotFoundError:
         raise UnreadableFileError(f"{path}: there is no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UnreadableFileError(
-            f"{path}: not valid JSON ({error}); the file was damaged or edited by hand; "
-            "delete it to run its stage again"
-        ) from None
+        raise UnreadableFileError(f"{path}: not valid JSON ({error}): the file was damaged or edited by hand") from None
 
 
 def sync_tree(path: str | os.PathLike[str]) -> None:

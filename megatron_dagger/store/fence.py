@@ -118,8 +118,9 @@ def _enter(stack: ExitStack, run_dir: Path, suffix: str, *, shared: bool, take_o
             except LockedError as error:
                 if time.monotonic() > end:
                     raise LockedError(
-                        f"{error}, after {deadline_s:g} s. It works on this run: end it first, or, if it cannot be "
-                        "reached any more, shut it out with --take-over"
+                        f"{run_dir} is in use by {error.holder}. End that first or, if it cannot be reached, take the "
+                        f"run over with `megatron-dagger run {run_dir} --take-over`",
+                        holder=error.holder,
                     ) from None
             else:
                 name_holder(held)

@@ -21,7 +21,11 @@ _POLL_S = 0.005
 
 
 class LockedError(StoreError):
-    """Another process still holds the lock."""
+    """Another process still holds the lock. ``holder`` names the process, or is "unknown"."""
+
+    def __init__(self, message: str, *, holder: str):
+        super().__init__(message)
+        self.holder = holder
 
 
 @contextmanager
@@ -69,5 +73,5 @@ def _acquire(descriptor: int, path: Path, mode: int, deadline_s: float) -> None:
                 ) from error
         if time.monotonic() > end:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "unknown"
-            raise LockedError(f"{path}: still locked after {deadline_s:g} s; the holder is {holder}")
+            raise LockedError(f"{path}: still locked after {deadline_s:g} s; the holder is {holder}", holder=holder)
         time.sleep(_POLL_S)

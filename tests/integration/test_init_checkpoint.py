@@ -17,6 +17,7 @@ from megatron_dagger.config import ConfigError, ModelConfig, OptimizerConfig, Ru
 from megatron_dagger.driver.run_dir import create_run
 from megatron_dagger.driver.training import train_job
 from megatron_dagger.rollout.tokenizer import take_tokenizer, train_tokenizer
+from megatron_dagger.store.atomic import write_json
 from megatron_dagger.training.data.episode_file import save_episodes
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
@@ -84,5 +85,6 @@ def test_the_checkpoints_tokenizer_is_copied(checkpoint, tmp_path):
 def test_a_relative_path_of_a_checkpoint_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "converted" / "hf").mkdir(parents=True)
+    write_json(tmp_path / "converted" / "hf" / "config.json", RunConfig().model.hf_config())
     config = create_run(replace(RunConfig(), init_checkpoint="converted"), tmp_path / "run")
     assert config.init_checkpoint == str(tmp_path / "converted")

@@ -115,7 +115,7 @@ def test_a_run_killed_in_several_stages_ends_like_an_undisturbed_run(undisturbed
     os.kill(driver.pid, signal.SIGSTOP)  # keeps it in the collection while the second driver tries to start
     second = subprocess.run(command(run), env=environment(cache), capture_output=True, timeout=60, check=False)
     assert second.returncode == 2
-    assert f"the holder is process {driver.pid}".encode() in second.stderr
+    assert f"is in use by process {driver.pid}".encode() in second.stderr
     os.kill(driver.pid, signal.SIGKILL)
     finish(driver)
 

@@ -1,43 +1,18 @@
 """Calls of the command line with their expected outcomes: mistakes that users make, and calls that must work.
 
-Each case runs in this process, in a temporary directory with one run, ``q``: the quickstart recipe with two rounds,
-of which round 1 is trained. ``run_cases`` returns the cases that failed, with the reason.
+``cli_case.py`` runs a case, in a directory that it prepares. ``run_cases`` returns the cases that failed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import logging
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
-import numpy as np
+from megatron_dagger.cli.main import OTHER_NAMES
+from tools.check.cli_case import Case, problem_of
 
-from megatron_dagger.cli.main import main
-from megatron_dagger.store.aggregated import DataStore
-from megatron_dagger.types import ActedBy, Action, StopReason, Trajectory, Turn
-
+NEW_RUN = ("run", "n", "--recipe", "quickstart")
+CONTEXT_PARALLEL = ("training.parallel.context_parallel_size=2", "training.parallel.world_size=8")
 SWE = ("swe.train=rows.jsonl", "swe.heldout=rows.jsonl", "teacher.urls=[http://x/v1]", "teacher.model=m")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A call: its arguments, exit code, texts that its output must and must not have, and files it must not write."""
-
-    name: str
-    argv: Sequence[str]
-    code: int
-    says: Sequence[str] = ()
-    never_says: Sequence[str] = ("Traceback",)
-    absent: Sequence[str] = ()  # paths that must not exist afterwards
-    before: Sequence[Sequence[str]] = ()  # calls made first; their outcome does not matter
-    settings: Sequence[str] = ()  # lines that the config.yaml of ``run`` must have afterwards
-    run: str = "q"
 
 
 def _wrong(name: str, argv: Sequence[str], *says: str, absent: Sequence[str] = ()) -> Case:
@@ -48,13 +23,13 @@ CASES = (
     # a typo leaves no run directory behind
     _wrong(
         "a missing checkpoint is refused before anything is written",
-        ("run", "n", "--recipe", "quickstart", "init_checkpoint=/nope"),
+        (*NEW_RUN, "init_checkpoint=/nope"),
         "init_checkpoint=/nope: no such directory",
         absent=("n",),
     ),
     _wrong(
         "an unknown package is refused before anything is written",
-        ("run", "n", "--recipe", "quickstart", "repo_repair.train_packages=[nosuchpackage]"),
+        (*NEW_RUN, "repo_repair.train_packages=[nosuchpackage]"),
         "repo_repair.train_packages",
         "nosuchpackage",
         absent=("n",),
@@ -69,7 +44,7 @@ CASES = (
     # values that are not YAML
     _wrong(
         "broken YAML in a setting is named",
-        ("run", "n", "--recipe", "quickstart", "dagger.rounds=["),
+        (*NEW_RUN, "dagger.rounds=["),
         "dagger.rounds='['",
         "not a YAML value",
         absent=("n",),
@@ -78,28 +53,13 @@ CASES = (
     # the rules of the trainer and the planner are checked before round 0
     _wrong(
         "trainer rules are checked first",
-        (
-            "run",
-            "n",
-            "--recipe",
-            "quickstart",
-            "training.parallel.context_parallel_size=2",
-            "training.parallel.world_size=8",
-        ),
+        (*NEW_RUN, *CONTEXT_PARALLEL),
         "training.parallel.context_parallel_size=2",
         absent=("n",),
     ),
     _wrong(
         "trainer rules are checked in a dry run too",
-        (
-            "run",
-            "n",
-            "--recipe",
-            "quickstart",
-            "--dry-run",
-            "training.parallel.context_parallel_size=2",
-            "training.parallel.world_size=8",
-        ),
+        (*NEW_RUN, "--dry-run", *CONTEXT_PARALLEL),
         "training.parallel.context_parallel_size=2",
     ),
     _wrong(
@@ -115,6 +75,19 @@ CASES = (
         ),
         "does not fit 8 x h100",
         "the nearest settings that fit: training.parallel.tensor_model_parallel_size=8",
+        absent=("n",),
+    ),
+    _wrong(
+        "a checkpoint of another model is refused",
+        ("create", "n", "--recipe", "quickstart", "init_checkpoint=checkpoint"),
+        "is of another model: model.num_layers=36, not ",
+        absent=("n",),
+    ),
+    _wrong(
+        "a dry run prints settings that are then refused",
+        ("create", "n", "--recipe", "smollm2_135m_repair_1gpu", "--dry-run"),
+        "family: llama",
+        "no such directory",
         absent=("n",),
     ),
     # one way to name a recipe, and the usage of the right command
@@ -142,24 +115,24 @@ CASES = (
     ),
     _wrong(
         "a setting is found by its last name",
-        ("run", "n", "--recipe", "quickstart", "lr=1e-3"),
+        (*NEW_RUN, "lr=1e-3"),
         "unknown setting lr; did you mean training.optimizer.lr?",
         absent=("n",),
     ),
     _wrong(
         "a misspelt setting is suggested with its whole name",
-        ("run", "n", "--recipe", "quickstart", "dagger.round=1"),
+        (*NEW_RUN, "dagger.round=1"),
         "did you mean dagger.rounds?",
     ),
     _wrong(
         "a setting without = has the command's own usage",
-        ("run", "n", "--recipe", "quickstart", "training.optimizer.lr", "1e-3"),
+        (*NEW_RUN, "training.optimizer.lr", "1e-3"),
         "usage: megatron-dagger run",
         "'training.optimizer.lr' is not a setting: write NAME=VALUE",
     ),
     _wrong(
         "a setting with dashes is explained",
-        ("run", "n", "--recipe", "quickstart", "--training.optimizer.lr=1e-3"),
+        (*NEW_RUN, "--training.optimizer.lr=1e-3"),
         "usage: megatron-dagger run",
         "settings are NAME=VALUE, without dashes: training.optimizer.lr=1e-3",
     ),
@@ -172,6 +145,19 @@ CASES = (
         argv=("create", "q", "dagger.rounds=4"),
         code=0,
         says=("0 1 2 3 4",),
+        settings=("  rounds: 4",),
+    ),
+    Case(
+        name="an old script runs on after the rounds were raised",
+        argv=("create", "q", "--recipe", "quickstart", "dagger.rounds=2"),
+        before=(("create", "q", "dagger.rounds=4"),),
+        code=0,
+        settings=("  rounds: 4",),
+    ),
+    Case(
+        name="a group of settings changes an existing run",
+        argv=("create", "q", "--recipe", "quickstart", "dagger={rounds: 4}"),
+        code=0,
         settings=("  rounds: 4",),
     ),
     _wrong("rounds cannot be lowered", ("create", "q", "dagger.rounds=1"), "dagger.rounds"),
@@ -215,15 +201,7 @@ CASES = (
     # values of settings
     Case(
         name="a list of one needs no brackets",
-        argv=(
-            "run",
-            "n",
-            "--recipe",
-            "quickstart",
-            "--dry-run",
-            "teacher.urls=http://x/v1",
-            "teacher.model=m",
-        ),
+        argv=(*NEW_RUN, "--dry-run", "teacher.urls=http://x/v1", "teacher.model=m"),
         code=0,
         says=("- http://x/v1",),
         absent=("n",),
@@ -262,7 +240,13 @@ CASES = (
         says=("m has no collected episodes yet",),
     ),
     _wrong("a round without episodes", ("show", "q", "--round", "1"), "round 1 has no episodes; rounds that have: 0"),
-    _wrong("no evaluation yet", ("export", "q", "--out", "x", "--evaluation"), "q has no evaluated episodes yet"),
+    Case(
+        name="no evaluation yet",
+        argv=("export", "m", "--out", "x", "--evaluation"),
+        before=(("create", "m", "--recipe", "quickstart"),),
+        code=2,
+        says=("m has no evaluated episodes yet",),
+    ),
     _wrong("a round that is not a number", ("export", "q", "--out", "x", "--round", "a"), "'a' is neither a number"),
     _wrong("nothing to grade", ("grade", "q", "--check"), "q has no SWE-bench tasks to grade"),
     _wrong(
@@ -271,6 +255,90 @@ CASES = (
         "no.jsonl: no such file",
     ),
     _wrong("a conversion of a missing checkpoint", ("convert", "inspect", "nowhere"), "nowhere"),
+    # errors that say what to write
+    *(
+        _wrong(f"{word} is a command's name elsewhere", (word, "q"), f"command {word!r}; did you mean {name}?")
+        for word, name in OTHER_NAMES.items()
+    ),
+    Case(
+        name="a recipe is described",
+        argv=("recipes", "smollm2_135m_repair_1gpu"),
+        code=0,
+        says=(
+            "SmolLM2-135M-Instruct repairs",
+            "convert hf-to-megatron",
+            "model llama, 134.5M",
+            "hardware 1 GPU, bf16",
+        ),
+    ),
+    Case(name="recipes are listed", argv=("recipes",), code=0, says=("quickstart", "`megatron-dagger recipes NAME`")),
+    Case(
+        name="an option without a near one gets no suggestion",
+        argv=("run", "q", "--resume"),
+        code=2,
+        says=("unrecognized arguments: --resume",),
+        never_says=("did you mean",),
+    ),
+    _wrong(
+        "a conversion's wrong option has its own usage",
+        ("convert", "hf-to-megatron", "a", "b", "--tp", "2"),
+        "usage: megatron-dagger convert hf-to-megatron",
+        "did you mean --tensor-parallel?",
+    ),
+    _wrong(
+        "a model to download first",
+        ("convert", "hf-to-megatron", "Qwen3-8B", "x"),
+        "Qwen3-8B: no such directory; download the checkpoint first",
+    ),
+    _wrong(
+        "an export of failed and solved episodes only",
+        ("export", "q", "--out", "x", "--failed", "--solved"),
+        "usage: megatron-dagger export",
+        "argument --solved: not allowed with argument --failed",
+    ),
+    Case(
+        name="an export to an existing file is refused",
+        argv=("export", "q", "--out", "rows.jsonl"),
+        code=2,
+        says=("rows.jsonl exists already",),
+        never_says=("traceback",),
+    ),
+    Case(
+        name="the log of another process has no traceback of this one",
+        argv=("report", "q", "--out", "rows.jsonl/x"),
+        code=2,
+        says=("(--debug prints the traceback)",),
+        never_says=("driver.log",),
+    ),
+    _wrong("a setting of a group", (*NEW_RUN, "training.micro_batch_size=1"), "; there are: parallel, optimizer"),
+    _wrong("a setting of no group", (*NEW_RUN, "learning_rate=1"), "--dry-run` prints all settings"),
+    _wrong("a group is not a value", (*NEW_RUN, "dagger.beta=0.5"), "dagger.beta is a group of settings: set dagger."),
+    _wrong("a group that is null", (*NEW_RUN, "model.yarn.factor=2"), "write 'model.yarn={factor: 2}'"),
+    _wrong("a list left empty", (*NEW_RUN, "teacher.urls="), "for none write teacher.urls=[]"),
+    Case(
+        name="a mapping keeps the other values of its group",
+        argv=(*NEW_RUN, "--dry-run", "dagger={rounds: 1}"),
+        code=0,
+        says=("rounds: 1", "tasks_per_round: 44"),
+    ),
+    _wrong("a missing settings file", ("create", "n", "--config", "no.yaml"), "error: cannot read no.yaml: No such"),
+    _wrong("a directory of settings", ("create", "n", "--config", "."), "error: cannot read .: Is a directory"),
+    _wrong("a file in place of a run", ("create", "rows.jsonl"), "rows.jsonl is a file, not a run directory"),
+    _wrong("an empty config.yaml", ("show", "empty"), "empty/config.yaml is empty: not a run's settings"),
+    _wrong("a report onto a directory", ("report", "q", "--out", "."), "--out . is a directory; name the file"),
+    _wrong("a negative number of episodes", ("report", "q", "--episodes", "-5"), "--episodes -5 must not be negative"),
+    _wrong(
+        "the list of evaluated episodes",
+        ("show", "q", "--evaluation", "--task", "nosuch"),
+        "`megatron-dagger show q --round 0 --evaluation --list`",
+    ),
+    Case(
+        name="plan takes a GPU's name in capitals",
+        argv=("plan", "qwen3_8b_swegym_8h100", "--gpu", "H100"),
+        code=0,
+        says=("8.19B parameters on 8 x h100", "slurm/single_node_with_teacher.sbatch"),
+    ),
+    Case(name="plan counts a small model in millions", argv=("plan", "quickstart"), code=0, says=("0.5M parameters",)),
     _wrong("an impossible worker", ("rollout", "q", "--round", "0", "--worker", "4/4"), "worker 4/4"),
 )
 
@@ -278,75 +346,3 @@ CASES = (
 def run_cases(cases: Sequence[Case] = CASES) -> dict[str, str]:
     """Run the cases; return the problems of those that failed, by the case's name."""
     return {case.name: problem for case in cases if (problem := problem_of(case))}
-
-
-def problem_of(case: Case) -> str:
-    """Run one case; return the problems of its outcome and its output, or an empty string."""
-    with _directory():
-        for argv in case.before:
-            _call(argv)
-        code, output = _call(case.argv)
-        problems = [f"exit code {code}, not {case.code}"] if code != case.code else []
-        problems += [
-            f"does not say {text!r}" for text in case.says if " ".join(text.split()) not in " ".join(output.split())
-        ]
-        problems += [f"says {text!r}" for text in case.never_says if text in output]
-        problems += [f"wrote {path}" for path in case.absent if Path(path).exists()]
-        config = Path(case.run, "config.yaml").read_text().splitlines()
-        problems += [f"{case.run}/config.yaml lacks {line!r}" for line in case.settings if line not in config]
-    return f"{'; '.join(problems)}\n{output}" if problems else ""
-
-
-def _call(argv: Sequence[str]) -> tuple[int, str]:
-    """Call the command line; return its exit code and its output, standard error included."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        try:
-            code = main(list(argv))
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-    return code, output.getvalue()
-
-
-def _episode() -> Trajectory:
-    tokens = np.arange(3, dtype=np.int32)
-    action = Action(text="submit", tokens=tokens)
-    turn = Turn(observation="", prompt_tokens=tokens, acted_by=ActedBy.TEACHER, action=action, label=action)
-    return Trajectory(
-        task_id="task",
-        attempt=0,
-        round_index=0,
-        turns=(turn,),
-        stop_reason=StopReason.SUBMITTED,
-        solved=True,
-        beta=1.0,
-        duration_s=1.0,
-    )
-
-
-@contextlib.contextmanager
-def _directory() -> Iterator[None]:
-    """Work in a temporary directory with the run q, a damaged run and the inputs that the cases name."""
-    before, root = os.getcwd(), logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            _call(("create", "q", "--recipe", "quickstart", "dagger.rounds=2"))
-            train = Path("q/rounds/0001/train")
-            train.mkdir(parents=True)
-            (train / "manifest.json").write_text("{}")
-            Path("q/metrics.jsonl").write_text(json.dumps({"round": 1, "stage": "train"}) + "\n")
-            DataStore.create_or_open(Path("q/data.zarr")).append([_episode()])
-            Path("damaged").mkdir()
-            Path("damaged/config.yaml").write_text("name: [")
-            Path("checkpoint/hf").mkdir(parents=True)
-            Path("rows.jsonl").write_text("")
-            yield
-        finally:
-            os.chdir(before)
-            for handler in set(root.handlers).difference(handlers):  # a command logs to the run's folder
-                root.removeHandler(handler)
-                handler.close()
-            root.handlers[:] = handlers
-            root.setLevel(level)

@@ -8,7 +8,7 @@ import logging
 import platform
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dagger.config import ConfigError, RepoRepairConfig, to_dict
@@ -118,6 +118,7 @@ def _key(config: RepoRepairConfig, seed: int) -> str:
     here = Path(__file__).parent
     code = sorted([*(here / f"{name}.py" for name in TASK_MODULES), *(here / "tools").glob("*.py")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code))
-    settings = to_dict(replace(config, train_packages=(), heldout_packages=(), train_tasks=0, heldout_tasks=0))
+    unused = {"train_packages": [], "heldout_packages": [], "train_tasks": 0, "heldout_tasks": 0}
+    settings = to_dict(config) | unused
     digest.update(json.dumps([settings, seed, platform.python_version()], sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("zarr")
 
-from tools.check.cli_cases import CASES, problem_of
+from tools.check.cli_case import problem_of
+from tools.check.cli_cases import CASES
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,6 +1,7 @@
 """Settings of an existing run: which can be changed, and the error for a spent budget."""
 
 import asyncio
+import os
 
 import pytest
 
@@ -51,7 +52,7 @@ def test_settings_that_results_depend_on_cannot_be_changed(run, capsys, setting)
 def test_nothing_is_changed_while_a_process_works_on_the_run(run, capsys):
     with claim(run):
         assert main(["create", str(run), "teacher.token_budget=50"]) != 0
-    assert "It works on this run" in capsys.readouterr().err
+    assert f"{run} is in use by process {os.getpid()}" in capsys.readouterr().err
     assert load_run_config(run).teacher.token_budget == 5
 
 

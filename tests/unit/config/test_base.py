@@ -37,6 +37,19 @@ def test_override_changes_one_setting():
     assert changed.model == config.model
 
 
+def test_a_mapping_changes_the_settings_it_names_and_keeps_the_others_of_the_group():
+    config = find_recipe("quickstart")()
+    changed = override(config, ["dagger={rounds: 9, beta: {start: 0.5}}", "tasks={train_tasks: 7}"])
+    settings = ["dagger.rounds=9", "dagger.beta.start=0.5", "repo_repair.train_tasks=7"]
+    assert changed == override(config, settings)
+    assert changed.dagger.tasks_per_round == config.dagger.tasks_per_round
+
+
+def test_a_group_that_is_null_is_set_by_a_mapping_and_then_by_name():
+    changed = override(RunConfig(), ["model.yarn={factor: 2}", "model.yarn.beta_fast=16"])
+    assert (changed.model.yarn.factor, changed.model.yarn.beta_fast) == (2, 16)
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
@@ -50,8 +63,16 @@ def test_override_changes_one_setting():
         ("dagger.rounds=[", r"dagger\.rounds='\[': not a YAML value"),
         ("dagger.rounds=true", "expected int"),
         ("training.optimizer", "NAME=VALUE"),
-        ("training=3", "expected a mapping"),
-        ("training.epochs.x=3", "not a group"),
+        ("training=3", r"training is a group of settings: set training\.parallel=\.\.\. \(parallel, "),
+        ("dagger.beta=0.5", r"dagger\.beta is a group of settings: .* \(schedule, start, floor"),
+        ("training.epochs.x=3", r"training\.epochs is a value, not a group of settings"),
+        ("init_checkpoint.x=3", "init_checkpoint is a value, not a group of settings"),
+        ("model.yarn.factor=2", r"model\.yarn is null: write 'model\.yarn=\{factor: 2\}'"),
+        ("dagger={beta: {begin: 1}}", r"unknown setting dagger\.beta\.begin; there are: schedule, start, "),
+        ("training.micro_batch_size=1", r"training\.micro_batch_size; there are: parallel, optimizer, "),
+        ("training.parallel.tp=1", r"training\.parallel\.tp; there are: world_size, "),
+        ("learning_rate=1", "learning_rate; `megatron-dagger run RUN --recipe NAME --dry-run` prints all settings"),
+        ("teacher.urls=", r"teacher\.urls: expected a list, got None; for none write teacher\.urls=\[\]"),
     ],
 )
 def test_wrong_settings_are_named(assignment, message):
@@ -102,6 +123,15 @@ def test_a_list_of_one_needs_no_brackets():
     assert override(RunConfig(), ["repo_repair.train_packages=toolz"]).repo_repair.train_packages == ("toolz",)
     with pytest.raises(ConfigError, match="expected a list"):
         override(RunConfig(), ["repo_repair.train_packages=null"])
+
+
+def test_an_empty_or_missing_file_is_named(tmp_path):
+    path = tmp_path / "config.yaml"
+    with pytest.raises(ConfigError, match=re.escape(f"cannot read {path}: No such file")):
+        load_yaml(RunConfig, path)
+    path.touch()
+    with pytest.raises(ConfigError, match=re.escape(f"{path} is empty: not a run's settings")):
+        load_yaml(RunConfig, path)
 
 
 @pytest.mark.parametrize("text", ["name: [", "\x00", "- 1\n- 2", "nmae: x"])

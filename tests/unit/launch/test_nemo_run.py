@@ -105,7 +105,7 @@ def load_plain(path):
         ("config=quickstrat", "error: unknown recipe 'quickstrat'; did you mean quickstart?\n"),
         ("run.executor=k8s", "error: run.executor=k8s: there is no such executor; choose one of local, slurm\n"),
         ("config.training.precision=fp9", "fp8_blockwise"),
-        ("config.dagger.rounds=-1", "dagger.rounds must not be negative"),
+        ("config.dagger.rounds=-1", "dagger.rounds=-1 must not be negative"),
     ],
 )
 def test_a_wrong_setting_is_an_error_of_the_command(tmp_path, setting, message):

@@ -1,5 +1,6 @@
 """The chain of jobs, independent of any launcher."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ def test_the_first_script_creates_the_run(tmp_path):
     """Run the script up to ``create`` by bash, with the real command line."""
     directory, work_dir = tmp_path / "a run", tmp_path / "work dir"
     (work_dir / "here" / "it" / "hf").mkdir(parents=True)  # looks like a converted checkpoint
+    config = find_recipe("quickstart")().model.hf_config()
+    (work_dir / "here" / "it" / "hf" / "config.json").write_text(json.dumps(config))
     program = f"{sys.executable} -m megatron_dagger.cli.main"
     first = stages("init_checkpoint=here/it", directory=directory, work_dir=work_dir, program=program)[0]
     script, marker, rest = first.script.rpartition(f"exec {program}")

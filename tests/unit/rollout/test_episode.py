@@ -96,7 +96,7 @@ def test_the_turns_hold_the_conversation_token_by_token(renderer):
         (["a", "a", "a"], {"max_repeats": 2}, StopReason.REPEAT_LIMIT),
         (["A", "B", "c"], {"max_format_errors": 2}, StopReason.FORMAT_LIMIT),
         (["a", "b", "c"], {"max_tokens": 8}, StopReason.CONTEXT_LIMIT),
-        (["a", "b", "c"], {"max_seconds": 0.0}, StopReason.TIME_LIMIT),
+        (["a", "b", "c"], {"max_seconds": 1e-9}, StopReason.TIME_LIMIT),
     ],
 )
 def test_a_limit_ends_an_episode_cleanly(renderer, texts, limits, reason):

@@ -72,7 +72,7 @@ def write_in(process: subprocess.Popen[str], text: str) -> str:
 
 
 def test_a_held_run_is_refused_and_its_holder_named(twin: subprocess.Popen[str], tmp_path: Path) -> None:
-    refused = pytest.raises(LockedError, match=rf"the holder is process {twin.pid} on .*--take-over")
+    refused = pytest.raises(LockedError, match=rf"is in use by process {twin.pid} on .*--take-over")
     with refused, claim(tmp_path, deadline_s=0.1):
         pass
     assert write_in(twin, "1") == "wrote\n"

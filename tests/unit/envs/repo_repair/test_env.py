@@ -179,7 +179,7 @@ def test_judge_needs_the_repair(make_env, tasks):
         (["runtests"] * 30, {"max_repeats": 4}, StopReason.REPEAT_LIMIT),
         (["  ", " ", "   "] * 9, {"max_format_errors": 3}, StopReason.FORMAT_LIMIT),
         (["list", "locate"] * 30, {"max_tokens": 300}, StopReason.CONTEXT_LIMIT),
-        (["list", "locate"] * 30, {"max_seconds": 0.0}, StopReason.TIME_LIMIT),
+        (["list", "locate"] * 30, {"max_seconds": 1e-9}, StopReason.TIME_LIMIT),
     ],
 )
 def test_every_limit_has_its_reason(renderer, make_env, texts, limits, reason):

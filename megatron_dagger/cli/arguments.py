@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_dagger.config import RunConfig
 from megatron_dagger.planning import GPUS
+
+if TYPE_CHECKING:
+    from megatron_dagger.types import Trajectory
 
 TAKE_OVER = "take the run over from another process (for example on a lost node); that process can no longer write"
 
@@ -88,11 +91,24 @@ def add_round(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def add_episode_filter(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose recorded episodes; see driver.episodes."""
+    """Add the options that choose recorded episodes, for ``chosen_episodes``."""
     add_round(parser, "the round (default: the last one with episodes)")
     parser.add_argument("--evaluation", action="store_true", help="episodes of the evaluation, not of the collection")
     parser.add_argument("--task", default="", metavar="TEXT", help="only tasks whose id contains TEXT")
     add_failed(parser)
+
+
+def chosen_episodes(arguments: argparse.Namespace) -> Iterator[Trajectory]:
+    """Yield the episodes that the options of ``add_episode_filter`` choose. Raises ConfigError if there is none."""
+    from megatron_dagger.driver.episodes import find_episodes
+
+    return find_episodes(
+        arguments.run_dir,
+        round_index=arguments.round_index,
+        evaluation=arguments.evaluation,
+        task=arguments.task,
+        failed=arguments.failed,
+    )
 
 
 def add_failed(parser: argparse._ActionsContainer) -> None:

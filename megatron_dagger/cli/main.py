@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             print(usage())
             return 0
         name, rest = rest[0], ["--help"]
-    if name in ("-V", "--version", "version"):
+    if name in ("-v", "-V", "--version", "version"):
         print(f"megatron-dagger {megatron_dagger.__version__}")
         return 0
     name = OLD_NAMES.get(name, name)

@@ -15,10 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from megatron_dagger.cli.arguments import add_episode_filter, add_run
+from megatron_dagger.cli.arguments import add_episode_filter, add_run, chosen_episodes
 from megatron_dagger.config import RunConfig
 from megatron_dagger.driver.environments import open_environment
-from megatron_dagger.driver.episodes import find_episodes
 from megatron_dagger.driver.preemption import stop_on_signals
 from megatron_dagger.driver.run_dir import cache_dir, load_run_config
 from megatron_dagger.envs.environment import Environment
@@ -41,13 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @stop_on_signals()
 def main(arguments: argparse.Namespace) -> int:
     """Print the differences; return 0 if every episode ends as it was recorded, 1 otherwise."""
-    episodes = find_episodes(
-        arguments.run_dir,
-        round_index=arguments.round_index,
-        evaluation=arguments.evaluation,
-        task=arguments.task,
-        failed=arguments.failed,
-    )
+    episodes = chosen_episodes(arguments)
     return replay(arguments.run_dir, list(itertools.islice(episodes, None if arguments.all else 1)))
 
 

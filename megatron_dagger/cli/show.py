@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_dagger.cli.arguments import add_episode_filter, add_run
+from megatron_dagger.cli.arguments import add_episode_filter, add_run, chosen_episodes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,16 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from megatron_dagger.driver.episodes import find_episodes
     from megatron_dagger.observability.show import show
 
-    episodes = find_episodes(
-        arguments.run_dir,
-        round_index=arguments.round_index,
-        evaluation=arguments.evaluation,
-        task=arguments.task,
-        failed=arguments.failed,
-    )
+    episodes = chosen_episodes(arguments)
     if not arguments.list:
         show(next(episodes))
         return 0

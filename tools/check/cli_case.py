@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from megatron_dagger.cli.main import main
 from megatron_dagger.recipes import find_recipe
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.types import ActedBy, Action, StopReason, Trajectory, Turn
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,17 @@ class Case:
     before: Sequence[Sequence[str]] = ()  # calls made first; their outcome does not matter
     settings: Sequence[str] = ()  # lines that the config.yaml of ``run`` must have afterwards
     run: str = "q"
+    launcher: bool = False  # a call of ``python -m megatron_dagger.launch`` in .venv-launch, not of the command line
+
+
+def wrong(name: str, argv: Sequence[str], *says: str, absent: Sequence[str] = ()) -> Case:
+    """Return the case of a call that is refused (exit code 2)."""
+    return Case(name=name, argv=argv, code=2, says=says, absent=absent)
+
+
+def right(name: str, argv: Sequence[str], *says: str) -> Case:
+    """Return the case of a call that works."""
+    return Case(name=name, argv=argv, code=0, says=says)
 
 
 def problem_of(case: Case) -> str:
@@ -43,7 +57,7 @@ def problem_of(case: Case) -> str:
     with _directory():
         for argv in case.before:
             _call(argv)
-        code, output = _call(case.argv)
+        code, output = _launch(case.argv) if case.launcher else _call(case.argv)
         problems = [f"exit code {code}, not {case.code}"] if code != case.code else []
         problems += [
             f"does not say {text!r}" for text in case.says if " ".join(text.split()) not in " ".join(output.split())
@@ -64,6 +78,14 @@ def _call(argv: Sequence[str]) -> tuple[int, str]:
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
     return code, output.getvalue()
+
+
+def _launch(argv: Sequence[str]) -> tuple[int, str]:
+    """Call NeMo-Run's command line with our entry point; return its exit code and its output."""
+    command = [str(ROOT / ".venv-launch" / "bin" / "python"), "-m", "megatron_dagger.launch", *argv]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return done.returncode, done.stdout + done.stderr
 
 
 def _episode() -> Trajectory:

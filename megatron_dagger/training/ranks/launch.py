@@ -53,11 +53,6 @@ def launch(
     If a signal handler raises SystemExit, the ranks are sent SIGTERM and may end by themselves first. If a rank ends
     with exit code STOPPED, a signal asked it to: SystemExit(STOPPED) is raised here.
     """
-    if parallel.world_size % parallel.nodes:
-        raise ConfigError(
-            f"training.parallel.world_size={parallel.world_size} is not a multiple of "
-            f"training.parallel.nodes={parallel.nodes}"
-        )
     check_gpus(parallel, visible_gpus({**os.environ, **(env or {})}))
     log_dir.mkdir(parents=True, exist_ok=True)
     ranks: list[Rank] = []

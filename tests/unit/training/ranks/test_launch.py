@@ -130,7 +130,7 @@ def test_several_hosts_need_an_address(tmp_path, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ConfigError, match="nodes=2 needs the variable MASTER_ADDR"):
         run(tmp_path, "", parallel=ParallelConfig(world_size=4, nodes=2))
-    with pytest.raises(ConfigError, match="nodes=3 does not divide training.parallel.world_size=4"):
+    with pytest.raises(ConfigError, match=r"nodes=3 does not divide training\.parallel\.world_size=4"):
         ParallelConfig(world_size=4, nodes=3)  # so a launch needs no check of its own
 
 

@@ -54,8 +54,8 @@ class Bounds:
         lowest = self.ge if self.gt is None else self.gt
         highest = self.le if self.lt is None else self.lt
         if highest is not None:
-            left, right = "[" if self.gt is None else "(", "]" if self.lt is None else ")"
-            return f"must lie in {left}{lowest:g}, {highest:g}{right}"
+            opening, closing = "[" if self.gt is None else "(", "]" if self.lt is None else ")"
+            return f"must lie in {opening}{lowest:g}, {highest:g}{closing}"
         if lowest == 0:
             return "must not be negative" if self.gt is None else "must be positive"
         return f"must be at least {lowest:g}" if self.gt is None else f"must be greater than {lowest:g}"

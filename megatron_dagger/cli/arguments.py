@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_dagger.config import RunConfig
 from megatron_dagger.planning import GPUS
+from megatron_dagger.planning.gpus import ANY_GPU, DEFAULT_GPU
 
 if TYPE_CHECKING:
     from megatron_dagger.types import Trajectory
@@ -81,8 +82,8 @@ def add_new_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu",
         type=str.lower,
-        choices=[*sorted(GPUS), "any"],
-        help="the kind of GPU whose memory the run must fit (default: h100; any: do not check)",
+        choices=[*sorted(GPUS), ANY_GPU],
+        help=f"the kind of GPU whose memory the run must fit (default: {DEFAULT_GPU}; {ANY_GPU}: do not check)",
     )
 
 

@@ -21,6 +21,7 @@ from megatron_dagger.config.base import parse_value
 from megatron_dagger.dagger.beta import beta
 from megatron_dagger.driver.run_dir import load_run_config
 from megatron_dagger.planning import GPUS, Assumptions, Change, Gpu, RunPlan, nearest_that_fits, plan_run
+from megatron_dagger.planning.gpus import DEFAULT_GPU
 from megatron_dagger.planning.memory import GIB
 from megatron_dagger.planning.parameters import active_parameters, total_parameters
 
@@ -36,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "subject", nargs="*", metavar="RECIPE|RUN|NAME=VALUE", help="a recipe or a run directory; settings"
     )
     parser.add_argument(
-        "--gpu", type=str.lower, choices=sorted(GPUS), default="h100", help="the kind of GPU (default: h100)"
+        "--gpu",
+        type=str.lower,
+        choices=sorted(GPUS),
+        default=DEFAULT_GPU,
+        help=f"the kind of GPU (default: {DEFAULT_GPU})",
     )
     parser.add_argument(
         "--assume",

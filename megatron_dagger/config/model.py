@@ -79,6 +79,12 @@ class ModelConfig:
     moe_router_topk: int = number(2, gt=0)  # experts per token
     norm_topk_prob: bool = True  # the chosen experts' weights sum to one
 
+    def differing_from(self, other: ModelConfig) -> list[str]:
+        """Return the settings in which weights of the two models differ: all but how random weights are drawn."""
+        return [
+            f.name for f in fields(self) if f.name != "init_std" and getattr(self, f.name) != getattr(other, f.name)
+        ]
+
     def __post_init__(self) -> None:
         check_numbers(self, "model")
         require(self.family in FAMILIES, f"model.family={self.family!r}: choose one of {', '.join(FAMILIES)}")

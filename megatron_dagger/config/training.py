@@ -13,6 +13,8 @@ Packing = Literal["shared_prefix", "separate"]
 Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]
 
+LABEL_MULTIPLE = 8  # the number of a row's label tokens is rounded up to a multiple of this, for faster GEMMs
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:

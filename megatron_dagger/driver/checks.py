@@ -12,13 +12,11 @@ from megatron_dagger.envs.repo_repair import sources
 from megatron_dagger.envs.repo_repair.pinned_packages import find_package
 from megatron_dagger.gpus import has_gpus
 from megatron_dagger.planning import GPUS, Assumptions, nearest_that_fits
+from megatron_dagger.planning.gpus import ANY_GPU, DEFAULT_GPU
 from megatron_dagger.planning.memory import GIB
 from megatron_dagger.planning.run_plan import memory_of
 from megatron_dagger.weights.checkpoints import HF_FILES, model_of
 from megatron_dagger.weights.errors import CheckpointReadError
-
-DEFAULT_GPU = "h100"
-ANY_GPU = "any"  # no kind is assumed: memory is not checked
 
 
 def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) -> None:
@@ -62,10 +60,11 @@ def _check_init_checkpoint(config: RunConfig) -> None:
         "`megatron-dagger convert hf-to-megatron`",
     )
     try:
-        checkpoint, configured = to_dict(model_of(folder)), to_dict(config.model)
+        model = model_of(folder)
     except CheckpointReadError as error:
         raise ConfigError(f"init_checkpoint: {error}") from None
-    wrong = [name for name in configured if name != "init_std" and checkpoint[name] != configured[name]]
+    checkpoint, configured = to_dict(model), to_dict(config.model)
+    wrong = config.model.differing_from(model)
     require(
         not wrong,
         f"init_checkpoint={folder} is of another model: "

@@ -14,6 +14,9 @@ TENSOR_PEAKS: dict[str, tuple[float, float | None]] = {
     "A100": (312e12, None),
 }
 
+DEFAULT_GPU = "h100"  # the kind that a recipe is planned for unless a user names another
+ANY_GPU = "any"  # no kind is assumed: memory is not checked
+
 
 def device_peak(device: str, *, fp8: bool) -> float | None:
     """Return the tensor-core peak in FLOP/s of a GPU by the name that CUDA reports; None if it is not known."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.config.rollout import VllmEngineConfig
-from megatron_dagger.config.training import TrainingConfig
+from megatron_dagger.config.training import LABEL_MULTIPLE, TrainingConfig
 from megatron_dagger.planning import activations
 from megatron_dagger.planning.assumptions import Assumptions
 from megatron_dagger.planning.gpus import Gpu
@@ -16,7 +16,6 @@ from megatron_dagger.planning.saved_tensors import FP32
 
 GIB = 1 << 30
 _MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0}
-_LABEL_MULTIPLE = 8  # the trainer pads label positions to a multiple of this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +146,7 @@ def label_positions(training: TrainingConfig, assumed: Assumptions) -> int:
     if training.parallel.sequence_parallel:
         return training.sequence_length
     wanted = math.ceil(training.sequence_length * assumed.label_share)
-    return min(training.sequence_length, -(-wanted // _LABEL_MULTIPLE) * _LABEL_MULTIPLE)
+    return min(training.sequence_length, -(-wanted // LABEL_MULTIPLE) * LABEL_MULTIPLE)
 
 
 def kv_bytes_per_token(model: ModelConfig, engine: VllmEngineConfig) -> float:

@@ -94,6 +94,6 @@ def _steps(config: RunConfig, tokens: float) -> int:
 def _evaluate_s(config: RunConfig, index: int, assumed: Assumptions, episode_s: float) -> float:
     """Return the seconds of a round's evaluation, at ``episode_s`` seconds of the engine's time per episode."""
     dagger = config.dagger
-    if dagger.evaluate_rounds == "last" and index < dagger.rounds:
+    if not dagger.evaluates(index):
         return 0.0
     return assumed.other_s + (dagger.evaluation_tasks + dagger.evaluation_train_tasks) * episode_s

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_dagger.config.training import LABEL_MULTIPLE
 from megatron_dagger.training.data.packing import PackedRow
 from megatron_dagger.training.megatron_config import Attention
 from megatron_dagger.training.tree_attention import ROPE_TABLE_MULTIPLE, tree_params
-
-_LABEL_MULTIPLE = 8  # the number of label tokens is rounded up to a multiple of this, for faster GEMMs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,5 +81,5 @@ def _segments(row: PackedRow, device: torch.device) -> PackedSeqParams:
 def _label_places(weights: np.ndarray) -> np.ndarray:
     """Return the places with a weight, and enough others, whose loss has weight zero, to round their number up."""
     labels = np.flatnonzero(weights)
-    missing = -len(labels) % _LABEL_MULTIPLE or (_LABEL_MULTIPLE if not len(labels) else 0)
+    missing = -len(labels) % LABEL_MULTIPLE or (LABEL_MULTIPLE if not len(labels) else 0)
     return np.sort(np.concatenate([labels, np.flatnonzero(weights == 0)[:missing]]))

@@ -102,10 +102,10 @@ def read_state(directory: Path) -> CheckpointState:
 
 def check_model(directory: Path, model: ModelConfig) -> None:
     """Raise CheckpointError unless the checkpoint is of ``model``."""
-    saved, configured = to_dict(read_state(directory).model), to_dict(model)
-    for name, value in configured.items():
-        if name != "init_std" and saved[name] != value:
-            raise CheckpointError(f"checkpoint {directory} has model.{name}={saved[name]}, the settings say {value}")
+    saved = read_state(directory).model
+    if names := model.differing_from(saved):
+        value, configured = to_dict(saved)[names[0]], to_dict(model)[names[0]]
+        raise CheckpointError(f"checkpoint {directory} has model.{names[0]}={value}, the settings say {configured}")
 
 
 def find_resumable(output_dir: Path, fingerprint: str) -> tuple[Path, CheckpointState] | None:

@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Callable
 
 from megatron_dagger.config import ConfigError, RunConfig
+from megatron_dagger.recipes.long_repair import long_repair
+from megatron_dagger.recipes.positive_control import positive_control
 from megatron_dagger.recipes.quickstart import quickstart
 from megatron_dagger.recipes.qwen3 import (
     qwen3_4b_swegym_4x8h100,
@@ -24,6 +26,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     recipe.__name__: recipe
     for recipe in (
         quickstart,
+        positive_control,
+        long_repair,
         smollm2_135m_repair_1gpu,
         qwen3_4b_swegym_8h100,
         qwen3_8b_swegym_8h100,

@@ -176,9 +176,7 @@ def _tasks(arguments: argparse.Namespace) -> list[SweTask]:
 
         require(arguments.run_dir is not None, "grade: name a run, or the tasks with --tasks")
         config = _settings(arguments.run_dir)
-        require(
-            bool(config.train), f"{arguments.run_dir} has no SWE-bench tasks to grade (its environment is repo_repair)"
-        )
+        require(bool(config.train), f"{arguments.run_dir} has no SWE-bench tasks to grade (swe.train is not set)")
         _, tasks = load_tasks(config)
     unfit = [(task.instance_id, reason) for task in tasks if (reason := task.not_for_the_harness())]
     require(not unfit, f"SWE-bench's harness cannot grade {len(unfit)} tasks, such as {unfit[:1]}")

@@ -13,6 +13,7 @@ from megatron_dagger.config.base import (
 from megatron_dagger.config.dagger import AggregationConfig, BetaConfig, DaggerConfig
 from megatron_dagger.config.model import ModelConfig, YarnConfig
 from megatron_dagger.config.repo_repair import RepoRepairConfig
+from megatron_dagger.config.road import RoadConfig
 from megatron_dagger.config.rollout import LimitsConfig, RolloutConfig, SamplingConfig, VllmEngineConfig
 from megatron_dagger.config.run import RunConfig
 from megatron_dagger.config.swe import SweConfig
@@ -31,6 +32,7 @@ __all__ = [
     "Packing",
     "ParallelConfig",
     "Precision",
+    "RoadConfig",
     "RolloutConfig",
     "RunConfig",
     "SamplingConfig",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import yaml
 
 T = TypeVar("T")
+_type_hints = functools.cache(typing.get_type_hints)
 LARGEST_INTEGER = 2**63 - 1  # of NumPy, PyTorch and the stores
 
 
@@ -95,7 +97,8 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
     values = {_current_name(cls, name): value for name, value in values.items()}
     hints = _settings(cls)
     for name in values:
-        require(name in hints, f"unknown setting {prefix}{name}{_suggest(name, hints, prefix)}")
+        if name not in hints:  # a suggestion takes long to find
+            raise ConfigError(f"unknown setting {prefix}{name}{_suggest(name, hints, prefix)}")
     settings = {name: _coerce(hints[name], value, prefix + name) for name, value in values.items()}
     if where:  # a class that serves several groups, like SamplingConfig, cannot name the group itself
         _check_numbers(cls, settings, where)
@@ -181,13 +184,15 @@ def _assign(cls: type, values: dict[str, Any], name: str, value: Any) -> None:
     *groups, leaf = current_name(cls, name).split(".")
     node = values
     for depth, group in enumerate(groups):
-        require(group in node, f"unknown setting {name}{_suggest_path(name, values)}")
+        if group not in node:
+            raise ConfigError(f"unknown setting {name}{_suggest_path(name, values)}")
         if not isinstance(node[group], dict):
             where = ".".join(groups[: depth + 1])
             require(_group_class(cls, where) is not None, f"{where} is a value, not a group of settings")
             raise ConfigError(f"{where} is null: write '{where}={{{leaf}: {value}}}'")
         node = node[group]
-    require(leaf in node, f"unknown setting {name}{_suggest_path(name, values)}")
+    if leaf not in node:
+        raise ConfigError(f"unknown setting {name}{_suggest_path(name, values)}")
     if isinstance(value, dict) and isinstance(node[leaf], dict):
         for key, item in value.items():
             _assign(cls, values, f"{name}.{key}", item)
@@ -198,7 +203,7 @@ def _assign(cls: type, values: dict[str, Any], name: str, value: Any) -> None:
 
 def _settings(cls: Any) -> dict[str, Any]:
     """Return the type of every setting of a config class, by name."""
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 

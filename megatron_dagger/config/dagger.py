@@ -56,6 +56,7 @@ class DaggerConfig:
     evaluation_tasks: int = number(48, ge=0)  # held-out tasks, the same in every round
     evaluation_train_tasks: int = number(0, ge=0)  # training tasks that are evaluated too
     evaluate_rounds: Literal["all", "last"] = "all"
+    diagnose: bool | None = None  # the teacher labels evaluations and takes over; None: if it is no language model
 
     def __post_init__(self) -> None:
         check_numbers(self, "dagger")

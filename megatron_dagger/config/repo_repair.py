@@ -10,11 +10,12 @@ from megatron_dagger.config.base import check_numbers, number, require
 
 @dataclass(frozen=True, kw_only=True)
 class RepoRepairConfig:
-    """The repo_repair environment: one token of a real package is wrong, and its tests must pass again."""
+    """The repo_repair environment: tokens of a real package are wrong, and its tests must pass again."""
 
     source: Literal["packages", "stdlib"] = "packages"  # stdlib: modules of the running Python, without downloads
     train_packages: tuple[str, ...] = ()  # empty: the pinned default list
     heldout_packages: tuple[str, ...] = ()  # likewise
+    bugs: int = number(0, ge=0, le=9)  # K > 0: long tasks, K wrong tokens and a shell; 0: one, and tools to find it
     train_tasks: int = number(192, gt=0)
     heldout_tasks: int = number(48, gt=0)
     repeats: int = number(3, ge=2)  # test runs that must agree for a task to be used, at least 2

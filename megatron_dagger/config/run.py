@@ -9,6 +9,7 @@ from megatron_dagger.config.base import check_numbers, differing, number, requir
 from megatron_dagger.config.dagger import DaggerConfig
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.config.repo_repair import RepoRepairConfig
+from megatron_dagger.config.road import RoadConfig
 from megatron_dagger.config.rollout import RolloutConfig, SamplingConfig
 from megatron_dagger.config.swe import SweConfig
 from megatron_dagger.config.teacher import TeacherConfig
@@ -44,6 +45,7 @@ class RunConfig:
     seed: int = number(1234, ge=0)
     repo_repair: RepoRepairConfig = RepoRepairConfig()
     swe: SweConfig = SweConfig()
+    road: RoadConfig = RoadConfig()
     model: ModelConfig = ModelConfig()
     init_checkpoint: str | None = None  # weights of round 0, made by megatron-dagger convert; None: random
     training: TrainingConfig = TrainingConfig()
@@ -63,6 +65,11 @@ class RunConfig:
         require(
             not self.swe.train or self.init_checkpoint is not None,
             "swe.train needs init_checkpoint: these tasks are for a model that is trained already",
+        )
+        require(
+            not self.swe.train or not self.road.stops,
+            f"swe.train={self.swe.train} and road.stops={self.road.stops} name two environments: a run has one; "
+            "set road.stops=0 or swe.train=''",
         )
         need = self.rollout.limits.max_tokens
         require(

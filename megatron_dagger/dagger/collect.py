@@ -14,6 +14,7 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_dagger.config import RunConfig
@@ -94,13 +95,14 @@ async def run_episodes(
 def _abandon(stage: Stage, last: Trajectory, tasks: Sequence[str]) -> None:
     """Record that the task of ``last`` is skipped this round.
 
-    If too many tasks of the stage are skipped, un-skip all of ``tasks`` (they are tried again once the environment
-    is fixed) and raise TooManyBroken.
+    If too many tasks of an essential stage are skipped, un-skip all of ``tasks`` (they are tried again once the
+    environment is fixed) and raise TooManyBroken.
     """
     abandoned = stage.store.abandoned(stage.round_index)
     abandoned.add(last)
     number, total = len(abandoned.tasks()), len(stage.tasks)
-    if number == total or (number >= TOO_MANY and number > TOO_LARGE_SHARE * total):
+    too_many = number == total or (number >= TOO_MANY and number > TOO_LARGE_SHARE * total)
+    if too_many and stage.essential:
         abandoned.withdraw(tasks)
         raise TooManyBroken(
             f"{number} of {total} tasks broke {TRIES} times each, the last of them {last.task_id} with "
@@ -122,6 +124,7 @@ async def _stream_episodes(
         max_action_tokens=stage.sampling.max_tokens,
         threads=context.threads,
     )
+    limits = stage.limits or (lambda task: config.rollout.limits)
 
     async def run_task(number: int, task: str) -> tuple[Trajectory, int]:
         async with slots:
@@ -130,7 +133,8 @@ async def _stream_episodes(
                 draw = max(0, failures - 1)
                 key = EpisodeKey(run_seed=config.seed, round_index=stage.round_index, task_id=task, draw=draw)
                 make_env = functools.partial(context.make_env, task)
-                trajectory = await runner.run(make_env, policy(key), key, stage.beta)
+                limited = replace(runner, limits=limits(task))
+                trajectory = await limited.run(make_env, policy(key), key, stage.beta)
                 if trajectory.stop_reason.is_clean:
                     return (await stage.score(trajectory) if stage.score else trajectory), failures + 1
                 logger.warning("%s broke (%s): %s", task, trajectory.stop_reason, trajectory.details.get("error"))

@@ -52,6 +52,8 @@ class RunContext:
     student: Callable[[], Student]  # the first call starts the engine in the background and returns at once
     data: DataStore
     evaluations: DataStore
+    references: DataStore  # the teacher alone on the held-out tasks, in round 0
+    takeovers: DataStore  # held-out tasks that the student began and the teacher finished, by evaluated round
     metrics: StageMetrics
     train: Callable[[int], None]  # trains a round and writes its manifest
     track: Callable[..., AbstractContextManager[Tracker]]  # observability.progress.track

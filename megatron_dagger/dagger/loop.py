@@ -13,7 +13,8 @@ from megatron_dagger.dagger.aggregation import summarise
 from megatron_dagger.dagger.beta import beta
 from megatron_dagger.dagger.collect import round_tasks
 from megatron_dagger.dagger.context import RunContext, train_dir, train_manifest
-from megatron_dagger.dagger.mixing import MixtureTurnPolicy, SoloTurnPolicy, mixture
+from megatron_dagger.dagger.diagnose import diagnosis_stages, drift_summary, evaluation_policy
+from megatron_dagger.dagger.mixing import MixtureTurnPolicy, mixture
 from megatron_dagger.dagger.stage import Stage, run_stage
 from megatron_dagger.dagger.worker import Worker
 from megatron_dagger.evaluation.success import success
@@ -84,7 +85,7 @@ def train(context: RunContext, round_index: int) -> None:
 async def evaluate(context: RunContext, round_index: int, worker: Worker | None = None) -> None:
     """Run the student alone on the held-out tasks, and on some training tasks if the settings say so.
 
-    ``worker``: as in ``collect``.
+    Then diagnose how it drifts from the teacher's path (see ``diagnose``). ``worker``: as in ``collect``.
     """
     config, store = context.config, context.evaluations
     if not config.dagger.evaluates(round_index):
@@ -94,7 +95,7 @@ async def evaluate(context: RunContext, round_index: int, worker: Worker | None 
 
     def turn_policy(student: Policy | None, key: EpisodeKey) -> TurnPolicy:
         assert student is not None  # every round that is evaluated has weights
-        return SoloTurnPolicy(policy=student)
+        return evaluation_policy(context, student)
 
     def summary(manifest: Manifest) -> dict[str, Any]:
         episodes, abandoned = list(store.episodes(round_index)), store.abandoned(round_index).tasks()
@@ -103,7 +104,11 @@ async def evaluate(context: RunContext, round_index: int, worker: Worker | None 
             chosen = [episode for episode in episodes if episode.task_id in set(tasks)]
             return success(chosen, given_up=len(abandoned.intersection(tasks)))
 
-        return {"heldout": success_on(heldout), "train": success_on(trained) if trained else None}
+        return {
+            "heldout": success_on(heldout),
+            "train": success_on(trained) if trained else None,
+            "drift": drift_summary(context, round_index, heldout),
+        }
 
     stage = Stage(
         name="evaluate",
@@ -115,5 +120,6 @@ async def evaluate(context: RunContext, round_index: int, worker: Worker | None 
         beta=0.0,
         turn_policy=turn_policy,
         summary=summary,
+        then=lambda tasks: diagnosis_stages(context, round_index, [task for task in tasks if task in heldout]),
     )
     await run_stage(context, stage, worker)

@@ -31,7 +31,7 @@ def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) 
     _check_init_checkpoint(config)
     if config.swe.train:
         _check_data_sets(config)
-    else:
+    elif not config.road.stops:
         _check_packages(config.repo_repair)
     if gpu != ANY_GPU and config.training.precision != "fp32":
         _check_memory(config, gpu or DEFAULT_GPU, one_process=here)

@@ -15,7 +15,7 @@ from megatron_dagger.config import ConfigError, RunConfig
 from megatron_dagger.dagger.context import RunContext, Score, Student, train_manifest
 from megatron_dagger.dagger.worker import Worker
 from megatron_dagger.driver.environments import open_environment
-from megatron_dagger.driver.run_dir import COLLECTED, EVALUATED, cache_dir
+from megatron_dagger.driver.run_dir import COLLECTED, EVALUATED, REFERENCES, TAKEOVERS, cache_dir
 from megatron_dagger.driver.training import train_with_progress
 from megatron_dagger.envs.environment import Environment
 from megatron_dagger.observability.logs import DRIVER, log_file
@@ -98,6 +98,8 @@ def open_run_context(
             student=student,
             data=DataStore.create_or_open(run_dir / COLLECTED, writer=writer),
             evaluations=DataStore.create_or_open(run_dir / EVALUATED, writer=writer),
+            references=DataStore.create_or_open(run_dir / REFERENCES, writer=writer),
+            takeovers=DataStore.create_or_open(run_dir / TAKEOVERS, writer=writer),
             metrics=StageMetrics(run_dir, wandb_project=config.wandb_project),
             train=functools.partial(train_with_progress, config, process, {VARIABLE: token}),
             track=progress,

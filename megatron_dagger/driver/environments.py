@@ -17,6 +17,8 @@ def open_environment(
     """Load the run's environment; ``stack`` closes it. Raises ConfigError, EnvironmentBroken."""
     if config.swe.train:
         from megatron_dagger.envs.swe.load import load_environment
+    elif config.road.stops:
+        from megatron_dagger.envs.road import load_environment
     else:
         from megatron_dagger.envs.repo_repair.load import load_environment
     return load_environment(

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG, ORIGIN = "config.yaml", "origin.yaml"
 COLLECTED, EVALUATED = "data.zarr", "evaluations.zarr"  # the stores of episodes
+REFERENCES, TAKEOVERS = "references.zarr", "takeovers.zarr"  # the stores of the evaluations' diagnosis
 _LISTED = 5  # settings named in a message
 
 
@@ -134,7 +135,7 @@ def _write(run_dir: Path, config: RunConfig, origin: Origin, *, replaces: bool) 
     with claim(run_dir) if replaces else nullcontext():
         if replaces:
             logger.warning("%s had no episode yet: its settings are replaced", run_dir)
-            for name in ("tasks", "student", COLLECTED, EVALUATED):
+            for name in ("tasks", "student", COLLECTED, EVALUATED, REFERENCES, TAKEOVERS):
                 shutil.rmtree(run_dir / name, ignore_errors=True)
         write_text(run_dir / ORIGIN, dump_yaml(origin))
         write_text(run_dir / CONFIG, dump_yaml(config))

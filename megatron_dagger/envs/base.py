@@ -23,7 +23,10 @@ class Observation:
 
 
 class Env(Protocol):
-    """One task, one episode: reset once, step per turn, judge at the end. All raise sandbox.base.EnvironmentBroken."""
+    """One task, one episode: reset once, step per turn, judge at the end. All raise sandbox.base.EnvironmentBroken.
+
+    A class that inherits from it needs only ``task_id``, ``reset``, ``step`` and ``judge``.
+    """
 
     task_id: str
 
@@ -41,14 +44,17 @@ class Env(Protocol):
 
     def report(self) -> dict[str, object]:
         """Return details to store with the judged episode, as JSON values."""
-        ...
+        return {}
 
     def close(self) -> None:
         """Release everything. May be called twice, and before ``reset``."""
-        ...
+        return
 
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *exc_info: object) -> None: ...
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
 
 def truncate(text: str, limit: int) -> str:

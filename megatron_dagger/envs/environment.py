@@ -18,6 +18,7 @@ from megatron_dagger.config import RunConfig
 from megatron_dagger.envs.base import Env
 from megatron_dagger.policies.base import Policy
 from megatron_dagger.policies.openai.cache import MalformedResponse, Response
+from megatron_dagger.types import Action, Message, State
 
 DEFAULT_THREADS = 8
 
@@ -34,6 +35,19 @@ def last_line(response: Response) -> str:
     if not lines or not lines[-1]:
         raise MalformedResponse("the answer is empty")
     return lines[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert:
+    """A teacher that is a program: ``command`` returns its command for the state that the messages show."""
+
+    command: Callable[[tuple[Message, ...]], str]
+    encode: Encode
+    name: str = "expert"
+
+    async def act(self, state: State) -> Action:
+        text = self.command(state.messages)
+        return Action(text=text, tokens=self.encode(text))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,6 +127,7 @@ const rounds = D.rounds, indices = rounds.map((r) => r.index);
 const at = (index) => rounds.find((r) => r.index === index) || {};
 const shade = (i, n) => `color-mix(in oklab, var(--student) ${Math.round(n < 2 ? 100 : 34 + 66 * i / (n - 1))}%, var(--card))`; // later rounds stronger
 const FEW_TURNS = 10;
+const diagnosed = rounds.filter((r) => r.evaluate?.drift);
 const points = (get) => rounds.map((r) => [r.index, get(r)]).filter((p) => p[1] != null);
 
 function charts() {
@@ -175,6 +176,22 @@ function charts() {
     marks: starts.length < 13 ? starts.map((p) => ({ x: p[0], text: "r" + p[2] })) : [], xLabel: "optimizer step, all rounds", yLabel: "loss (nats)", yFormat: (v) => String(v),
     say: (x) => { const i = D.losses.findIndex((p) => p[0] === x); return `Step ${x}, round ${D.losses[i][2]}\nloss ${fixed(D.losses[i][1])}\nrunning mean ${fixed(smooth[i][1])}`; },
   });
+  driftChart();
+}
+
+// Errors by depth, of the last diagnosed round.
+function driftChart() {
+  const last = diagnosed.at(-1), rows = last?.evaluate.drift.by_depth;
+  $("drift").hidden = !last;
+  if (!last) return;
+  const series = (name, color, column) => ({ name, color, points: rows.filter((b) => b[column]).map((b) => [b[0] + 1, b[column + 1] / b[column], b[column] < FEW_TURNS]) });
+  const say = (b, column) => b[column] ? `${percent(b[column + 1] / b[column])}  (${b[column + 1]} of ${b[column]})` : "no turns";
+  chart("chart-drift", {
+    title: "Errors by depth", subtitle: `Share of the student's turns with another action than the teacher's, round ${last.index}. Hollow: fewer than ten turns.`,
+    series: [series("on the teacher's path", "var(--student)", 1), series("off it", "var(--differ)", 3)],
+    xLabel: "turn of the episode (first of each bucket)", yLabel: "errors", yMax: 1, yFormat: (v) => percent(v), xTicks: rows.map((b) => b[0] + 1),
+    say: (x) => { const b = rows.find((row) => row[0] === x - 1); return `From turn ${x}\non the path: ${say(b, 1)}\noff it: ${say(b, 3)}`; },
+  });
 }
 
 // ---- headline
@@ -201,7 +218,7 @@ function headline() {
 function table() {
   const with2 = (main, small) => [main, small ? make("small", {}, small) : ""];
   const outOf = (s) => s && `${s.solved}/${s.tasks}${s.given_up ? `, ${s.given_up} abandoned` : ""}`;
-  const columns = [
+  fill("rounds", rounds, [
     ["round", (r) => [r.index]],
     ["held out", (r) => with2(percent(r.evaluate?.heldout?.success, 1), outOf(r.evaluate?.heldout))],
     ["training tasks", (r) => with2(percent(r.evaluate?.train?.success, 1), outOf(r.evaluate?.train))],
@@ -216,10 +233,23 @@ function table() {
     ["loss", (r) => with2(fixed(r.train?.mean_loss_last_10 ?? r.train?.last_loss), r.train && `from ${fixed(r.train.first_loss)}`)],
     ["tokens/s", (r) => [count(r.train?.tokens_per_s)]],
     ["time", (r) => [duration(sum([r.collect, r.train, r.evaluate].map((s) => s?.duration_s)))]],
-  ];
-  $("rounds").append(
+  ]);
+  const drift = (name, get) => [name, (r) => get(r.evaluate.drift)];
+  const errors = (part) => with2(percent(part.share, 1), `${count(part.errors)} of ${plural(part.turns, "turn")}`);
+  const solved = (part) => with2(percent(part.success, 1), part.tried ? `${part.solved} of ${part.tried}; ${percent(part.ci_low)}–${percent(part.ci_high)}` : "not tried");
+  fill("drift-rounds", diagnosed, [
+    ["round", (r) => [r.index]],
+    drift("errors on the path", (d) => errors(d.on_path)),
+    drift("errors off the path", (d) => errors(d.off_path)),
+    drift("new states", (d) => with2(percent(d.new_states_share, 1), `${count(d.new_states)} of ${count(d.visited_states)}`)),
+    drift("teacher alone solves", (d) => solved(d.expert_alone)),
+    drift("from the student's states", (d) => solved(d.expert_from_student_states)),
+  ]);
+}
+function fill(id, rows, columns) {
+  $(id).append(
     make("thead", {}, make("tr", {}, ...columns.map(([name]) => make("th", { scope: "col" }, name)))),
-    make("tbody", {}, ...rounds.map((r) => make("tr", {}, ...columns.map(([, cell]) => make("td", {}, ...cell(r).map((c) => typeof c === "number" ? String(c) : c)))))));
+    make("tbody", {}, ...rows.map((r) => make("tr", {}, ...columns.map(([, cell]) => make("td", {}, ...cell(r).map((c) => typeof c === "number" ? String(c) : c)))))));
 }
 
 // ---- episodes

@@ -76,6 +76,7 @@ class TrainingRound:
         manifest = {
             "round": self.job.round_index,
             **metrics.summary(),
+            "labels": self.data.labels,
             "samples": len(self.data.samples),
             "rows": len(self.data.rows),
             "too_long": self.data.too_long,

@@ -87,7 +87,7 @@ def choose(browser: Any, name: str, value: str) -> None:
 
 def test_charts_have_curves_axes_labels_and_hover_values(visit: Callable[..., Any]) -> None:
     browser = visit()
-    for name in ("success", "teacher", "agreement", "labels", "loss"):
+    for name in ("success", "teacher", "agreement", "labels", "loss", "drift"):
         [figure] = css(browser, f"#chart-{name}")
         assert figure.find_element("tag name", "figcaption").text
         texts = [t.text for t in figure.find_elements("css selector", "svg text")]
@@ -99,6 +99,8 @@ def test_charts_have_curves_axes_labels_and_hover_values(visit: Callable[..., An
     assert len(css(browser, "#chart-agreement .curve")) == 3
     assert len(css(browser, "#chart-labels .bar")) == 3
     assert len(css(browser, "#rounds tbody tr")) == 3
+    assert len(css(browser, "#chart-drift .curve")) == 2
+    assert [row.text.split()[0] for row in css(browser, "#drift-rounds tbody tr")] == ["1", "2"], "the diagnosed rounds"
     assert css(browser, "#numbers b")[0].text.endswith("%")
     assert not css(browser, "#tip")[0].is_displayed()
     for name, expected in (
@@ -106,6 +108,7 @@ def test_charts_have_curves_axes_labels_and_hover_values(visit: Callable[..., An
         ("loss", "running mean"),
         ("agreement", "From turn"),
         ("labels", "labelled turn"),
+        ("drift", "off it:"),
     ):
         [area] = css(browser, f"#chart-{name} .area")
         webdriver.ActionChains(browser).scroll_to_element(area).move_to_element(area).perform()
@@ -226,4 +229,5 @@ def test_the_page_of_a_run_without_finished_stages(visit: Callable[..., Any], tm
     browser = visit(write_report(tmp_path))
     assert css(browser, "h1")[0].text == "<img src=x onerror=alert(1)>"
     assert len([e for e in css(browser, "figure .empty") if e.text == "Nothing yet."]) == 5
+    assert not css(browser, "#drift")[0].is_displayed()
     assert css(browser, "#lede")[0].text == "No stage of this run has finished yet."

@@ -15,13 +15,16 @@ from megatron_dagger.cli.replay import replay
 from megatron_dagger.config import override
 from megatron_dagger.driver.context import TEACHER_URLS
 from megatron_dagger.driver.run_dir import create_run
+from megatron_dagger.evaluation.drift import states_off_path
 from megatron_dagger.recipes.quickstart import quickstart
 from megatron_dagger.store.aggregated import DataStore
 from tests.integration.tiny_run import (
     DEADLINE_S,
     SETTINGS,
     assert_same,
+    assert_same_evaluations,
     command,
+    drift,
     environment,
     manifest,
     writers,
@@ -44,6 +47,28 @@ def test_every_stage_writes_its_reports(undisturbed):
     assert (undisturbed / "report.html").stat().st_size > 10_000
     assert len((undisturbed / "metrics.jsonl").read_text().splitlines()) == 6
     assert list((undisturbed / "tensorboard").iterdir())
+
+
+def test_an_evaluation_is_diagnosed(undisturbed):
+    for round_index in (0, 1):
+        values, episodes = drift(undisturbed, round_index), evaluated(undisturbed, round_index)
+        counted = [values[place]["turns"] for place in ("on_path", "off_path")]
+        assert sum(counted) == sum(len(episode.turns) for episode in episodes), "every state has a label"
+        wrong = sum(not turn.agrees for episode in episodes for turn in episode.turns)
+        assert values["on_path"]["errors"] + values["off_path"]["errors"] == wrong
+        assert [sum(row[column] for row in values["by_depth"]) for column in (1, 3)] == counted
+        assert 0 <= values["new_states"] <= values["visited_states"] <= sum(counted)
+        takeovers = list(DataStore.open(undisturbed / "takeovers.zarr").episodes(round_index))
+        taken, strayed = values["expert_from_student_states"], sum(bool(states_off_path(e)) for e in episodes)
+        assert taken["tried"] == taken["replayed_exactly"] == len(takeovers) == strayed
+        assert taken["solved"] == sum(episode.solved for episode in takeovers)
+    references = DataStore.open(undisturbed / "references.zarr")
+    assert references.rounds() == references.sealed() == [0]
+    assert values["expert_alone"]["tried"] == len(references.committed(0)) == 3
+
+
+def evaluated(run, round_index):
+    return list(DataStore.open(run / "evaluations.zarr").episodes(round_index))
 
 
 def test_student_turns_have_weight_version_and_logprobs(undisturbed):
@@ -138,6 +163,7 @@ def test_a_run_killed_in_several_stages_ends_like_an_undisturbed_run(undisturbed
     assert not [pid for log in run.glob("logs/**/*.log") for pid in writers(log)]
 
     assert_same(run, undisturbed)
+    assert_same_evaluations(run, undisturbed)
 
 
 def test_a_teacher_endpoint_gives_the_same_round_as_the_expert(undisturbed, cache, tmp_path):

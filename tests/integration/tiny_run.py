@@ -58,6 +58,11 @@ def manifest(run: Path, round_index: int) -> dict[str, Any]:
     return values
 
 
+def drift(run: Path, round_index: int) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((run / f"rounds/{round_index:04d}/evaluate.json").read_text())["drift"]
+    return values
+
+
 def losses(run: Path, round_index: int) -> list[float]:
     lines = (run / f"rounds/{round_index:04d}/train/metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
@@ -72,6 +77,16 @@ def assert_same(run: Path, undisturbed: Path, rounds: Sequence[int] = (0, 1)) ->
         assert actual.to_dict() == expected.to_dict()
         assert losses(run, round_index) == losses(undisturbed, round_index)
         assert manifest(run, round_index)["digests"] == manifest(undisturbed, round_index)["digests"]
+
+
+def assert_same_evaluations(run: Path, undisturbed: Path) -> None:
+    """Assert that ``run``'s evaluations and their diagnosis equal those of ``undisturbed``, each episode once."""
+    for name in ("evaluations", "references", "takeovers"):
+        expected, actual = (DataStore.open(folder / f"{name}.zarr") for folder in (undisturbed, run))
+        assert actual.sealed() == expected.sealed()
+        assert actual.digest() == expected.digest()
+    for round_index in (0, 1):
+        assert drift(run, round_index) == drift(undisturbed, round_index)
 
 
 def writers(log: Path) -> list[int]:

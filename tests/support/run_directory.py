@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dagger.config import DaggerConfig, RunConfig, TrainingConfig, dump_yaml
-from megatron_dagger.dagger.aggregation import summarise
+from megatron_dagger.dagger.aggregation import DEPTH_BUCKET_TURNS, summarise
+from megatron_dagger.evaluation.drift import errors, expert_from_student_states, expert_success, new_states
 from megatron_dagger.observability.metrics import StageMetrics, append_line, read_lines
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import write_json, write_text
@@ -79,7 +80,8 @@ def make_run(path: Path, *, rounds: int = 4, tasks: int = 12, heldout: int = 10,
             evaluations.append(evaluated)
             parts[name] = _success(evaluated)
         evaluations.seal(index)
-        evaluate = {"round": index, "weight_version": index + 1, **parts, "duration_s": 30.0}
+        drift = _drift([e for e in evaluations.episodes(index) if e.task_id in heldout_ids]) if index else None
+        evaluate = {"round": index, "weight_version": index + 1, **parts, "drift": drift, "duration_s": 30.0}
         write_json(folder / "evaluate.json", evaluate)
         metrics.record(index, "collect", collect)
         metrics.record(index, "train", train, steps=read_lines(folder / "train" / "metrics.jsonl"))
@@ -107,6 +109,18 @@ def _success(episodes: list[Trajectory]) -> dict[str, object]:
         "ci_high": min(1.0, k / n + half), "median_turns": summary["median_turns"],
         "stop_reasons": summary["stop_reasons"],
     }  # fmt: skip
+
+
+def _drift(episodes: list[Trajectory]) -> dict[str, object]:
+    """Return the diagnosis of evaluated episodes, as if the teacher had met the same observations."""
+    labelled = {e.task_id: tuple(replace(turn, action=turn.label or turn.action) for turn in e.turns) for e in episodes}
+    right = {e.task_id: replace(e, turns=labelled[e.task_id]) for e in episodes}
+    return {
+        **errors(episodes, bucket_turns=DEPTH_BUCKET_TURNS),
+        **new_states(episodes, right),
+        "expert_alone": expert_success(list(right.values())),
+        "expert_from_student_states": expert_from_student_states([], {}, given_up=1),
+    }
 
 
 def _episode(task_id: str, index: int, seed: int, beta: float, skill: float, max_turns: int) -> Trajectory:

@@ -7,8 +7,10 @@ least one episode is in that part, so the shares add up to more than 1.
 
     .venv/bin/python -m tools.bench.rollout --run runs/quickstart    the last student of a finished run
     .venv/bin/python -m tools.bench.rollout                          first trains a student on the expert's episodes
+    .venv/bin/python -m tools.bench.rollout --against COMMIT         first measures the same with that commit's code
 
-It takes about two minutes, and a few more to train a student. The last line is ``RESULT {json}``.
+It takes about two minutes, and a few more to train a student. The last line is ``RESULT {json}``; with ``--against``
+its ``speedup`` is the ratio of the two rollouts' turns per second.
 """
 
 from __future__ import annotations
@@ -17,12 +19,17 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import io
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +47,7 @@ from megatron_dagger.rollout.episode import EpisodeKey, EpisodeRunner
 from megatron_dagger.store.atomic import read_json
 from megatron_dagger.types import Action, State, Trajectory
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 BENCH_ROUND = 1_000_000  # no run has this round, so its random draws differ from those of every run
 
 
@@ -185,6 +193,43 @@ async def measure(context: RunContext, manifest: dict[str, Any], train_dir: Path
     }
 
 
+def measure_commit(commit: str, episodes: int, concurrent: int, tasks: str) -> dict[str, Any]:
+    """Run a commit's own rollout benchmark with its own code and a student of its own; return its result.
+
+    Exits if git does not know the commit, or if its benchmark fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-against-") as folder:
+        archive = subprocess.run(["git", "archive", "--format=tar", commit], cwd=ROOT, capture_output=True)
+        if archive.returncode:
+            sys.exit(f"--against {commit}: {archive.stderr.decode(errors='replace').strip()}")
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+            files.extractall(folder, filter="tar")
+        _declare_entry_points(Path(folder))
+        module = Path(folder, "tools/bench/rollout.py")
+        command = ["-m", "tools.bench.rollout"] if module.exists() else ["tools/bench_rollout.py"]
+        command += ["--episodes", str(episodes), "--concurrent", str(concurrent), "--tasks", tasks]
+        # Its worker processes must import its code too, not the installed one.
+        environment = os.environ | {"PYTHONPATH": folder}
+        run = subprocess.run([sys.executable, *command], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    if run.returncode or not results:
+        sys.exit(f"--against {commit}: its benchmark ended with exit code {run.returncode}\n{run.stdout[-2000:]}")
+    result: dict[str, Any] = json.loads(results[-1].removeprefix("RESULT "))
+    return result
+
+
+def _declare_entry_points(folder: Path) -> None:
+    """Make the entry points of the code in ``folder`` those of the package, as its installation would."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    lines = []
+    for group, entries in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
+    metadata = folder / f"{project['name'].replace('-', '_')}-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
 def last_trained(run_dir: Path) -> Path:
     """Return the training directory of a run's last trained round; exit if there is none."""
     manifests = sorted(run_dir.glob("rounds/*/train/manifest.json"))
@@ -219,7 +264,12 @@ def main() -> int:
     parser.add_argument("--episodes", type=int, default=64, help="episodes in all (default %(default)s)")
     parser.add_argument("--concurrent", type=int, default=32, help="episodes at once (default %(default)s)")
     parser.add_argument("--tasks", choices=["packages", "stdlib"], default="packages", help="tasks without --run")
+    parser.add_argument("--against", metavar="COMMIT", help="first measure this commit, with a student that it trains")
     arguments = parser.parse_args()
+    before = None
+    if arguments.against:
+        before = measure_commit(arguments.against, arguments.episodes, arguments.concurrent, arguments.tasks)
+        print(f"{arguments.against}: {before}", flush=True)
     with contextlib.ExitStack() as stack:
         if arguments.run is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-rollout-"))
@@ -232,6 +282,9 @@ def main() -> int:
         trained = last_trained(run_dir)
         context = stack.enter_context(open_run_context(config, run_dir))
         result = asyncio.run(measure(context, read_json(trained / "manifest.json"), trained, arguments.episodes))
+    if before:
+        result |= {f"{name}_before": before[name] for name in ("turns_per_s", "engine_turns_per_s", "ratio_to_engine")}
+        result |= {"against": arguments.against, "speedup": result["turns_per_s"] / before["turns_per_s"]}
     for name, value in result.items():
         print(f"{name:28} {value:.3f}" if isinstance(value, float) else f"{name:28} {value}")
     print("RESULT " + json.dumps(result))

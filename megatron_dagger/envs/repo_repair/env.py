@@ -16,13 +16,16 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Self
 
 from megatron_dagger.envs.base import Observation, truncate
 from megatron_dagger.envs.repo_repair.task import RepairTask
 from megatron_dagger.envs.repo_repair.testing import SETTINGS_FILE, SUSPECTS_FILE, TESTED_FILE, run_tests
+from megatron_dagger.envs.repo_repair.tools import line_tools
 from megatron_dagger.sandbox.base import CommandResult, EnvironmentBroken
 from megatron_dagger.sandbox.local import ProcessSandbox, SandboxPool
+from megatron_dagger.sandbox.local.server import TruncatedOutput
 
 SYSTEM_MESSAGE = """\
 One token of a Python package is wrong. Reply with one shell command, such as
@@ -59,6 +62,8 @@ class RepairEnv:
         self._history: list[dict[str, bytes]] = []
         self._tested: list[tuple[str, int, str]] = []  # (file, line number, text): edits that failed the tests
         self._line: str | None = None  # the address of the last line that the agent looked at
+        self._suspects: bytes | None = None  # what ``locate`` has left for the other tools
+        self._in_step = True  # whether the driver knows every file: nothing but the tools has changed one
 
     def reset(self) -> tuple[str, str]:
         self._sandbox = self._sandbox or self._pool.take()
@@ -66,6 +71,8 @@ class RepairEnv:
         self._history = []
         self._tested = []
         self._line = None
+        self._suspects = None
+        self._in_step = True
         self._sandbox.write({**self._files, **self._settings()})
         return SYSTEM_MESSAGE, self.task.problem_statement
 
@@ -79,8 +86,10 @@ class RepairEnv:
         tool = argv[0] if argv and argv[0] in TOOLS else ""
         if tool == "locate" and self._history:  # line numbers of an edited tree would be wrong after undo
             return Observation(text=f"error: undo the edits first\n{self._status()}")
-        result = self._run_tool(argv) if argv and tool else sandbox.run(command)
-        if tool not in READS_ONLY:
+        known = self._answer(argv) if argv and tool else None
+        result = known or (self._run_tool(argv) if argv and tool else sandbox.run(command))
+        if tool not in READS_ONLY and not known:
+            self._in_step = False
             self._note_changes()
         if tool in RUNS_TESTS and not result.output.startswith("PASS"):
             self._note_tested()
@@ -94,22 +103,46 @@ class RepairEnv:
         shows_status = tool in ("view", "untested") and result.exit_code == 0 and not self._history
         return Observation(text=text if shows_status else f"{text}\n{self._status()}".lstrip())
 
+    def _answer(self, argv: list[str]) -> CommandResult | None:
+        """Return the result of a tool that the driver itself can run, without a process; None for any other."""
+        if not self._in_step or argv[0] not in TAKES_A_LINE:
+            return None
+        state = {SUSPECTS_FILE: self._suspects, **self._settings()}
+        files = KnownFiles(tree=self._tree, state=state)
+        output = TruncatedOutput(self._require_sandbox().limits.output_bytes)
+        try:
+            code = line_tools.answer(
+                line_tools.LineTools(files).commands,
+                line_tools.__doc__ or "",
+                argv[0],
+                argv[1:],
+                lambda line: output.add(f"{line}\n".encode(errors="replace")),
+            )
+        except Exception:  # an unknown file, or odd content: as it is in the sandbox
+            return None
+        if files.written and files.written.items() - self._tree.items():
+            self._require_sandbox().write(files.written)
+            self._history.append(self._tree)
+            self._tree = {**self._tree, **files.written}
+        return CommandResult(output=output.text(), exit_code=code)
+
     def _run_tool(self, argv: list[str]) -> CommandResult:
         """Run a repair tool; take a test run on a tree that was tested before from the memory."""
         sandbox = self._require_sandbox()
-        if self._memory is None or argv[0] not in RUNS_TESTS or len(argv) > 1:
+        if argv[0] not in RUNS_TESTS or len(argv) > 1:
             return sandbox.run(argv)
         key = (self.task_id, argv[0], self._tree_digest())
-        known = self._memory.get(key)
+        known = self._memory.get(key) if self._memory is not None else None
         if known is None:
             result = sandbox.run(argv)
             written = sandbox.read(".repair").get(SUSPECTS_FILE) if argv[0] == "locate" else None
-            if not result.timed_out:
+            if self._memory is not None and not result.timed_out:
                 self._memory[key] = (result, written)
-            return result
-        result, written = known
-        if written is not None:
-            sandbox.write({SUSPECTS_FILE: written})
+        else:
+            result, written = known
+            if written is not None:
+                sandbox.write({SUSPECTS_FILE: written})
+        self._suspects = written if argv[0] == "locate" else self._suspects
         return result
 
     def _tree_digest(self) -> str:
@@ -119,6 +152,7 @@ class RepairEnv:
         return digest.hexdigest()
 
     def judge(self) -> bool:
+        self.close()  # so that the judge need not wait for another sandbox to start
         return run_tests(self._pool, self._submitted(), self.task.tool_settings()).passed(self.task.tests)
 
     def report(self) -> dict[str, object]:
@@ -196,7 +230,30 @@ class RepairEnv:
         status = f"edits: {len(self._history)}"
         if self._history or self._line is None:
             return status
-        return f"{status}\n{_describe(self._require_sandbox().run(['untested', self._line]))}"
+        argv = ["untested", self._line]
+        return f"{status}\n{_describe(self._answer(argv) or self._require_sandbox().run(argv))}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownFiles:
+    """The files of a sandbox as the driver knows them, for LineTools. ``written`` collects the changes of the tree."""
+
+    tree: Tree
+    state: Mapping[str, bytes | None]  # the tools' own files; None: there is none
+    written: dict[str, bytes] = field(default_factory=dict)
+
+    def read(self, path: str) -> bytes:
+        """Return a file's content. Raises KeyError if the driver does not know the file."""
+        content = self.state[path] if path in self.state else self.tree[path]
+        if content is None:
+            raise FileNotFoundError(path)
+        return content
+
+    def write(self, path: str, content: bytes) -> None:
+        """Note a file of the tree as changed. Raises KeyError for any other."""
+        if path not in self.tree:
+            raise KeyError(path)
+        self.written[path] = content
 
 
 def plain_words(command: str) -> list[str] | None:

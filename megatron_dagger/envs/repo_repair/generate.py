@@ -55,27 +55,14 @@ def make_tasks(
 
     Raises UnusablePackage, EnvironmentBroken.
     """
-    template = RepairTask(
-        instance_id="",
-        repo=tree.name,
-        version=tree.version,
-        base_commit="",
-        problem_statement="",
-        patch="",
-        FAIL_TO_PASS="[]",
-        PASS_TO_PASS="[]",
-        source_files=tree.source_files,
-        python_paths=tree.python_paths,
-        pytest_args=tree.pytest_args,
-        suspects=config.suspects,
-    )
+    template = replace(task_template(tree), suspects=config.suspects)
     chance = random.Random(f"{seed}:{tree.name}:{tree.version}")
     tasks: list[RepairTask] = []
     used: set[tuple[str, int]] = set()
     with pool.lend() as first, pool.lend() as second:
         benches = (TestBench(first, tree.files), TestBench(second, tree.files))
-        reliable, covering = _covering_tests(tree, template, config.repeats, benches, pool)
-        for path, mutation in _choices(tree, chance):
+        reliable, covering = covering_tests(tree, template, config.repeats, benches, pool)
+        for path, mutation in choices(tree, chance):
             if len(tasks) >= count:
                 break
             tests = covering.get((path, mutation.line), [])
@@ -94,7 +81,24 @@ def make_tasks(
     return tasks
 
 
-def _choices(tree: SourceTree, chance: random.Random) -> list[tuple[str, Mutation]]:
+def task_template(tree: SourceTree) -> RepairTask:
+    """Return a task with the package's fields; the others are empty."""
+    return RepairTask(
+        instance_id="",
+        repo=tree.name,
+        version=tree.version,
+        base_commit="",
+        problem_statement="",
+        patch="",
+        FAIL_TO_PASS="[]",
+        PASS_TO_PASS="[]",
+        source_files=tree.source_files,
+        python_paths=tree.python_paths,
+        pytest_args=tree.pytest_args,
+    )
+
+
+def choices(tree: SourceTree, chance: random.Random) -> list[tuple[str, Mutation]]:
     """Return every mutation of the package, shuffled, in an order that takes the operators in turn."""
     by_operator: dict[str, list[tuple[str, Mutation]]] = {}
     for path in tree.source_files:
@@ -106,7 +110,7 @@ def _choices(tree: SourceTree, chance: random.Random) -> list[tuple[str, Mutatio
     return [by_operator[name][turn] for turn, name in turns]
 
 
-def _covering_tests(
+def covering_tests(
     tree: SourceTree,
     template: RepairTask,
     repeats: int,

@@ -1,4 +1,7 @@
-"""The environment of repair tasks: bugs planted in real packages, repaired in a local sandbox."""
+"""The environment of repair tasks: bugs planted in real packages, repaired in a local sandbox.
+
+``repo_repair.bugs`` chooses the kind: one bug that is searched for with tools, or several that are repaired in a shell.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,16 @@ import functools
 import logging
 from pathlib import Path
 
+from megatron_dagger.envs.base import Env
 from megatron_dagger.envs.environment import Environment, EnvironmentContext
+from megatron_dagger.envs.repo_repair.compiled import compile_modules
 from megatron_dagger.envs.repo_repair.corpus import texts
 from megatron_dagger.envs.repo_repair.env import RepairEnv, TestMemory
 from megatron_dagger.envs.repo_repair.expert import RepairExpert
+from megatron_dagger.envs.repo_repair.long.corpus import long_texts
+from megatron_dagger.envs.repo_repair.long.env import LongRepairEnv
+from megatron_dagger.envs.repo_repair.long.expert import LongRepairExpert
+from megatron_dagger.envs.repo_repair.long.tasks import prepare_long_tasks
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.envs.repo_repair.task import write_tasks
 from megatron_dagger.envs.repo_repair.taskset import prepare_tasks
@@ -29,24 +38,34 @@ def load_environment(context: EnvironmentContext) -> Environment:
     if not bubblewrap_works():
         logger.warning("bubblewrap is missing or does not work: commands run with limits, but not isolated")
     config = context.config
-    pool = context.stack.enter_context(SandboxPool(repair_sandbox))
-    tasks = prepare_tasks(config.repo_repair, config.seed, context.cache_dir, pool, context.track)
+    compiled = context.cache_dir / "compiled"
+    compiled.mkdir(parents=True, exist_ok=True)
+    pool = context.stack.enter_context(SandboxPool(functools.partial(repair_sandbox, compiled)))
+    long = config.repo_repair.bugs > 0
+    make_tasks = prepare_long_tasks if long else prepare_tasks
+    tasks = make_tasks(config.repo_repair, config.seed, context.cache_dir, pool, context.track)
     by_id = {task.instance_id: task for task in (*tasks.train, *tasks.heldout)}
     memory: TestMemory = {}
 
     @functools.lru_cache(maxsize=CACHED_REPOSITORIES)
     def repository(task_id: str) -> dict[str, bytes]:
-        return read_repository(tasks.repository(by_id[task_id]))
+        files = read_repository(tasks.repository(by_id[task_id]))
+        compile_modules(files, compiled)
+        return files
 
     def prepare(folder: Path) -> None:
         write_tasks(folder / "train.jsonl", list(tasks.train))
         write_tasks(folder / "heldout.jsonl", list(tasks.heldout))
 
+    def make_env(task_id: str) -> Env:
+        task, files = by_id[task_id], repository(task_id)
+        return LongRepairEnv(task, files, pool) if long else RepairEnv(task, files, pool, memory)
+
     return Environment(
         train_tasks=tuple(task.instance_id for task in tasks.train),
         heldout_tasks=tuple(task.instance_id for task in tasks.heldout),
-        make_env=lambda task_id: RepairEnv(by_id[task_id], repository(task_id), pool, memory),
-        expert=RepairExpert,
+        make_env=make_env,
+        expert=LongRepairExpert if long else RepairExpert,
         prepare=prepare,
-        tokenizer_texts=lambda: texts(tasks.trees, tasks.train),
+        tokenizer_texts=lambda: long_texts(tasks) if long else texts(tasks.trees, tasks.train),
     )

@@ -6,10 +6,11 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_dagger.config import ConfigError, RepoRepairConfig, to_dict
 from megatron_dagger.envs.environment import Track
@@ -46,7 +47,7 @@ def prepare_tasks(config: RepoRepairConfig, seed: int, cache_dir: Path, pool: Sa
 
     Raises ConfigError if a package is unknown or a side gets no task, FetchError if a package cannot be downloaded.
     """
-    train_trees, heldout_trees = _trees(config, cache_dir)
+    train_trees, heldout_trees = source_trees(config, cache_dir)
     folder = cache_dir / "tasks" / _key(config, seed)
     quotas = [(tree, _quota(config.train_tasks, len(train_trees))) for tree in train_trees]
     quotas += [(tree, _quota(config.heldout_tasks, len(heldout_trees))) for tree in heldout_trees]
@@ -57,20 +58,28 @@ def prepare_tasks(config: RepoRepairConfig, seed: int, cache_dir: Path, pool: Sa
             write_tasks(path, _make_tasks(tree, quota, seed, config, pool, folder / "repos"))
         return read_tasks(path)
 
-    by_package: dict[str, list[RepairTask]] = {}
+    by_package = by_tree(tasks_of, quotas, track)
+    return TaskSet(
+        train=in_turn(by_package, train_trees, config.train_tasks, "train"),
+        heldout=in_turn(by_package, heldout_trees, config.heldout_tasks, "heldout"),
+        repositories=folder / "repos",
+        trees=tuple(train_trees),
+    )
+
+
+def by_tree(
+    tasks_of: Callable[[SourceTree, int], list[RepairTask]], quotas: Sequence[tuple[SourceTree, int]], track: Track
+) -> dict[str, list[RepairTask]]:
+    """Return the tasks that ``tasks_of`` makes of each tree and its number, by the tree's name; two trees at a time."""
+    made: dict[str, list[RepairTask]] = {}
     with (
         ThreadPoolExecutor(max_workers=2, thread_name_prefix="tasks") as workers,
         track("making repair tasks", len(quotas), unit="packages") as progress,
     ):
         for (tree, _), tasks in zip(quotas, workers.map(lambda quota: tasks_of(*quota), quotas), strict=True):
-            by_package[tree.name] = tasks
-            progress.advance(note=f"{sum(map(len, by_package.values()))} tasks")
-    return TaskSet(
-        train=_in_turn(by_package, train_trees, config.train_tasks, "train"),
-        heldout=_in_turn(by_package, heldout_trees, config.heldout_tasks, "heldout"),
-        repositories=folder / "repos",
-        trees=tuple(train_trees),
-    )
+            made[tree.name] = tasks
+            progress.advance(note=f"{sum(map(len, made.values()))} tasks")
+    return made
 
 
 def _make_tasks(
@@ -84,7 +93,8 @@ def _make_tasks(
         return []
 
 
-def _trees(config: RepoRepairConfig, cache_dir: Path) -> tuple[list[SourceTree], list[SourceTree]]:
+def source_trees(config: RepoRepairConfig, cache_dir: Path) -> tuple[list[SourceTree], list[SourceTree]]:
+    """Return the source trees of training and of held-out tasks; download packages that the cache lacks."""
     if config.source == "stdlib":
         train = config.train_packages or sources.STDLIB_TRAIN
         heldout = config.heldout_packages or sources.STDLIB_HELDOUT
@@ -100,7 +110,7 @@ def _quota(tasks: int, count: int) -> int:
     return -(-int(tasks * SPARE) // count)
 
 
-def _in_turn(
+def in_turn(
     by_package: dict[str, list[RepairTask]], trees: Sequence[SourceTree], count: int, side: str
 ) -> tuple[RepairTask, ...]:
     """Return the first ``count`` tasks, taking one from each package in turn. Raises ConfigError if there are none."""
@@ -115,10 +125,14 @@ def _in_turn(
 
 def _key(config: RepoRepairConfig, seed: int) -> str:
     """Return the cache entry's name: a digest of everything the tasks depend on, including the code that makes them."""
+    unused = {"train_packages": [], "heldout_packages": [], "train_tasks": 0, "heldout_tasks": 0, "bugs": 0}
+    return cache_key(TASK_MODULES, [to_dict(config) | unused, seed])
+
+
+def cache_key(modules: Sequence[str], settings: list[Any]) -> str:
+    """Return a digest of the ``modules`` of this package, of the sandbox's tools, the Python and ``settings``."""
     here = Path(__file__).parent
-    code = sorted([*(here / f"{name}.py" for name in TASK_MODULES), *(here / "tools").glob("*.py")])
+    code = sorted([*(here / f"{name}.py" for name in modules), *(here / "tools").glob("*.py")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code))
-    unused = {"train_packages": [], "heldout_packages": [], "train_tasks": 0, "heldout_tasks": 0}
-    settings = to_dict(config) | unused
-    digest.update(json.dumps([settings, seed, platform.python_version()], sort_keys=True).encode())
+    digest.update(json.dumps([*settings, platform.python_version()], sort_keys=True).encode())
     return digest.hexdigest()[:16]

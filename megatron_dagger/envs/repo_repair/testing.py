@@ -19,10 +19,14 @@ TESTED_FILE = ".repair/tested.json"
 OUTCOMES_FILE = ".repair/outcomes.json"
 
 
-def repair_sandbox() -> ProcessSandbox:
-    """Return a new sandbox with the repair agent's tools, isolated by bubblewrap if that works."""
+def repair_sandbox(compiled: Path | None = None) -> ProcessSandbox:
+    """Return a new sandbox with the repair agent's tools, isolated by bubblewrap if that works.
+
+    ``compiled`` is the folder of the tasks' compiled modules, if there is one (compiled.py).
+    """
     kind = BubblewrapSandbox if bubblewrap_works() else ProcessSandbox
-    return kind(SandboxLimits(), tool_dir=TOOLS, preload=["testrun", "repair_tools"])
+    preload = ["testrun", "repair_tools", "pytest_command"]
+    return kind(SandboxLimits(), tool_dir=TOOLS, preload=preload, shared_dir=compiled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +54,8 @@ class TestBench:
         self._sandbox = sandbox
         sandbox.write(files)
 
-    def write(self, files: Mapping[str, bytes]) -> None:
-        """Write files into the tree."""
+    def write(self, files: Mapping[str, bytes | None]) -> None:
+        """Write files into the tree; None removes one."""
         self._sandbox.write(files)
 
     def run(self, settings: dict[str, Any], *, trace: bool = False) -> TestRun:

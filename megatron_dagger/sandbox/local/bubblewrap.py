@@ -18,6 +18,7 @@ from pathlib import Path
 from megatron_dagger.sandbox.local.process import PYTHON_OPTIONS, SERVER, ProcessSandbox
 
 BWRAP = "bwrap"
+SHARED_DIR = "/sandbox/shared"
 WORK_DIRS = ("/work", "/sandbox/work")  # the second where the interpreter itself is below the first
 _FIRST_UID = 1_000_000  # far from any account's
 _uids = itertools.count(_FIRST_UID + os.getpid() % 10_000 * 1000)
@@ -36,7 +37,7 @@ class BubblewrapSandbox(ProcessSandbox):
     """A FileSandbox that isolates. Memory is limited per process, disk per sandbox."""
 
     def _start(self) -> subprocess.Popen[bytes]:
-        work = _work_dir()
+        work = work_dir()
         options = self._server_options(work, ["/sandbox/tools"] if self._tool_dir else [], processes=-1)
         if os.geteuid() == 0:
             # No user namespace: real root sees paths that a mapped user could not. The server switches to an
@@ -60,6 +61,8 @@ class BubblewrapSandbox(ProcessSandbox):
             if os.path.islink(f"/{link}"):
                 command += ["--symlink", os.readlink(f"/{link}"), f"/{link}"]
         command += ["--dir", "/sandbox", "--ro-bind", str(SERVER), "/sandbox/server.py"]
+        if self._shared_dir:
+            command += ["--ro-bind", str(self._shared_dir), SHARED_DIR]
         if self._tool_dir:
             command += ["--ro-bind", str(self._tool_dir), "/sandbox/tools"]
             command += ["--dir", "/sandbox/bin"]
@@ -70,7 +73,7 @@ class BubblewrapSandbox(ProcessSandbox):
 
 
 @functools.cache
-def _work_dir() -> str:
+def work_dir() -> str:
     """Return where the work tree is mounted: no read-only path of the host may appear in it."""
     return next(work for work in WORK_DIRS if not any(Path(path).is_relative_to(work) for path in _system_paths()))
 

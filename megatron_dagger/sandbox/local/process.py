@@ -47,7 +47,7 @@ class ProcessSandbox:
     """A FileSandbox without isolation. Every command starts in the root of the work tree.
 
     The server imports the ``preload`` modules in ``tool_dir`` once. The functions in their ``APPLETS`` then run in a
-    forked child, without starting an interpreter.
+    forked child, without starting an interpreter. Only the isolating sandbox mounts ``shared_dir``, read-only.
     """
 
     def __init__(
@@ -56,11 +56,13 @@ class ProcessSandbox:
         *,
         tool_dir: Path | None = None,
         preload: Sequence[str] = (),
+        shared_dir: Path | None = None,
         python: str = sys.executable,
     ):
         self.limits = limits or SandboxLimits()
         self._tool_dir = tool_dir
         self._preload = tuple(preload)
+        self._shared_dir = shared_dir
         self._python = python
         self._home = Path(tempfile.mkdtemp(prefix=HOME_PREFIX))
         self._home_lock = os.open(self._home, os.O_RDONLY)

@@ -1,10 +1,11 @@
 """The process inside a sandbox that runs the agent's commands. Standard library only.
 
 A sandbox starts this file as a program; the package imports only ``TruncatedOutput`` from it. The server reads one
-JSON request per line from stdin and answers each with one JSON line on stdout. Every command runs in a forked child
-with its own session and resource limits. When the command ends or its time is over, everything it started is killed.
-The server forks because children inherit the modules it imported once (``--preload``): a test run then starts in
-milliseconds instead of half a second.
+JSON request per line from stdin and answers each with one JSON line on stdout. Every command runs in a child with
+its own session and resource limits. When the command ends or its time is over, everything it started is killed. An
+applet's child is a fork, which inherits the modules that the server imported once (``--preload``): a test run then
+starts in milliseconds instead of half a second. A shell is spawned instead: the fork of so large a process takes longer
+than most commands.
 
 Requests: {"op": "run", "argv": [...] | "command": "...", "timeout_s": 5.0, "output_limit": 8192},
 {"op": "write", "files": {path: base64 or null}}, {"op": "read", "root": path, "limit": bytes},
@@ -17,6 +18,7 @@ import argparse
 import base64
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -46,6 +48,7 @@ class Server:
         self.applets: dict[str, Callable[[list[str]], int | None]] = {}
         for name in options.preload:
             self.applets.update(getattr(importlib.import_module(name), "APPLETS", {}))
+        gc.freeze()  # a collection in a forked child does not copy the pages of what is loaded here
 
     def handle(self, request: dict) -> dict:
         operation = request["op"]
@@ -64,14 +67,20 @@ class Server:
         started = time.monotonic()
         deadline = started + request["timeout_s"]
         reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            self._become(request, reader, writer)  # never returns
+        applet = self.applets.get((request.get("argv") or [""])[0])
+        if applet is None:
+            child = self._spawn_shell(request, writer)
+        else:
+            child = os.fork()
+            if child == 0:
+                self._become(applet, request, writer)  # never returns
         os.close(writer)
         output = TruncatedOutput(request["output_limit"])
-        timed_out = not _drain(reader, output, child, deadline)
+        pidfd = os.pidfd_open(child)
+        timed_out = not _drain(reader, output, pidfd, deadline)
         os.close(reader)
-        status = self._end(child, deadline)
+        status = self._end(child, pidfd, deadline)
+        os.close(pidfd)
         code = os.waitstatus_to_exitcode(status) if status is not None else -signal.SIGKILL
         return {
             "ok": True,
@@ -81,28 +90,45 @@ class Server:
             "duration_s": time.monotonic() - started,
         }
 
-    def _become(self, request: dict, reader: int, writer: int) -> None:
+    def _spawn_shell(self, request: dict, writer: int) -> int:
+        """Start a shell that waits for its limits, then runs the command; return its process id."""
+        gate, opener = os.pipe()  # the command starts when the limits are set
+        script = 'read -r go <&3; exec /bin/sh -c "$1" 3<&-'
+        child = os.posix_spawn(
+            "/bin/sh",
+            ["/bin/sh", "-c", script, "sh", request["command"]],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, writer, 1),
+                (os.POSIX_SPAWN_DUP2, writer, 2),
+                (os.POSIX_SPAWN_DUP2, gate, 3),
+            ],
+            setsid=True,
+        )
+        for limit, value in self._limits(request["timeout_s"]):
+            resource.prlimit(child, limit, (value, value))
+        os.close(gate)
+        os.write(opener, b"\n")
+        os.close(opener)
+        return child
+
+    def _become(self, applet: Callable[[list[str]], int | None], request: dict, writer: int) -> None:
         code = 126
         try:
             os.setsid()
-            os.close(reader)
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)
             os.dup2(writer, 1)
             os.dup2(writer, 2)
             os.closerange(3, 256)
             os.chdir(self.root)
-            self._limit(request["timeout_s"])
-            argv = request.get("argv") or [""]
-            applet = self.applets.get(argv[0])
-            if applet is not None:
-                sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="replace", closefd=False)
-                sys.stderr = sys.stdout
-                code = applet(argv[1:]) or 0
-                sys.stdout.flush()
-            else:
-                command = ["/bin/sh", "-c", request["command"]]
-                os.execv(command[0], command)
+            for limit, value in self._limits(request["timeout_s"]):
+                resource.setrlimit(limit, (value, value))
+            sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="replace", closefd=False)
+            sys.stderr = sys.stdout
+            code = applet(request["argv"][1:]) or 0
+            sys.stdout.flush()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
         except BaseException as error:  # the child's outermost frame: report and exit
@@ -110,39 +136,32 @@ class Server:
                 os.write(2, f"{type(error).__name__}: {error}\n".encode())
         os._exit(code & 0xFF)
 
-    def _limit(self, timeout_s: float) -> None:
-        for limit, value in (
+    def _limits(self, timeout_s: float) -> list[tuple[int, int]]:
+        limits = [
             (resource.RLIMIT_AS, self.memory_bytes),
             (resource.RLIMIT_FSIZE, self.file_bytes),
             (resource.RLIMIT_NPROC, self.processes),
             (resource.RLIMIT_CPU, int(timeout_s) + 2),
             (resource.RLIMIT_CORE, 0),
             (resource.RLIMIT_NOFILE, 256),
-        ):
-            if value >= 0:
-                resource.setrlimit(limit, (value, value))
+        ]
+        return [(limit, value) for limit, value in limits if value >= 0]
 
-    def _end(self, child: int, deadline: float) -> int | None:
-        """Kill the processes that the command left; return the child's wait status, or None if it had to be killed."""
-        status = None
-        while True:
-            pid, wait_status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                status = wait_status
-                break
-            if time.monotonic() >= deadline:
-                break
-            time.sleep(0.001)  # it closed its output and is about to exit
+    def _end(self, child: int, pidfd: int, deadline: float) -> int | None:
+        """Kill the processes that the command left; return the child's wait status, or None if it had to be killed.
+
+        The child may have closed its output and be about to exit.
+        """
+        in_time, _, _ = select.select([pidfd], [], [], max(0, deadline - time.monotonic()))
         self._kill_all(child)
-        if status is None:
-            os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
         while True:
             try:
                 if os.waitpid(-1, os.WNOHANG)[0] == 0:
                     break
             except ChildProcessError:
                 break
-        return status
+        return status if in_time else None
 
     def _kill_all(self, group: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -225,22 +244,23 @@ class TruncatedOutput:
         return (self.head + middle + self.tail).decode("utf-8", errors="replace")
 
 
-def _drain(reader: int, output: TruncatedOutput, child: int, deadline: float) -> bool:
+def _drain(reader: int, output: TruncatedOutput, pidfd: int, deadline: float) -> bool:
     """Read until the end of output; return False if the deadline came first.
 
-    A background process may hold the pipe open after the command has ended: then stop at what is written so far.
+    A background process may hold the pipe open when the command is over, and its pidfd readable: then stop at what is
+    written so far.
     """
     while True:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             return False
-        ready, _, _ = select.select([reader], [], [], min(remaining, 0.05))
-        if ready:
+        ready, _, _ = select.select([reader, pidfd], [], [], remaining)
+        if reader in ready:
             data = os.read(reader, 65536)
             if not data:
                 return True
             output.add(data)
-        elif os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+        elif pidfd in ready:
             return True
 
 
@@ -280,6 +300,7 @@ def main() -> None:
     # The agent's processes have this process's uid, but cannot trace or modify an undumpable process.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    os.chdir(options.root)  # where every command starts: a preloaded module may prepare for it
     server = Server(options)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     answers.write(json.dumps({"ok": True, "ready": True}) + "\n")

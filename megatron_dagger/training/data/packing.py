@@ -56,6 +56,11 @@ class PackedDataset:
         """The tokens of all samples, each counted once."""
         return sum(sample.length for sample in self.samples)
 
+    @property
+    def labels(self) -> int:
+        """The number of labels that are trained on."""
+        return sum(len(sample.spans) + len(sample.branches) for sample in self.samples)
+
     @cached_property
     def row_label_tokens(self) -> np.ndarray:
         """The label tokens among each row's targets, (rows,) int64."""

@@ -28,12 +28,16 @@ EXPERTS = ModelConfig(
 )
 BAD = {
     "seed": -1,
+    "repo_repair.bugs": 10,
     "repo_repair.train_tasks": -5,
     "repo_repair.heldout_tasks": 0,
     "repo_repair.repeats": 1,
     "repo_repair.suspects": 0,
     "repo_repair.fewest_repairs": -1,
     "repo_repair.most_repairs": -1,
+    "road.stops": -1,
+    "road.train_tasks": 0,
+    "road.heldout_tasks": 0,
     "swe.heldout_of_train": -1,
     "swe.image_budget_mib": 0,
     "swe.cpus": 0.0,

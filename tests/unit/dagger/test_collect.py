@@ -2,130 +2,27 @@
 
 import asyncio
 import json
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 
 import pytest
 
-pytest.importorskip("zarr")
-pytest.importorskip("tokenizers")
 pytest.importorskip("httpx")
 
-from megatron_dagger.config import DaggerConfig, RunConfig, TeacherConfig
+from megatron_dagger.config import TeacherConfig
 from megatron_dagger.dagger.collect import TRIES, TooManyBroken
-from megatron_dagger.dagger.context import RunContext, train_manifest
+from megatron_dagger.dagger.context import train_manifest
 from megatron_dagger.dagger.loop import collect, evaluate
 from megatron_dagger.dagger.worker import Worker
-from megatron_dagger.envs.base import Observation
 from megatron_dagger.envs.environment import last_line
-from megatron_dagger.observability.metrics import StageMetrics
-from megatron_dagger.observability.progress import track
-from megatron_dagger.observability.status_file import RunProcess
 from megatron_dagger.policies.base import PolicyGone
 from megatron_dagger.policies.openai.cache import ResponseCache
 from megatron_dagger.policies.openai.endpoint_pool import EndpointPool
 from megatron_dagger.policies.openai.policy import EndpointPolicy
-from megatron_dagger.rollout.chat import ChatRenderer
 from megatron_dagger.rollout.episode import EpisodeKey
-from megatron_dagger.rollout.tokenizer import train_tokenizer
-from megatron_dagger.sandbox.base import EnvironmentBroken
-from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import write_json
-from megatron_dagger.types import StopReason
+from tests.unit.dagger.one_step_env import TASKS
 from tools.support.chat_server import chat_server
-from tools.support.scripted_policies import RandomPolicy
-
-TASKS = tuple(f"owner/task-{number}" for number in range(8))
-
-
-@dataclass
-class EnvFactory:
-    """Makes environments of one step. A task runs out of memory as many times as ``memory_errors`` gives for it."""
-
-    memory_errors: dict[str, int] = field(default_factory=dict)
-    opened: list[str] = field(default_factory=list)
-
-    def make_env(self, task_id):
-        self.opened.append(task_id)
-        return Env(task_id, self)
-
-
-@dataclass
-class Env:
-    task_id: str
-    factory: EnvFactory
-
-    def reset(self):
-        return "be an agent", self.task_id
-
-    def step(self, command):
-        if self.factory.memory_errors.get(self.task_id, 0):
-            self.factory.memory_errors[self.task_id] -= 1
-            raise EnvironmentBroken("over 512 MiB", StopReason.OUT_OF_MEMORY)
-        return Observation(text="", done=True)
-
-    def judge(self):
-        return True
-
-    def report(self):
-        return {}
-
-    def close(self):
-        pass
-
-
-class Student:
-    """Serves any weights."""
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def with_sampling(self, sampling):
-        return self.policy
-
-    def sync(self, *arguments):
-        pass
-
-
-@pytest.fixture(scope="module")
-def renderer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["submit a b c d"], 300, folder)
-    return ChatRenderer.load(folder)
-
-
-@pytest.fixture
-def context(renderer, tmp_path):
-    factory, seeds = EnvFactory(), []
-
-    class RecordingPolicy(RandomPolicy):
-        async def act(self, state):
-            seeds.append((state.messages[1].content, state.seed))
-            return await super().act(state)
-
-    policy = RecordingPolicy(["a", "b", "c", "d"], renderer.action)
-    with ThreadPoolExecutor(4) as threads:
-        context = RunContext(
-            config=RunConfig(dagger=DaggerConfig(rounds=0, sft_tasks=8, evaluation_tasks=4)),
-            run_dir=tmp_path,
-            renderer=renderer,
-            train_tasks=TASKS,
-            heldout_tasks=TASKS[:4],
-            make_env=factory.make_env,
-            prefetch=lambda tasks: None,
-            teacher=policy,
-            score=None,
-            student=lambda: Student(policy),
-            data=DataStore.create_or_open(tmp_path / "data.zarr"),
-            evaluations=DataStore.create_or_open(tmp_path / "evaluations.zarr"),
-            metrics=StageMetrics(tmp_path),
-            train=lambda index: None,
-            track=partial(track, process=RunProcess(run_dir=tmp_path)),
-            threads=threads,
-        )
-        yield context, factory, seeds
 
 
 def run(context, worker=None):

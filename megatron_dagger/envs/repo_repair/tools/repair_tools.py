@@ -16,30 +16,30 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import swaps
-
-STATE = ".repair"  # task.json: the tests to run; suspects.json: locate's list; tested.json: edits that failed the tests
-MAX_LINES = 40
+from line_tools import MAX_LINES, STATE, LineTools, answer
 
 
-class UsageError(Exception):
-    """A command's arguments are wrong; the message tells the agent why."""
+class DiskFiles:
+    """The work tree on disk; the current directory is its root."""
+
+    def read(self, path: str) -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    def write(self, path: str, content: bytes) -> None:
+        with open(path, "wb") as file:
+            file.write(content)
+
+
+tools = LineTools(DiskFiles())
 
 
 def main(name: str, arguments: list[str]) -> int:
-    try:
-        for line in COMMANDS[name](*arguments):  # type: ignore[operator]
-            print(line)
-    except UsageError as error:
-        print(f"error: {error}")
-        return 2
-    except TypeError:
-        usage = next(line for line in (__doc__ or "").splitlines() if line.startswith(name))
-        print(f"error: usage: {' '.join(usage.split('  ')[:1])}")
-        return 2
-    return 0
+    return answer(COMMANDS, __doc__ or "", name, arguments, print)
 
 
 def command_list(folder: str = "."):  # type: ignore[no-untyped-def]
@@ -53,10 +53,10 @@ def command_list(folder: str = "."):  # type: ignore[no-untyped-def]
 
 
 def command_search(word: str):  # type: ignore[no-untyped-def]
-    task = _read("task.json")
+    task = tools.state("task.json")
     count = 0
     for path in task["source"]:
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(tools.lines(path), 1):
             if word in line:
                 count += 1
                 if count <= MAX_LINES // 2:
@@ -67,66 +67,12 @@ def command_search(word: str):  # type: ignore[no-untyped-def]
         yield f"... {count - MAX_LINES // 2} more"
 
 
-def command_view(address: str, count: str = "1"):  # type: ignore[no-untyped-def]
-    path, number = _address(address)
-    lines = _lines(path)
-    if not 1 <= number <= len(lines):
-        raise UsageError(f"{path} has {len(lines)} lines")
-    if not count.isdigit() or not 1 <= int(count) <= MAX_LINES:
-        raise UsageError(f"COUNT is 1 to {MAX_LINES}")
-    for offset, line in enumerate(lines[number - 1 : number - 1 + int(count)]):
-        yield f"{_name(path, number + offset)}: {line.rstrip()}"
-    if count == "1":
-        yield swaps.numbered(swaps.repairs(lines[number - 1])) or "no fixes"
-        yield from command_untested(address)
-
-
-def command_untested(address: str):  # type: ignore[no-untyped-def]
-    path, number = _address(address)
-    lines = _lines(path)
-    line = lines[number - 1] if 1 <= number <= len(lines) else ""
-    failed = _tested()
-    fixes = enumerate(swaps.repairs(line), 1)
-    untested = [str(n) for n, fix in fixes if (path, number, swaps.replace_token(line, fix)) not in failed]
-    # The lowest last: a small model first learns what is always at the same distance from the end.
-    yield f"untested: {', '.join(reversed(untested)) or 'none'} of {_name(path, number)}"
-
-
-def command_fix(address: str, number_of_fix: str):  # type: ignore[no-untyped-def]
-    path, number = _address(address)
-    lines = _lines(path)
-    fixes = swaps.repairs(lines[number - 1]) if 1 <= number <= len(lines) else []
-    if not number_of_fix.isdigit() or not 1 <= int(number_of_fix) <= len(fixes):
-        raise UsageError(f"there are {len(fixes)} fixes of {_name(path, number)}")
-    yield _replace(path, number, lines, fixes[int(number_of_fix) - 1])
-
-
-def command_edit(address: str, old: str, new: str, nth: str = "1"):  # type: ignore[no-untyped-def]
-    path, number = _address(address)
-    lines = _lines(path)
-    if not 1 <= number <= len(lines):
-        raise UsageError(f"{path} has {len(lines)} lines")
-    if not nth.isdigit():
-        raise UsageError("N is a number")
-    yield _replace(path, number, lines, swaps.Candidate(old=old, new=new, nth=int(nth)))
-
-
-def _replace(path: str, number: int, lines: list[str], change: swaps.Candidate) -> str:
-    changed = swaps.replace_token(lines[number - 1], change)
-    if changed is None:
-        raise UsageError(f"there are not {change.nth} tokens {change.old}")
-    lines[number - 1] = changed
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        file.writelines(lines)
-    return f"{_name(path, number)}: {changed.rstrip()}"
-
-
 def command_runtests():  # type: ignore[no-untyped-def]
-    yield _verdict(_run(_read("task.json")))
+    yield _verdict(_run(tools.state("task.json")))
 
 
 def command_locate():  # type: ignore[no-untyped-def]
-    task = _read("task.json")
+    task = tools.state("task.json")
     recorder = _run(task, trace=True)
     yield _verdict(recorder)
     ranked = suspects(recorder, task)
@@ -138,7 +84,7 @@ def command_locate():  # type: ignore[no-untyped-def]
 
 def command_outcomes(trace: str = ""):  # type: ignore[no-untyped-def]
     """Write every outcome and, with "trace", the lines that each test ran; for the judge and for making tasks."""
-    task = _read("task.json")
+    task = tools.state("task.json")
     recorder = _run(task, trace=bool(trace))
     root = os.getcwd() + os.sep
     lines = {
@@ -169,19 +115,11 @@ def suspects(recorder: Any, task: dict) -> list[tuple[str, int]]:
     for (path, number), (failed, passed) in ran.items():
         if failed == 0:
             continue
-        text = texts.setdefault(path, _lines(path))
+        text = texts.setdefault(path, tools.lines(path))
         if number <= len(text) and swaps.repairs(text[number - 1]):
             score = failed / math.sqrt(len(failing) * (failed + passed))
             scored.append((-round(score, 6), path.removeprefix(root), number))
     return [(path, number) for _, path, number in sorted(scored)[: task["suspects"]]]
-
-
-def _tested() -> set[tuple[str, int, str]]:
-    """Return the lines (file, number, text) with which, as the only change, the tests have failed."""
-    try:
-        return {(path, number, text) for path, number, text in _read("tested.json")}
-    except UsageError:
-        return set()
 
 
 def _run(task: dict, *, trace: bool = False):  # type: ignore[no-untyped-def]
@@ -197,59 +135,17 @@ def _run(task: dict, *, trace: bool = False):  # type: ignore[no-untyped-def]
 
 
 def _verdict(recorder: Any) -> str:
-    task = _read("task.json")
+    task = tools.state("task.json")
     passed = sum(recorder.outcomes.get(test) == "passed" for test in task["tests"])
     if passed == len(task["tests"]):
         return f"PASS {passed}"
     return f"FAIL {len(task['tests']) - passed} of {len(task['tests'])}"
 
 
-def _address(text: str) -> tuple[str, int]:
-    if text.startswith("@"):
-        try:
-            listed = _read("suspects.json")
-        except UsageError:
-            raise UsageError("run locate first") from None
-        if not text[1:].isdigit() or not 1 <= int(text[1:]) <= len(listed):
-            raise UsageError(f"there are @1 to @{len(listed)}")
-        path, number = listed[int(text[1:]) - 1]
-        return path, number
-    path, _, number = text.rpartition(":")
-    if not path or not number.isdigit():
-        raise UsageError("ADDRESS is FILE:LINE or @K")
-    return path, int(number)
-
-
-def _name(path: str, number: int) -> str:
-    try:
-        return f"@{[tuple(line) for line in _read('suspects.json')].index((path, number)) + 1}"
-    except (UsageError, ValueError):
-        return f"{path}:{number}"
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.readlines()
-    except (OSError, UnicodeDecodeError):
-        raise UsageError(f"cannot read {path}") from None
-
-
-def _read(name: str):  # type: ignore[no-untyped-def]
-    try:
-        with open(os.path.join(STATE, name)) as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        raise UsageError(f"{STATE}/{name} is missing or broken") from None
-
-
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Iterable[str]]] = {
+    **tools.commands,
     "list": command_list,
     "search": command_search,
-    "view": command_view,
-    "untested": command_untested,
-    "fix": command_fix,
-    "edit": command_edit,
     "runtests": command_runtests,
     "locate": command_locate,
     "outcomes": command_outcomes,

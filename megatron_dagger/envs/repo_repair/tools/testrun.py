@@ -6,13 +6,17 @@ It runs in the sandbox, beside the code under repair, and imports nothing of meg
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
+import pathlib
+import re
 import signal
 import sys
 import types
 from collections.abc import Sequence
 
+import code_cache
 import pytest
 
 UNUSED = "faulthandler unraisableexception threadexception junitxml doctest pastebin stepwise logging cacheprovider"
@@ -23,6 +27,13 @@ OPTIONS += [option for name in UNUSED.split() for option in ("-p", f"no:{name}")
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 # Seconds of CPU time, so a busy machine fails no test; and of wall time, for a test that only waits.
 TEST_TIMEOUTS = {signal.SIGPROF: (signal.ITIMER_PROF, 2.0), signal.SIGALRM: (signal.ITIMER_REAL, 15.0)}
+
+
+EARLY_HOOKS = re.compile(rb"pytest_(plugins|addoption|addhooks|cmdline|load_initial|sessionstart)")
+
+
+# Modules that tests often import; with their own imports they take longer than most tests.
+PRELOADED = ("doctest", "html.parser", "pickle", "unittest.mock")
 
 
 class TestTimeout(Exception):
@@ -51,6 +62,13 @@ class Recorder:
         inside = any(path.startswith(file + os.sep) for file in self.files)
         return None if on_the_way or inside else True
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_pycollect_makeitem(self, collector: pytest.Collector, name: str) -> list[pytest.Item] | None:
+        # Making items of the file's other tests, often hundreds, takes longer than the wanted tests.
+        node = f"{collector.nodeid}::{name}"
+        return None if self.wanted is None or any(_is_in(test, node) for test in self.wanted) else []
+
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if self.wanted is not None:
             items[:] = [item for item in items if item.nodeid in self.wanted]
@@ -97,6 +115,11 @@ class Recorder:
         return on_call
 
 
+def _is_in(test: str, node: str) -> bool:
+    """Return whether a test's id is that of a function or class, of something in it, or of one of its parameters."""
+    return test.startswith(node) and test[len(node) : len(node) + 1] in ("", ":", "[")
+
+
 def run(
     files: list[str], wanted: list[str] | None, *, paths: list[str], extra: list[str], traced: Sequence[str] = ()
 ) -> Recorder:
@@ -107,14 +130,68 @@ def run(
             sys.modules.pop(name.removesuffix(".py"), None)
     sys.path[:0] = [os.path.abspath(path) for path in paths]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pytest.main([*OPTIONS, "--rootdir", os.getcwd(), *extra, *files], plugins=[recorder])
+        if not extra and _started.fits(recorder.files):
+            _started.run(files, recorder)
+        else:
+            pytest.main([*OPTIONS, "--rootdir", os.getcwd(), *extra, *files], plugins=[recorder])
     return recorder
 
 
-def _warm_up() -> None:
-    """Import everything a run needs, so children forked from the sandbox's server start at once."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pytest.main([*OPTIONS, "--collect-only", os.devnull])
+class StartedSession:
+    """A pytest session that is started but has collected nothing: half of a short test run's time.
+
+    Made once in the sandbox's server. A child forked from it goes on where ``pytest.main`` would: it collects and runs.
+    """
+
+    def __init__(self) -> None:
+        self._root = os.getcwd()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            pytest.main([*OPTIONS, "--rootdir", self._root], plugins=[self])
+            self._config._do_configure()
+            self._session = pytest.Session.from_config(self._config)
+            self._session.exitstatus = pytest.ExitCode.OK
+            self._config.hook.pytest_sessionstart(session=self._session)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_cmdline_main(self, config: pytest.Config) -> int:
+        self._config = config
+        return 0
+
+    def fits(self, files: Sequence[str]) -> bool:
+        """Return whether tests of these files can run in it: from its root, with no conftest that had to be there."""
+        folders = {parent for file in files for parent in pathlib.Path(file).parents}
+        return os.getcwd() == self._root and not any(map(self._had_to_be_there, folders))
+
+    def _had_to_be_there(self, folder: pathlib.Path) -> bool:
+        """Return whether the folder has a conftest.py that collection alone would not load, or not early enough."""
+        try:
+            conftest = (folder / "conftest.py").read_bytes()
+        except OSError:
+            return False
+        return pathlib.Path(self._root) not in folder.parents or bool(EARLY_HOOKS.search(conftest))
+
+    def run(self, files: list[str], recorder: Recorder) -> None:
+        """Collect and run tests as pytest.main does. A process can do this once."""
+        os.environ["PYTEST_VERSION"] = pytest.__version__
+        config, session = self._config, self._session
+        config.args = files
+        config.pluginmanager.register(recorder)
+        config.pluginmanager.getplugin("capturemanager").start_global_capturing()
+        config.pluginmanager.getplugin("capturemanager").suspend_global_capture()
+        try:
+            config.hook.pytest_collection(session=session)
+            config.hook.pytest_runtestloop(session=session)
+        except BaseException:
+            pass  # as pytest.main: the outcomes until then count
+        finally:
+            os.chdir(session.startpath)
+            try:
+                config.hook.pytest_sessionfinish(session=session, exitstatus=session.exitstatus)
+            finally:
+                config._ensure_unconfigure()
 
 
-_warm_up()
+for _name in PRELOADED:
+    importlib.import_module(_name)
+code_cache.use_for(os.getcwd())
+_started = StartedSession()

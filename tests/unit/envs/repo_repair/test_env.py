@@ -9,7 +9,7 @@ import pytest
 
 from megatron_dagger.config import LimitsConfig
 from megatron_dagger.dagger.mixing import SoloTurnPolicy
-from megatron_dagger.envs.repo_repair.env import SYSTEM_MESSAGE, RepairEnv, plain_words
+from megatron_dagger.envs.repo_repair.env import SYSTEM_MESSAGE, TOOLS, RepairEnv, plain_words
 from megatron_dagger.envs.repo_repair.expert import RepairExpert
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.policies.base import PolicyError, PolicyGone
@@ -108,6 +108,32 @@ def test_undo_takes_back_any_change(make_env):
         assert env.step("undo").text.startswith("edits: 0\n")
         assert env._tree == before
         assert env.step("undo").text.startswith("error: nothing to undo")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_driver_answers_as_the_sandbox_does(make_env, seed):
+    """Until a shell command has run, the driver answers the tools on a line itself."""
+    chance = random.Random(seed)
+    tools = [command for command in MESS if command.split()[0] in TOOLS | {"undo"}]
+    commands = ["view @1", "locate", *chance.choices(tools, k=25), "view @1", "fix @1 1"]
+    commands += ["edit small.py:2 def 'def  é'", "view small.py:2", "view ./small.py:2", "view .git/HEAD:1"]
+    with make_env() as here, make_env() as inside:
+        here.reset()
+        inside.reset()
+        inside.step("true")
+        for command in commands:
+            assert here.step(command).text == inside.step(command).text, command
+            assert here._tree == inside._tree, command
+        assert (here._in_step, inside._in_step) == (True, False)
+        assert here._sandbox.read() == inside._sandbox.read()
+
+
+def test_a_change_is_seen_whatever_its_time(make_env):
+    with make_env() as env:
+        env.reset()
+        command = "touch -r small.py stamp; sed -i 's/year % 4/year % 5/' small.py; touch -r stamp small.py; rm stamp"
+        assert env.step(command).text.endswith("edits: 1")
+        assert b"year % 5" in env._tree["small.py"]
 
 
 def wrong_fix(env):

@@ -34,6 +34,14 @@ def test_fork_bomb_is_contained(bubblewrap):
     assert bubblewrap.run("echo alive").output == "alive\n"
 
 
+def test_a_shell_and_its_children_have_the_limits(bubblewrap):
+    limits = "ulimit -t; ulimit -v; ulimit -c; ulimit -n"
+    for command in (limits, f"sh -c '{limits}'"):
+        assert bubblewrap.run(command, timeout_s=7).output.split() == ["9", str(400 << 10), "0", "256"]
+    assert bubblewrap.run("ulimit -v unlimited || ulimit -n 300").exit_code != 0
+    assert bubblewrap.run("ls /proc/self/fd; cat").output.split() == ["0", "1", "2", "3"]  # 3 is of ls itself
+
+
 def test_disk_is_limited(bubblewrap):
     result = bubblewrap.run("for i in 1 2 3 4; do head -c 8000000 /dev/zero > f$i || exit 9; done")
     assert result.exit_code == 9

@@ -84,6 +84,7 @@ def test_episodes_of_any_length_are_cut_at_a_turn_never_in_a_label(labelled, pac
         cut += len(labels) < len(episode.labels)
     assert predictions(data) == expected(fitting)
     assert (data.too_long, data.cut) == (dropped, cut)
+    assert data.labels == sum(len(label.tokens) > 0 for episode in fitting for label in episode.labels)
     turns = {at for e in labelled for label in e.labels for at in (label.position, label.position + len(label.tokens))}
     assert {len(sample.trunk) for sample in data.samples} <= turns
 

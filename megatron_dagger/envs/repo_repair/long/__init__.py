@@ -1,0 +1,1 @@
+"""Long repairs: K wrong tokens in K functions of a package, repaired one after another through a shell."""

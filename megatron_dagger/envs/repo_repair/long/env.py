@@ -1,0 +1,119 @@
+"""One episode of a long repair: the agent has a shell in a sandbox; real tests judge.
+
+The working directory lasts from one command to the next. An observation is what the command printed and no more, so
+the agent has to know, or find out, what state its work is in.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import shlex
+from collections.abc import Mapping
+from typing import Self
+
+from megatron_dagger.envs.base import Observation, truncate
+from megatron_dagger.envs.repo_repair.env import plain_words, tree_diff
+from megatron_dagger.envs.repo_repair.task import RepairTask
+from megatron_dagger.envs.repo_repair.testing import SETTINGS_FILE, run_tests
+from megatron_dagger.sandbox.base import CommandResult, EnvironmentBroken
+from megatron_dagger.sandbox.local import ProcessSandbox, SandboxPool
+
+SYSTEM_MESSAGE = """\
+Tokens of a Python package are wrong. todo/one.md says where one is and what it must be, todo/one.tests lists its tests.
+Reply with one shell command. When all is repaired, tested and committed: submit."""
+OBSERVATION_CHARACTERS = 600
+
+# Commits have constant dates, so that a replayed episode prints the same hashes.
+_DATE = "2020-01-01T00:00:00Z"
+_SHELL = f"""\
+HOME=$PWD; export HOME GIT_AUTHOR_DATE={_DATE} GIT_COMMITTER_DATE={_DATE} GIT_PAGER=cat PAGER=cat
+cd -- %s 2>/dev/null
+trap 'printf "\\0%%s\\0%%s" "$HOME" "$PWD"' EXIT
+eval %s
+"""
+_GIT_CONFIG = b"[user]\n\tname = agent\n\temail = agent@localhost\n[gc]\n\tauto = 0\n[advice]\n\tdetachedHead = false\n"
+
+
+class LongRepairEnv:
+    """The Env of one long RepairTask; ``files`` are its repository, ``.git`` included."""
+
+    def __init__(self, task: RepairTask, files: Mapping[str, bytes], pool: SandboxPool):
+        self.task_id = task.instance_id
+        self.task = task
+        self._files = files
+        self._original = {name: content for name, content in files.items() if not name.startswith(".git/")}
+        self._pool = pool
+        self._sandbox: ProcessSandbox | None = None
+        self._cwd = "."  # relative to the root of the work tree, or absolute outside it
+
+    def reset(self) -> tuple[str, str]:
+        self._sandbox = self._sandbox or self._pool.take()
+        self._cwd = "."
+        settings = json.dumps(self.task.tool_settings()).encode()
+        config = self._files.get(".git/config", b"") + _GIT_CONFIG
+        start = f"{self.task.base_commit}\n".encode()
+        self._sandbox.write(
+            {
+                **self._files,
+                SETTINGS_FILE: settings,
+                ".git/config": config,
+                ".git/info/exclude": b"/.repair/\n",
+                ".git/refs/tags/start": start,
+            }
+        )
+        return SYSTEM_MESSAGE, self.task.problem_statement
+
+    def step(self, command: str) -> Observation:
+        argv = plain_words(command)
+        if argv == ["submit"]:
+            return Observation(text="submitted", done=True)
+        sandbox = self._require_sandbox()
+        if argv and argv[0] == "pytest":
+            result = sandbox.run(["pytest", "--cwd", self._cwd, *argv[1:]])
+        else:
+            result = self._shell(sandbox, command)
+        text = result.output.rstrip("\n")
+        if result.timed_out:
+            text = f"{text}\nerror: timed out".lstrip()
+        return Observation(text=truncate(text, OBSERVATION_CHARACTERS))
+
+    def _shell(self, sandbox: ProcessSandbox, command: str) -> CommandResult:
+        """Run a command in the working directory that the last one left, and note the one that it leaves."""
+        result = sandbox.run(_SHELL % (shlex.quote(self._cwd), shlex.quote(command)))
+        output, _, places = result.output.rpartition("\0")
+        output, mark, root = output.rpartition("\0")
+        if not mark:  # the shell was replaced or killed
+            return result
+        inside = places == root or places.startswith(root + "/")
+        self._cwd = posixpath.relpath(places, root) if inside else places
+        return CommandResult(output=output, exit_code=result.exit_code, timed_out=result.timed_out)
+
+    def judge(self) -> bool:
+        return run_tests(self._pool, self._submitted(), self.task.tool_settings()).passed(self.task.tests)
+
+    def report(self) -> dict[str, object]:
+        """Return the patch."""
+        return {"patch": tree_diff(self._original, self._submitted())}
+
+    def close(self) -> None:
+        """Give the sandbox back to the pool, which empties it. May be called twice."""
+        sandbox, self._sandbox = self._sandbox, None
+        if sandbox is not None:
+            self._pool.give(sandbox)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _require_sandbox(self) -> ProcessSandbox:
+        if self._sandbox is None:
+            raise EnvironmentBroken("the episode has not been reset, or is closed")
+        return self._sandbox
+
+    def _submitted(self) -> dict[str, bytes]:
+        """Return the task's files with the agent's version of the modules under repair; changed tests do not count."""
+        tree = self._require_sandbox().read(".")
+        return {**self._original, **{name: tree[name] for name in self.task.source_files if name in tree}}

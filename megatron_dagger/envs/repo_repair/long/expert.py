@@ -1,0 +1,213 @@
+"""The teacher of the long repairs: it works through the comments, checks every step, and knows the way back.
+
+For each comment: read it, go to the file's folder, edit the line, look at the diff, go back, run the tests, commit. It
+uses only the conversation: from the commands and what they printed it infers where the shell is, what has been changed
+and what has been verified (``Work``), and acts on that. Whatever the commands before were, it continues from there: it
+repeats an edit that did nothing, discards one that did something else, tests what was committed without a test, and
+where it cannot tell it starts again from the task's first commit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import posixpath
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_dagger.envs.repo_repair.long.tasks import WORDS
+from megatron_dagger.types import Action, Message, State
+
+DIFF = "git diff | grep ^[-+]"
+DISCARD = "git checkout :/"
+RESTART = "git reset -q --hard start && git clean -qfd :/"
+ALL_TESTS = "pytest @todo/all.tests"
+
+_TASK = re.compile(rf"todo: one to ({'|'.join(WORDS)})$")
+_READ = re.compile(r"cat todo/(\w+)\.md")
+_COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/ (?P<file>\S+)")
+_TEST = re.compile(r"pytest @todo/(\w+)\.tests")
+_COMMIT = re.compile(r"git commit -qam \S+")
+_CD = re.compile(r"cd(?: (\S+))?")
+_PASSED = re.compile(r"\d+ passed")
+_HARMLESS = re.compile(
+    r"(cat|ls|pwd|grep|head|tail|echo|pytest|git (diff|status|log|show))\b[^>;&|]*(\| ?(grep|head)\b[^>;&|]*)?"
+)
+_FAILED = re.compile(r"not found|rror|usage|fatal|No such file|sed: ")
+
+
+@dataclass(frozen=True, slots=True)
+class Comment:
+    """What a comment says: in line ``line`` of ``folder/file`` the first ``wrong`` must be ``right``."""
+
+    folder: str
+    file: str
+    line: str
+    wrong: str
+    right: str
+
+    @property
+    def edit(self) -> str:
+        return f"sed -i '{self.line}s/{self.wrong}/{self.right}/' {self.file}"
+
+    def explains(self, diff: str) -> bool:
+        """Return whether ``diff`` is the wanted change of one line, as far as it shows."""
+        path = f"{self.folder}/{self.file}"
+        match diff.split("\n"):
+            case [old, new, before, after] if (old, new) == (f"--- a/{path}", f"+++ b/{path}"):
+                return before[:1] == "-" and after == "+" + before[1:].replace(self.wrong, self.right, 1)
+        return False
+
+
+@dataclass(slots=True)
+class Work:
+    """What a conversation shows of the state of the work."""
+
+    bugs: int
+    folder: str | None = ""  # of the shell, below the root; None: unknown
+    done: int = 0  # this many comments are repaired, tested and committed
+    comment: Comment | None = None  # the next one, if it was read
+    fresh: bool = False  # it has just been read
+    edited: bool = False  # its edit was made since
+    changed: bool | None = False  # the work tree since the last commit; None: unknown
+    right: bool = False  # the change is the wanted one
+    tested: bool | None = None  # whether the next comment's tests passed since the last change; None: they were not run
+    committed: bool = False  # something that was not tested
+    finished: bool | None = None  # whether all tests passed since the last change; None: they were not run
+    lost: bool = False  # something happened that only a restart mends
+
+    @property
+    def next(self) -> str:
+        return WORDS[min(self.done, len(WORDS) - 1)]
+
+    def touched(self) -> None:
+        """Note that the work tree may have changed."""
+        self.changed, self.right, self.tested, self.finished = None, False, None, None
+
+    def clean(self) -> None:
+        """Note that the work tree is that of the last commit."""
+        self.changed, self.right = False, False
+
+    def verified(self) -> None:
+        """Note that the next comment is done."""
+        self.done += 1
+        self.comment, self.edited, self.tested, self.committed = None, False, None, False
+
+
+def work_after(messages: tuple[Message, ...]) -> Work:
+    """Return the state of the work at the end of a conversation."""
+    task = _TASK.search(messages[1].content) if len(messages) > 1 else None
+    work = Work(bugs=WORDS.index(task[1]) + 1 if task else 1)
+    for command, reply in _exchanges(messages):
+        _follow(work, command.strip(), reply)
+    return work
+
+
+def _follow(work: Work, command: str, reply: str) -> None:
+    """Bring ``work`` up to date with a command and what it printed."""
+    if match := _CD.fullmatch(command):
+        if match[1] is None:
+            work.folder = ""
+        elif not reply:
+            work.folder = _moved(work.folder, match[1])
+        return
+    work.fresh = False
+    if match := _READ.fullmatch(command):
+        comment = _COMMENT.fullmatch(reply)
+        if comment and match[1] == work.next:
+            work.comment, work.fresh, work.edited = Comment(**comment.groupdict()), True, False
+    elif command == DIFF:
+        if reply:
+            work.changed, work.right = True, work.comment is not None and work.comment.explains(reply)
+        else:
+            work.clean()
+    elif command == ALL_TESTS:
+        work.finished = _PASSED.fullmatch(reply) is not None
+    elif match := _TEST.fullmatch(command):
+        if match[1] == work.next:
+            work.tested = _PASSED.fullmatch(reply) is not None
+            if work.tested and work.changed is False:
+                work.verified()
+    elif _COMMIT.fullmatch(command):
+        if not reply and work.changed is not False:
+            tested = work.tested
+            work.committed = not tested
+            work.clean()
+            if tested:
+                work.verified()
+        elif "nothing to commit" in reply:
+            work.clean()
+    elif command == DISCARD:
+        if work.changed is not False:
+            work.touched()
+            work.edited = False
+        work.clean()
+    elif command == RESTART:
+        work.touched()
+        work.clean()
+        work.done, work.comment, work.edited, work.committed, work.lost = 0, None, False, False, False
+    elif not _HARMLESS.fullmatch(command) and not _FAILED.search(reply):
+        work.touched()
+        work.edited = work.comment is not None and command == work.comment.edit and work.folder == work.comment.folder
+        work.folder = None if re.search(r"\bcd\b", command) else work.folder
+        work.lost = work.lost or command.startswith("git")
+
+
+def next_command(messages: tuple[Message, ...]) -> str:
+    """Return the expert's command for the state that ``messages`` show."""
+    work = work_after(messages)
+    if work.lost:
+        return RESTART
+    if work.changed is None:
+        return DIFF
+    if work.changed and not work.right:
+        return DISCARD
+    if work.done >= work.bugs:
+        if work.finished is None:
+            return _at_root(work, ALL_TESTS)
+        return "submit" if work.finished else RESTART
+    if work.changed and work.tested:
+        return f"git commit -qam todo/{work.next}"
+    if work.changed or work.edited or work.committed:
+        return _at_root(work, f"pytest @todo/{work.next}.tests") if work.tested is None else RESTART
+    if work.comment is None or not work.fresh:
+        return _at_root(work, f"cat todo/{work.next}.md")
+    if work.folder == work.comment.folder:
+        return work.comment.edit
+    return _at_root(work, f"cd {work.comment.folder}")
+
+
+def _at_root(work: Work, command: str) -> str:
+    return command if work.folder == "" else "cd"
+
+
+def _moved(folder: str | None, to: str) -> str | None:
+    """Return the shell's folder after ``cd to``; None if it cannot be told."""
+    if to == "~":
+        return ""
+    if folder is None or not re.fullmatch(r"\w[\w./-]*|\.\.?[\w./-]*", to):
+        return None
+    moved = posixpath.normpath(posixpath.join(folder, to))
+    return None if moved.startswith("..") else "" if moved == "." else moved
+
+
+def _exchanges(messages: tuple[Message, ...]) -> Iterator[tuple[str, str]]:
+    """Yield pairs of a command and its observation."""
+    for message, reply in itertools.pairwise(messages):
+        if message.role == "assistant":
+            yield message.content, reply.content
+
+
+class LongRepairExpert:
+    """The expert as a Policy. ``encode`` returns the tokens of an action's text (ChatRenderer.action)."""
+
+    name = "expert"
+
+    def __init__(self, encode: Callable[[str], np.ndarray]):
+        self._encode = encode
+
+    async def act(self, state: State) -> Action:
+        text = next_command(state.messages)
+        return Action(text=text, tokens=self._encode(text))

@@ -1,0 +1,77 @@
+"""Long repairs in minutes on two CPU cores: a small Qwen3 repairs several mistakes of a package through a shell."""
+
+from __future__ import annotations
+
+from megatron_dagger.config import (
+    AggregationConfig,
+    BetaConfig,
+    DaggerConfig,
+    LimitsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RepoRepairConfig,
+    RolloutConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainingConfig,
+    VllmEngineConfig,
+)
+
+BUGS = 4
+# Packages with eight bugs that tests tell apart; the held-out ones are never trained on.
+TRAIN_PACKAGES = ("boltons", "cachetools", "humanize", "netaddr", "num2words", "parse", "pyrsistent", "sqlparse",
+                  "toolz", "voluptuous")  # fmt: skip
+HELDOUT_PACKAGES = ("jsonpointer", "schema", "simpleeval", "tabulate", "unidiff")
+
+
+def long_repair(bugs: int = BUGS) -> RunConfig:
+    """A 0.5M-parameter Qwen3 repairs four bugs in a row in pure-Python packages; CPU, DP2, minutes."""
+    tokens = 512 + 320 * bugs  # the teacher's episodes take 200 for a bug, with system and task messages
+    sampling = SamplingConfig(temperature=0.7, top_p=1.0, max_tokens=40)
+    return RunConfig(
+        name="long_repair",
+        repo_repair=RepoRepairConfig(
+            bugs=bugs,
+            train_packages=TRAIN_PACKAGES,
+            heldout_packages=HELDOUT_PACKAGES,
+            train_tasks=150,
+            heldout_tasks=40,
+        ),
+        model=ModelConfig(
+            num_layers=2,
+            hidden_size=128,
+            ffn_hidden_size=256,
+            num_attention_heads=4,
+            num_query_groups=4,
+            kv_channels=32,
+            vocab_size=1024,
+            max_position_embeddings=tokens,
+            rotary_base=10_000,
+            init_std=0.07,
+        ),
+        training=TrainingConfig(
+            parallel=ParallelConfig(world_size=2),
+            optimizer=OptimizerConfig(lr=3e-3, warmup_steps=10, weight_decay=0.1),
+            epochs=1000,  # max_steps ends a round
+            max_steps=200,
+            sequence_length=tokens,
+            packing="shared_prefix",
+            global_batch_tokens=2 * tokens,
+        ),
+        rollout=RolloutConfig(
+            sampling=sampling,
+            engine=VllmEngineConfig(max_model_len=tokens, max_num_seqs=64, kv_cache_memory_mib=256),
+            limits=LimitsConfig(max_turns=16 + 14 * bugs, max_tokens=tokens),
+            concurrent_episodes=16,
+        ),
+        evaluation_sampling=sampling,
+        dagger=DaggerConfig(
+            rounds=2,
+            sft_tasks=50,
+            tasks_per_round=50,
+            beta=BetaConfig(schedule="constant", start=0.0),
+            aggregation=AggregationConfig(max_labels_per_round=1400),
+            evaluation_tasks=40,
+        ),
+    )

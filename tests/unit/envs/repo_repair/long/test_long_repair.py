@@ -1,0 +1,207 @@
+"""Long repairs with a real sandbox, real git and real tests: tasks, the shell, the teacher, the way back."""
+
+import random
+import re
+from dataclasses import replace
+
+import pytest
+
+from megatron_dagger.envs.repo_repair.long.bugs import bug_pool
+from megatron_dagger.envs.repo_repair.long.env import LongRepairEnv
+from megatron_dagger.envs.repo_repair.long.expert import DIFF, DISCARD, RESTART, next_command
+from megatron_dagger.envs.repo_repair.long.tasks import WORDS, compose
+from megatron_dagger.envs.repo_repair.repository import read_repository
+from megatron_dagger.envs.repo_repair.testing import TestBench
+from megatron_dagger.types import Message
+from tests.unit.envs.repo_repair.conftest import TREE
+from tools.support.slips import slip
+
+BUGS = 2
+TURNS_PER_BUG = 7
+
+
+@pytest.fixture(scope="module")
+def bugs(pool, tmp_path_factory):
+    return bug_pool(TREE, pool, tmp_path_factory.mktemp("bugs") / "small.json")
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    return tmp_path_factory.mktemp("repositories")
+
+
+@pytest.fixture(scope="module")
+def tasks(bugs, pool, repositories):
+    return list(compose(TREE, bugs, BUGS, 4, 1, pool, repositories))
+
+
+@pytest.fixture
+def env(tasks, pool, repositories):
+    with LongRepairEnv(tasks[0], read_repository(repositories / tasks[0].instance_id), pool) as opened:
+        opened.reset()
+        yield opened
+
+
+def address(comment):
+    """Return a comment's path, line, wrong token and right token."""
+    folder, line, wrong, right, file = re.fullmatch(r"in (\S+): (\d+)s/(.+)/(.+)/ (\S+)\s*", comment).groups()
+    return f"{folder}/{file}", int(line), wrong, right
+
+
+def play(env, commands=(), *, turns=80):
+    """Run ``commands``, then let the teacher finish; return its commands and whether the task is solved."""
+    system, problem = env.reset()
+    messages = [Message(role="system", content=system), Message(role="user", content=problem)]
+    said = []
+    for turn in range(turns):
+        command = commands[turn] if turn < len(commands) else next_command(tuple(messages))
+        if callable(command):
+            command = command(next_command(tuple(messages)))
+        observation = env.step(command)
+        said.append((command, observation.text))
+        messages += [Message(role="assistant", content=command), Message(role="user", content=observation.text)]
+        if observation.done:
+            break
+    return said[len(commands) :], env.judge()
+
+
+def test_tests_of_a_bug_pass_once_it_and_those_before_it_are_repaired(tasks, pool, repositories):
+    assert len({task.patch for task in tasks}) == len(tasks) >= 2
+    for task in tasks:
+        files = read_repository(repositories / task.instance_id)
+        with pool.lend() as sandbox:
+            bench = TestBench(sandbox, {k: v for k, v in files.items() if not k.startswith(".git/")})
+            for word in WORDS[:BUGS]:
+                tests = files[f"todo/{word}.tests"].decode().split("\n")[:-1]
+                settings = replace(task, FAIL_TO_PASS=str(tests).replace("'", '"'), PASS_TO_PASS="[]").tool_settings()
+                assert set(bench.run(settings).outcomes.values()) == {"failed"}
+                path, line, wrong, right = address(files[f"todo/{word}.md"].decode())
+                lines = files[path].decode().splitlines(keepends=True)
+                lines[line - 1] = lines[line - 1].replace(wrong, right, 1)
+                files[path] = "".join(lines).encode()
+                bench.write({path: files[path]})
+                assert bench.run(settings).passed(tests)
+            assert bench.run(task.tool_settings()).passed(task.tests)
+
+
+def test_bugs_are_found_once_and_read_again(bugs, pool, tmp_path):
+    again = bug_pool(TREE, pool, tmp_path / "small.json")
+    assert again == bugs
+    assert bug_pool(TREE, None, tmp_path / "small.json") == bugs
+    assert len({(bug.path, bug.line) for bug in bugs.bugs}) == len(bugs.bugs) >= BUGS
+
+
+def test_same_seed_same_tasks(bugs, pool, tasks, tmp_path):
+    assert list(compose(TREE, bugs, BUGS, 4, 1, pool, tmp_path / "again")) == tasks
+    assert list(compose(TREE, bugs, BUGS, 4, 2, pool, tmp_path / "other")) != tasks
+
+
+def test_the_teacher_repairs_every_task_without_a_detour(tasks, pool, repositories):
+    for task in tasks:
+        with LongRepairEnv(task, read_repository(repositories / task.instance_id), pool) as env:
+            said, solved = play(env)
+            assert solved
+            assert len(said) == TURNS_PER_BUG * BUGS + 2
+            assert not {command for command, _ in said} & {DISCARD, RESTART}
+
+
+def test_a_replayed_episode_prints_the_same(env):
+    commands = [
+        "git log --oneline | cat",
+        "cd todo",
+        "cat one.md",
+        "git commit -q --allow-empty -m x",
+        "git log | head -1",
+    ]
+    first, _ = play(env, [], turns=1)
+    runs = [[env.step(command).text for command in commands if env.reset() or True] for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert play(env, [], turns=1)[0] == first
+
+
+def test_the_working_directory_lasts(env):
+    assert env.step("pwd").text == env.step("cd todo; cd ..; pwd").text
+    env.step("cd todo")
+    assert env.step("ls").text.split()[0] == "all.tests"
+    assert env.step("cd nowhere").text
+    assert "one.md" in env.step("ls").text
+    assert env.step("exit 3").text == ""
+    assert "one.md" in env.step("ls").text
+    assert env.step("if").text  # a syntax error
+    assert "one.md" in env.step("ls").text
+    env.step("cd /tmp")
+    assert env.step("pwd").text == "/tmp"
+    env.step("cd")
+    assert "todo" in env.step("ls").text
+
+
+def test_pytest_counts_as_pytest_does(env):
+    assert env.step("pytest @todo/one.tests").text.endswith("failed")
+    assert "passed" in env.step("pytest @todo/all.tests").text
+    assert env.step("pytest @todo/seven.tests").text == "ERROR: No such file or directory: todo/seven.tests"
+    assert env.step("pytest nothing.py").text == "ERROR: file or directory not found: nothing.py"
+    assert env.step("pytest").text == "no tests ran"
+    path, *_ = address(env.step("cat todo/one.md").text)
+    env.step(f"echo '(' >> {path}")
+    assert env.step("pytest @todo/one.tests").text.endswith("error")
+    assert env.step("pytest @todo/one.tests | cat").text.endswith("error")  # in a pipe it is the same program
+    env.step("cd todo")
+    assert env.step("pytest @one.tests").text.startswith("ERROR: file or directory not found: tests/")
+
+
+def test_changed_tests_do_not_solve_a_task(env):
+    env.step("sed -i 's/assert/pass or/' tests/*.py")
+    assert not env.judge()
+
+
+WAYS_BACK = {
+    "a wrong line edited": lambda path, line: [f"sed -i '{line + 1}s/^/0/' {path}"],
+    "a file that no longer compiles": lambda path, line: [f"sed -i 's/def /de /' {path}"],
+    "a file removed": lambda path, line: [f"rm {path}"],
+    "a changed test": lambda path, line: ["sed -i 's/==/!=/' tests/test_small.py"],
+    "another directory": lambda path, line: ["cd todo"],
+    "out of the work tree": lambda path, line: ["cd /tmp"],
+    "an edit in another directory": lambda path, line: ["cd tests", "sed -i '5s/a/b/' test_small.py"],
+    "a new file in the way": lambda path, line: ["echo 'raise ValueError' > pytest.py", "echo '(' > conftest.py"],
+    "a wrong commit": lambda path, line: [f"sed -i 's/return/pass; return/' {path}", "git commit -qam todo/one"],
+    "an empty commit": lambda path, line: ["git commit -qam todo/one"],
+    "a repair taken back that was right": lambda path, line: [*[str] * TURNS_PER_BUG, "git reset -q --hard start"],
+    "a right commit undone": lambda path, line: [*[str] * TURNS_PER_BUG, "git reset -q --hard HEAD~1"],
+    "a right edit discarded": lambda path, line: [*[str] * 4, "git checkout :/"],
+    "a right edit stashed": lambda path, line: [*[str] * 4, "git stash -q"],
+    "a right edit committed without a test": lambda path, line: [*[str] * 5, "git commit -qam todo/one"],
+    "an edit twice": lambda path, line: [*[str] * 4, f"sed -i '{line}s/^/ /' {path.rpartition('/')[2]}"],
+    "another comment": lambda path, line: ["cat todo/two.md"],
+    "the tests before the repair": lambda path, line: ["pytest @todo/one.tests"],
+    "all tests at once": lambda path, line: ["pytest @todo/all.tests"],
+    "no command": lambda path, line: ["fix it", "'"],
+}
+
+
+@pytest.mark.parametrize("name", WAYS_BACK)
+def test_the_teacher_knows_the_way_back(env, name):
+    path, line, *_ = address(env.step("cat todo/one.md").text)
+    said, solved = play(env, WAYS_BACK[name](path, line))
+    assert solved, said
+
+
+def test_the_teacher_does_not_repeat_a_verified_repair(env):
+    said, solved = play(env, [*[str] * TURNS_PER_BUG, "cd todo", "cat one.md", "cd .."])
+    assert solved
+    assert said[0][0] == "cat todo/two.md"
+    assert sum(command == "cat todo/one.md" for command, _ in said) == 0
+
+
+def test_a_diff_that_is_not_the_repair_is_discarded(env):
+    path, *_ = address(env.step("cat todo/one.md").text)
+    said, _ = play(env, [*[str] * 2, f"sed -i '1s/^/#/' {path.rpartition('/')[2]}"])
+    assert [command for command, _ in said[:2]] == [DIFF, DISCARD]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_teacher_finishes_after_random_turns(env, tasks, seed):
+    chance = random.Random(seed)
+    paths = [*tasks[0].source_files, "tests/test_small.py"]
+    ahead = chance.randrange(TURNS_PER_BUG * BUGS)
+    _, solved = play(env, [str] * ahead + [lambda right: slip(right, paths, BUGS, chance)] * 6, turns=140)
+    assert solved

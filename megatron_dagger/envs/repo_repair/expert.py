@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
-
-import numpy as np
+from collections.abc import Iterator
 
 from megatron_dagger.envs.repo_repair.env import RUNS_TESTS, plain_words
-from megatron_dagger.types import Action, Message, State
+from megatron_dagger.types import Message
 
 _SUSPECT = re.compile(r"^@(\d+) \S+:\d+$", re.MULTILINE)
 _UNTESTED = re.compile(r"^untested: (?:none|.*?(\d+)) of @(\d+)$", re.MULTILINE)
@@ -24,7 +22,7 @@ _EDITS = re.compile(r"^edits: (\d+)$", re.MULTILINE)
 
 def next_command(messages: tuple[Message, ...]) -> str:
     """Return the expert's command for the state that ``messages`` show."""
-    exchanges = list(_exchanges(messages))
+    exchanges = list(turns(messages))
     if not exchanges:
         return "locate"
     command, reply = exchanges[-1]
@@ -60,21 +58,8 @@ def _next_line(exchanges: list[tuple[str, str]], line: int) -> str:
     return f"view @{line % suspects + 1}"
 
 
-def _exchanges(messages: tuple[Message, ...]) -> Iterator[tuple[str, str]]:
-    """Yield pairs of a command and its observation."""
+def turns(messages: tuple[Message, ...]) -> Iterator[tuple[str, str]]:
+    """Yield a conversation's commands, each with its observation."""
     for message, reply in itertools.pairwise(messages):
         if message.role == "assistant":
             yield message.content, reply.content
-
-
-class RepairExpert:
-    """The expert as a Policy. ``encode`` returns the tokens of an action's text (ChatRenderer.action)."""
-
-    name = "expert"
-
-    def __init__(self, encode: Callable[[str], np.ndarray]):
-        self._encode = encode
-
-    async def act(self, state: State) -> Action:
-        text = next_command(state.messages)
-        return Action(text=text, tokens=self._encode(text))

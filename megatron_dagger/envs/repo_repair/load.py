@@ -10,14 +10,14 @@ import logging
 from pathlib import Path
 
 from megatron_dagger.envs.base import Env
-from megatron_dagger.envs.environment import Environment, EnvironmentContext
+from megatron_dagger.envs.environment import Environment, EnvironmentContext, Expert
 from megatron_dagger.envs.repo_repair.compiled import compile_modules
 from megatron_dagger.envs.repo_repair.corpus import texts
 from megatron_dagger.envs.repo_repair.env import RepairEnv, TestMemory
-from megatron_dagger.envs.repo_repair.expert import RepairExpert
+from megatron_dagger.envs.repo_repair.expert import next_command
 from megatron_dagger.envs.repo_repair.long.corpus import long_texts
 from megatron_dagger.envs.repo_repair.long.env import LongRepairEnv
-from megatron_dagger.envs.repo_repair.long.expert import LongRepairExpert
+from megatron_dagger.envs.repo_repair.long.expert import next_command as next_long_command
 from megatron_dagger.envs.repo_repair.long.tasks import prepare_long_tasks
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.envs.repo_repair.task import write_tasks
@@ -65,7 +65,7 @@ def load_environment(context: EnvironmentContext) -> Environment:
         train_tasks=tuple(task.instance_id for task in tasks.train),
         heldout_tasks=tuple(task.instance_id for task in tasks.heldout),
         make_env=make_env,
-        expert=LongRepairExpert if long else RepairExpert,
+        expert=lambda encode: Expert(command=next_long_command if long else next_command, encode=encode),
         prepare=prepare,
         tokenizer_texts=lambda: long_texts(tasks) if long else texts(tasks.trees, tasks.train),
     )

@@ -9,16 +9,13 @@ where it cannot tell it starts again from the task's first commit.
 
 from __future__ import annotations
 
-import itertools
 import posixpath
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
+from megatron_dagger.envs.repo_repair.expert import turns
 from megatron_dagger.envs.repo_repair.long.tasks import WORDS
-from megatron_dagger.types import Action, Message, State
+from megatron_dagger.types import Message
 
 DIFF = "git diff | grep ^[-+]"
 DISCARD = "git checkout :/"
@@ -100,7 +97,7 @@ def work_after(messages: tuple[Message, ...]) -> Work:
     """Return the state of the work at the end of a conversation."""
     task = _TASK.search(messages[1].content) if len(messages) > 1 else None
     work = Work(bugs=WORDS.index(task[1]) + 1 if task else 1)
-    for command, reply in _exchanges(messages):
+    for command, reply in turns(messages):
         _follow(work, command.strip(), reply)
     return work
 
@@ -191,23 +188,3 @@ def _moved(folder: str | None, to: str) -> str | None:
         return None
     moved = posixpath.normpath(posixpath.join(folder, to))
     return None if moved.startswith("..") else "" if moved == "." else moved
-
-
-def _exchanges(messages: tuple[Message, ...]) -> Iterator[tuple[str, str]]:
-    """Yield pairs of a command and its observation."""
-    for message, reply in itertools.pairwise(messages):
-        if message.role == "assistant":
-            yield message.content, reply.content
-
-
-class LongRepairExpert:
-    """The expert as a Policy. ``encode`` returns the tokens of an action's text (ChatRenderer.action)."""
-
-    name = "expert"
-
-    def __init__(self, encode: Callable[[str], np.ndarray]):
-        self._encode = encode
-
-    async def act(self, state: State) -> Action:
-        text = next_command(state.messages)
-        return Action(text=text, tokens=self._encode(text))

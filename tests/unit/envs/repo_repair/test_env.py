@@ -9,8 +9,9 @@ import pytest
 
 from megatron_dagger.config import LimitsConfig
 from megatron_dagger.dagger.mixing import SoloTurnPolicy
+from megatron_dagger.envs.environment import Expert
 from megatron_dagger.envs.repo_repair.env import SYSTEM_MESSAGE, TOOLS, RepairEnv, plain_words
-from megatron_dagger.envs.repo_repair.expert import RepairExpert
+from megatron_dagger.envs.repo_repair.expert import next_command
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.policies.base import PolicyError, PolicyGone
 from megatron_dagger.rollout.chat import ChatRenderer
@@ -64,12 +65,12 @@ class Messy:
         if turn >= self.turns:
             return TurnDecision(acted_by=ActedBy.TEACHER, action=label, label=label)
         text = self.chance.choice(MESS)
-        tokens = np.append(self.expert._encode(text), []).astype(np.int32)
+        tokens = np.append(self.expert.encode(text), []).astype(np.int32)
         return TurnDecision(acted_by=ActedBy.STUDENT, action=Action(text=text, tokens=tokens), label=label)
 
 
 def test_expert_solves_from_the_start(renderer, make_env, tasks):
-    expert = RepairExpert(renderer.action)
+    expert = Expert(command=next_command, encode=renderer.action)
     for index in range(len(tasks)):
         episode = run(renderer, lambda index=index: make_env(index), SoloTurnPolicy(policy=expert))
         assert episode.solved, tasks[index].instance_id
@@ -78,13 +79,13 @@ def test_expert_solves_from_the_start(renderer, make_env, tasks):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_expert_solves_after_ten_random_turns(renderer, make_env, tasks, seed):
-    actor = Messy(RepairExpert(renderer.action), 10, seed)
+    actor = Messy(Expert(command=next_command, encode=renderer.action), 10, seed)
     episode = run(renderer, lambda: make_env(seed % len(tasks)), actor)
     assert episode.solved, [turn.action.text for turn in episode.turns]
 
 
 def test_tokens_of_the_turns_are_the_conversation(renderer, make_env):
-    episode = run(renderer, make_env, Messy(RepairExpert(renderer.action), 5, 3))
+    episode = run(renderer, make_env, Messy(Expert(command=next_command, encode=renderer.action), 5, 3))
     parts = [part for turn in episode.turns for part in (turn.prompt_tokens, turn.action.tokens)]
     text = renderer.text(np.concatenate(parts))
     for turn in episode.turns:
@@ -92,7 +93,7 @@ def test_tokens_of_the_turns_are_the_conversation(renderer, make_env):
 
 
 def test_replaying_the_gold_commands_does_not_undo_a_mistake(renderer, make_env, tasks):
-    expert = RepairExpert(renderer.action)
+    expert = Expert(command=next_command, encode=renderer.action)
     gold = [turn.action.text for turn in run(renderer, make_env, SoloTurnPolicy(policy=expert)).turns]
     assert run(renderer, make_env, SoloTurnPolicy(policy=ReplayPolicy(gold, renderer.action))).solved
     harm = ["echo 'x = (' >> small.py", *gold]

@@ -85,8 +85,8 @@ def play(environment: Environment, task: str, bugs: int, chance: random.Random, 
                 Message(role="user", content=observation.text),
             ]
             if command.startswith("cat todo/") and observation.text.startswith("in "):
-                words = observation.text.split()
-                files.append(f"{words[1].rstrip(':')}/{words[-1]}")
+                parts = observation.text.split()
+                files.append(f"{parts[1].rstrip(':')}/{parts[-1]}")
         return env.judge(), turn + 1
 
 

@@ -71,15 +71,15 @@ def by_tree(
     tasks_of: Callable[[SourceTree, int], list[RepairTask]], quotas: Sequence[tuple[SourceTree, int]], track: Track
 ) -> dict[str, list[RepairTask]]:
     """Return the tasks that ``tasks_of`` makes of each tree and its number, by the tree's name; two trees at a time."""
-    made: dict[str, list[RepairTask]] = {}
+    tasks_by_name: dict[str, list[RepairTask]] = {}
     with (
         ThreadPoolExecutor(max_workers=2, thread_name_prefix="tasks") as workers,
         track("making repair tasks", len(quotas), unit="packages") as progress,
     ):
         for (tree, _), tasks in zip(quotas, workers.map(lambda quota: tasks_of(*quota), quotas), strict=True):
-            made[tree.name] = tasks
-            progress.advance(note=f"{sum(map(len, made.values()))} tasks")
-    return made
+            tasks_by_name[tree.name] = tasks
+            progress.advance(note=f"{sum(map(len, tasks_by_name.values()))} tasks")
+    return tasks_by_name
 
 
 def _make_tasks(

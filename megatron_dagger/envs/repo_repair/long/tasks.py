@@ -71,10 +71,10 @@ def prepare_long_tasks(
 
     quotas = [(tree, -(-config.train_tasks // len(train))) for tree in train]
     quotas += [(tree, -(-config.heldout_tasks // len(heldout))) for tree in heldout]
-    made = by_tree(tasks_of, quotas, track)
+    by_name = by_tree(tasks_of, quotas, track)
     return TaskSet(
-        train=in_turn(made, train, config.train_tasks, "train"),
-        heldout=in_turn(made, heldout, config.heldout_tasks, "heldout"),
+        train=in_turn(by_name, train, config.train_tasks, "train"),
+        heldout=in_turn(by_name, heldout, config.heldout_tasks, "heldout"),
         repositories=folder / "repos",
         trees=tuple(train),
     )
@@ -113,7 +113,7 @@ def _ordered_bugs(bugs: BugPool, count: int, chance: random.Random) -> list[Bug]
     for bug in chance.sample(bugs.bugs, len(bugs.bugs)):
         for position in chance.sample(range(len(chosen) + 1), len(chosen) + 1):
             more = [*chosen[:position], bug, *chosen[position:]]
-            if all(bugs.catching(one, more[number + 1 :]) for number, one in enumerate(more)):
+            if all(bugs.catching(each, more[number + 1 :]) for number, each in enumerate(more)):
                 chosen = more
                 break
         if len(chosen) == count:

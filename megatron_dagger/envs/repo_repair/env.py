@@ -10,21 +10,20 @@ even after a mistake.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
 
 from megatron_dagger.envs.base import Observation, truncate
+from megatron_dagger.envs.repo_repair.episode import RepairEpisode, Tree, changed_files
 from megatron_dagger.envs.repo_repair.task import RepairTask
-from megatron_dagger.envs.repo_repair.testing import SETTINGS_FILE, SUSPECTS_FILE, TESTED_FILE, run_tests
+from megatron_dagger.envs.repo_repair.testing import SETTINGS_FILE, SUSPECTS_FILE, TESTED_FILE
 from megatron_dagger.envs.repo_repair.tools import line_tools
-from megatron_dagger.sandbox.base import CommandResult, EnvironmentBroken
-from megatron_dagger.sandbox.local import ProcessSandbox, SandboxPool
+from megatron_dagger.sandbox.base import CommandResult
+from megatron_dagger.sandbox.local import SandboxPool
 from megatron_dagger.sandbox.local.server import TruncatedOutput
 
 SYSTEM_MESSAGE = """\
@@ -39,11 +38,10 @@ OBSERVATION_CHARACTERS = 2000
 _QUOTED = re.compile(r"""'[^']*'|"[^"$`\\]*\"""")
 _PLAIN = re.compile(r"[\w@%+=:,./\- ]*", re.ASCII)  # characters that mean nothing to a shell
 
-Tree = Mapping[str, bytes]
 TestMemory = dict[tuple[str, str, str], tuple[CommandResult, bytes | None]]
 
 
-class RepairEnv:
+class RepairEnv(RepairEpisode):
     """The Env of one RepairTask; ``files`` are its repository, ``.git`` included.
 
     ``memory``, shared by the episodes of a process, caches the agent's test runs by the content of the tree. That is
@@ -51,14 +49,8 @@ class RepairEnv:
     """
 
     def __init__(self, task: RepairTask, files: Tree, pool: SandboxPool, memory: TestMemory | None = None):
+        super().__init__(task, files, pool)
         self._memory = memory
-        self.task_id = task.instance_id
-        self.task = task
-        self._files = files
-        self._original = {k: v for k, v in files.items() if not k.startswith(".git/")}
-        self._pool = pool
-        self._sandbox: ProcessSandbox | None = None
-        self._tree: dict[str, bytes] = {}
         self._history: list[dict[str, bytes]] = []
         self._tested: list[tuple[str, int, str]] = []  # (file, line number, text): edits that failed the tests
         self._line: str | None = None  # the address of the last line that the agent looked at
@@ -151,40 +143,6 @@ class RepairEnv:
             digest.update(f"{name}\0{len(self._tree[name])}\0".encode() + self._tree[name])
         return digest.hexdigest()
 
-    def judge(self) -> bool:
-        self.close()  # so that the judge need not wait for another sandbox to start
-        return run_tests(self._pool, self._submitted(), self.task.tool_settings()).passed(self.task.tests)
-
-    def report(self) -> dict[str, object]:
-        """Return the patch."""
-        return {"patch": self.patch()}
-
-    def patch(self) -> str:
-        """Return the agent's changes of the package as a unified diff."""
-        return tree_diff(self._original, self._submitted())
-
-    def close(self) -> None:
-        """Give the sandbox back to the pool, which empties it. May be called twice."""
-        sandbox, self._sandbox = self._sandbox, None
-        if sandbox is not None:
-            self._pool.give(sandbox)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _require_sandbox(self) -> ProcessSandbox:
-        if self._sandbox is None:
-            raise EnvironmentBroken("the episode has not been reset, or is closed")
-        return self._sandbox
-
-    def _submitted(self) -> dict[str, bytes]:
-        """Return the task's files with the agent's version of the modules under repair; changed tests do not count."""
-        package = {name: self._tree[name] for name in self.task.source_files if name in self._tree}
-        return {**self._original, **package}
-
     def _settings(self) -> dict[str, bytes]:
         return {SETTINGS_FILE: json.dumps(self.task.tool_settings()).encode(), **self._tested_file()}
 
@@ -199,7 +157,7 @@ class RepairEnv:
         if len(self._history) != 1:
             return
         (before,) = self._history
-        changed = _changed(before, self._tree)
+        changed = changed_files(before, self._tree)
         if len(changed) == 1:
             (name,) = changed
             old, new = (tree.get(name, b"").splitlines(keepends=True) for tree in (before, self._tree))
@@ -219,7 +177,7 @@ class RepairEnv:
         if not self._history:
             return f"error: nothing to undo\n{self._status()}"
         before, self._tree = self._tree, self._history.pop()
-        changed = _changed(before, self._tree)
+        changed = changed_files(before, self._tree)
         self._require_sandbox().write({name: self._tree.get(name) for name in changed})
         name = changed[0]
         lines = _changed_lines(*(tree.get(name, b"").splitlines() for tree in (before, self._tree)))
@@ -264,21 +222,6 @@ def plain_words(command: str) -> list[str] | None:
         return shlex.split(command)
     except ValueError:
         return None
-
-
-def tree_diff(before: Tree, after: Tree) -> str:
-    """Return a unified diff in git's form between two trees of text files."""
-    parts = []
-    for name in _changed(before, after):
-        old, new = (tree.get(name, b"").decode(errors="replace").splitlines(keepends=True) for tree in (before, after))
-        lines = difflib.unified_diff(old, new, f"a/{name}", f"b/{name}")
-        parts.append(f"diff --git a/{name} b/{name}\n" + "".join(lines))
-    return "".join(parts)
-
-
-def _changed(before: Tree, after: Tree) -> list[str]:
-    """Return the names of the files that differ or are in one tree only, sorted."""
-    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
 def _changed_lines(before: Sequence[bytes], after: Sequence[bytes]) -> list[int]:

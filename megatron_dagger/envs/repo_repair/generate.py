@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_dagger.config import RepoRepairConfig
-from megatron_dagger.envs.repo_repair.env import tree_diff
+from megatron_dagger.envs.repo_repair.episode import tree_diff
 from megatron_dagger.envs.repo_repair.mutate import Mutation, sites
 from megatron_dagger.envs.repo_repair.repository import make_repository
 from megatron_dagger.envs.repo_repair.task import RepairTask

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import posixpath
 import shlex
-from collections.abc import Mapping
-from typing import Self
 
 from megatron_dagger.envs.base import Observation, truncate
-from megatron_dagger.envs.repo_repair.env import plain_words, tree_diff
+from megatron_dagger.envs.repo_repair.env import plain_words
+from megatron_dagger.envs.repo_repair.episode import RepairEpisode, Tree
 from megatron_dagger.envs.repo_repair.task import RepairTask
-from megatron_dagger.envs.repo_repair.testing import SETTINGS_FILE, run_tests
-from megatron_dagger.sandbox.base import CommandResult, EnvironmentBroken
+from megatron_dagger.envs.repo_repair.testing import SETTINGS_FILE
+from megatron_dagger.sandbox.base import CommandResult
 from megatron_dagger.sandbox.local import ProcessSandbox, SandboxPool
 
 SYSTEM_MESSAGE = """\
@@ -35,16 +34,11 @@ eval %s
 _GIT_CONFIG = b"[user]\n\tname = agent\n\temail = agent@localhost\n[gc]\n\tauto = 0\n[advice]\n\tdetachedHead = false\n"
 
 
-class LongRepairEnv:
+class LongRepairEnv(RepairEpisode):
     """The Env of one long RepairTask; ``files`` are its repository, ``.git`` included."""
 
-    def __init__(self, task: RepairTask, files: Mapping[str, bytes], pool: SandboxPool):
-        self.task_id = task.instance_id
-        self.task = task
-        self._files = files
-        self._original = {name: content for name, content in files.items() if not name.startswith(".git/")}
-        self._pool = pool
-        self._sandbox: ProcessSandbox | None = None
+    def __init__(self, task: RepairTask, files: Tree, pool: SandboxPool):
+        super().__init__(task, files, pool)
         self._cwd = "."  # relative to the root of the work tree, or absolute outside it
 
     def reset(self) -> tuple[str, str]:
@@ -89,31 +83,7 @@ class LongRepairEnv:
         self._cwd = posixpath.relpath(places, root) if inside else places
         return CommandResult(output=output, exit_code=result.exit_code, timed_out=result.timed_out)
 
-    def judge(self) -> bool:
-        return run_tests(self._pool, self._submitted(), self.task.tool_settings()).passed(self.task.tests)
-
-    def report(self) -> dict[str, object]:
-        """Return the patch."""
-        return {"patch": tree_diff(self._original, self._submitted())}
-
-    def close(self) -> None:
-        """Give the sandbox back to the pool, which empties it. May be called twice."""
-        sandbox, self._sandbox = self._sandbox, None
-        if sandbox is not None:
-            self._pool.give(sandbox)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _require_sandbox(self) -> ProcessSandbox:
-        if self._sandbox is None:
-            raise EnvironmentBroken("the episode has not been reset, or is closed")
-        return self._sandbox
-
     def _submitted(self) -> dict[str, bytes]:
-        """Return the task's files with the agent's version of the modules under repair; changed tests do not count."""
-        tree = self._require_sandbox().read(".")
-        return {**self._original, **{name: tree[name] for name in self.task.source_files if name in tree}}
+        if self._sandbox is not None or not self._tree:  # closed by the judge, the tree is as it was judged
+            self._tree = self._require_sandbox().read(".")
+        return super()._submitted()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_dagger.config import RepoRepairConfig
 from megatron_dagger.envs.environment import Track
-from megatron_dagger.envs.repo_repair.env import tree_diff
+from megatron_dagger.envs.repo_repair.episode import tree_diff
 from megatron_dagger.envs.repo_repair.generate import SourceTree, UnusablePackage, task_template
 from megatron_dagger.envs.repo_repair.long.bugs import LAST_LINE, Bug, BugPool, bug_pool
 from megatron_dagger.envs.repo_repair.repository import make_repository

@@ -29,7 +29,7 @@ def positive_control() -> RunConfig:
     """A tiny Qwen3 follows roads and learns the way back from the teacher's labels; CPU, DP2, a minute."""
     return RunConfig(
         name="positive_control",
-        road=RoadConfig(stops=12, train_tasks=420, heldout_tasks=100),
+        road=RoadConfig(stops=8, train_tasks=780, heldout_tasks=100),
         model=ModelConfig(
             num_layers=2,
             hidden_size=64,
@@ -60,10 +60,10 @@ def positive_control() -> RunConfig:
         evaluation_sampling=SamplingConfig(temperature=1.0, top_p=0.9, max_tokens=8),
         dagger=DaggerConfig(
             rounds=2,
-            sft_tasks=140,
-            tasks_per_round=140,
+            sft_tasks=260,
+            tasks_per_round=260,
             beta=BetaConfig(schedule="constant", start=0.0),  # else the teacher's own turns show the way back, too
-            aggregation=AggregationConfig(max_labels_per_round=700),
+            aggregation=AggregationConfig(max_labels_per_round=800),
             evaluation_tasks=100,
             evaluate_rounds="last",
         ),

@@ -36,9 +36,15 @@ class AggregationConfig:
     filter: Literal["none", "finished", "solved"] = "none"
     deduplicate: bool = True  # count the same label after the same tokens once
     max_labels_per_round: int | None = number(None, gt=0)  # drawn at random from each round's labels; None: all
+    max_sft_labels: int | None = number(None, gt=0)  # as many of round 0 instead; None: max_labels_per_round
 
     def __post_init__(self) -> None:
         check_numbers(self, "dagger.aggregation")
+
+    def max_labels(self, round_index: int) -> int | None:
+        """Return how many labels of a round are kept at most; None: all."""
+        first = round_index == 0 and self.max_sft_labels is not None
+        return self.max_sft_labels if first else self.max_labels_per_round
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,9 +54,9 @@ def aggregate(trajectories: Iterable[Trajectory], config: AggregationConfig) -> 
         if labels:
             episode = LabelledEpisode(tokens=tokens, labels=tuple(labels))
             by_round.setdefault(trajectory.round_index, []).append(episode)
-    if config.max_labels_per_round is not None:
-        limit = config.max_labels_per_round
-        by_round = {index: _sample_labels(episodes, limit, seed=index) for index, episodes in by_round.items()}
+    for index, episodes in by_round.items():
+        if (limit := config.max_labels(index)) is not None:
+            by_round[index] = _sample_labels(episodes, limit, seed=index)
     return [episode for episodes in by_round.values() for episode in episodes]
 
 

@@ -1,7 +1,7 @@
 """A road, the smallest environment, and one in which DAgger must beat SFT: slips lead where the teacher never is.
 
 A stop shows a sign, or only a number, from which the teacher alone knows the way: the student guesses and gets lost.
-Then it needs ``back``, which no teacher's episode shows; another command there leads nowhere.
+Then it needs ``back``, which no teacher's episode shows; another command there ends the walk.
 """
 
 import random
@@ -10,14 +10,14 @@ from megatron_dagger.envs.base import Env, Observation
 from megatron_dagger.envs.environment import Environment, EnvironmentContext, Expert
 from megatron_dagger.types import Message
 
-LETTERS, COMMANDS = "ABCDEFGH", {"road": "go", "lost": "back", "nowhere": "stop"}
-UNSIGNED, WAY_BACK = 0.15, 2  # the share of stops without a sign; the steps that a slip costs
+LETTERS, COMMANDS = "ABCDEFGH", {"road": "go", "lost": "back"}
+UNSIGNED, WAY_BACK = 0.2, 2  # the share of stops without a sign; the steps that a slip costs
 
 
 def next_command(messages: tuple[Message, ...]) -> str:
     """Return the teacher's command for the last place that ``messages`` show."""
-    place, name = [m.content for m in messages if m.role == "user" and m.content.split()[0] in COMMANDS][-1].split()
-    return f"{COMMANDS[place]} {name if name in LETTERS else random.Random(int(name)).choice(LETTERS)}"
+    place, *name = [m.content for m in messages if m.role == "user" and m.content.split()[0] in COMMANDS][-1].split()
+    return " ".join([COMMANDS[place], *(x if x in LETTERS else random.Random(int(x)).choice(LETTERS) for x in name)])
 
 
 class Road(Env):
@@ -30,21 +30,20 @@ class Road(Env):
         return "Follow the road.", self._look()
 
     def step(self, command: str) -> Observation:
-        if self.way[-1] == "nowhere":
-            return Observation(text="stopped", done=True)
         if command == next_command((self.seen,)):
             self.way.pop()
+        elif self.way[-1] == "lost":
+            return Observation(text="nowhere", done=True)
         else:
-            self.way += ["nowhere"] if self.way[-1] == "lost" else ["lost"] * WAY_BACK
+            self.way += ["lost"] * WAY_BACK
         return Observation(text=self._look() if self.way else "there", done=not self.way)
 
     def judge(self) -> bool:
         return not self.way
 
     def _look(self) -> str:
-        unsigned = self.way[-1] == "road" and self.draws.random() < UNSIGNED
-        name = self.draws.randint(100, 999) if unsigned else self.draws.choice(LETTERS)
-        self.seen = Message(role="user", content=f"{self.way[-1]} {name}")
+        name = self.draws.randint(100, 999) if self.draws.random() < UNSIGNED else self.draws.choice(LETTERS)
+        self.seen = Message(role="user", content=f"road {name}" if self.way[-1] == "road" else self.way[-1])
         return self.seen.content
 
 

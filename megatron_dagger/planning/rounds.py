@@ -45,8 +45,8 @@ def round_times(
     shares = [student_share(dagger, beta, index, episode.turns) for index, beta in enumerate(betas)]
     tasks = [dagger.sft_tasks] + [dagger.tasks_per_round] * dagger.rounds
     data = [
-        _labels_kept(config, count * episode.turns) * count * row_tokens(training, assumed, episode, share)
-        for share, count in zip(shares, tasks, strict=True)
+        _labels_kept(config, index, count * episode.turns) * count * row_tokens(training, assumed, episode, share)
+        for index, (share, count) in enumerate(zip(shares, tasks, strict=True))
     ]
     rounds = []
     for index, share in enumerate(shares):
@@ -69,9 +69,9 @@ def round_times(
     return tuple(rounds)
 
 
-def _labels_kept(config: RunConfig, turns: float) -> float:
+def _labels_kept(config: RunConfig, index: int, turns: float) -> float:
     """Return the share of a round's labels, one for each of its ``turns``, that aggregation keeps."""
-    limit = config.dagger.aggregation.max_labels_per_round
+    limit = config.dagger.aggregation.max_labels(index)
     return 1.0 if limit is None else min(1.0, limit / turns)
 
 

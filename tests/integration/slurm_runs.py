@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_dagger.observability.metrics import read_lines
 from tests.integration.tiny_run import ARGUMENTS, DEADLINE_S, writers
+from tools.virtual_slurm.cluster import ENDED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,9 +45,7 @@ class Run:
 
         def reached():
             state = self.cluster.state(self.job)
-            assert state in ("PENDING", "RUNNING", "COMPLETING"), (
-                f"waiting for {event}: {state}\n{self.log.read_text()}"
-            )
+            assert state not in ENDED, f"waiting for {event}: {state}\n{self.log.read_text()}"
             return condition()
 
         self.cluster.wait(reached, DEADLINE_S, event, lambda: self.cluster.log(self.job))

@@ -48,7 +48,7 @@ def test_commands_read_a_run_without_a_sandbox(arms, capsys):
     run = str(folder / "dagger")
     assert main(["replay", run, "--round", "2", "--all"]) == 0
     replayed = capsys.readouterr().out.splitlines()
-    assert len(replayed) == 140
+    assert len(replayed) == 260
     assert all(line.endswith("same observations, same ending") for line in replayed)
     assert main(["status", run]) == 0
     assert main(["show", run, "--round", "1", "--failed"]) == 0

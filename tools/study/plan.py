@@ -21,9 +21,11 @@ SHORT_KIND_SIZE = 5  # bugs whose lengths are enough for it
 HORIZONS = (SHORT_KIND, 1, 2, 4, 8)  # bugs of a task
 ROUNDS = 2  # after round 0
 SEED_STEP = 1000
+FIRST_ROUND = 3  # round 0 trains on so many times the labels of a later one: round 1 wants a student that can work
 # 100 tasks of each horizon; three of the packages have fewer than 16 bugs. None is trained on.
 HELDOUT_PACKAGES = ("jsonpointer", "schema", "simpleeval", "tabulate", "texttable", "unidiff", "xmltodict")
-SPARE_HELDOUT, SPARE_TASKS = 1.4, 1.6  # some packages yield too few tasks; students' episodes may be short
+# Some packages yield too few tasks; students' episodes may be short, and equal states are labelled once.
+SPARE_HELDOUT, SPARE_TASKS, SPARE_SFT_TASKS = 1.4, 1.6, 1.2
 
 ARMS: dict[str, tuple[str, ...]] = {
     "sft": ("dagger.beta.schedule=constant", "dagger.beta.start=1.0", "dagger.beta.floor=1.0"),
@@ -52,7 +54,7 @@ class Cell:
 
     arm: str
     horizon: int
-    amount: int  # labels of each round
+    amount: int  # labels of each round after round 0
     seed: int
     greedy: bool = False
 
@@ -91,26 +93,31 @@ class Plan:
         """Return how many tasks give the horizon's largest amount of labels, with some to spare."""
         return math.ceil(SPARE_TASKS * self.amounts[horizon][-1] / teacher_turns(horizon))
 
+    def sft_tasks(self, horizon: int) -> int:
+        """Return how many tasks give the labels of round 0, in which the teacher acts alone."""
+        return math.ceil(SPARE_SFT_TASKS * FIRST_ROUND * self.amounts[horizon][-1] / teacher_turns(horizon))
+
     def run_settings(self, cell: Cell) -> list[str]:
         """Return the settings in which the cell's run differs from the recipe."""
-        tasks, turns = self.tasks_per_round(cell.horizon), teacher_turns(cell.horizon)
+        tasks, sft_tasks = self.tasks_per_round(cell.horizon), self.sft_tasks(cell.horizon)
         return [
             *_size(cell.horizon),
             f"seed={1 + SEED_STEP * cell.seed}",
             f"repo_repair.bugs={cell.horizon}",
             f"repo_repair.heldout_packages=[{','.join(HELDOUT_PACKAGES)}]",
-            f"repo_repair.train_tasks={tasks * (ROUNDS + 1)}",
+            f"repo_repair.train_tasks={sft_tasks + tasks * ROUNDS}",
             f"repo_repair.heldout_tasks={math.ceil(SPARE_HELDOUT * self.heldout)}",
             f"dagger.rounds={ROUNDS}",
-            f"dagger.sft_tasks={tasks}",
+            f"dagger.sft_tasks={sft_tasks}",
             f"dagger.tasks_per_round={tasks}",
             f"dagger.evaluation_tasks={self.heldout}",
             "dagger.evaluate_rounds=last",
             f"dagger.aggregation.max_labels_per_round={cell.amount}",
+            f"dagger.aggregation.max_sft_labels={FIRST_ROUND * cell.amount}",
             f"training.max_steps={self.steps}",
             *self.settings,
             *(ARMS | VARIANTS)[cell.arm],
-            *_prefix_turns(cell.arm, turns),
+            *_prefix_turns(cell.arm, teacher_turns(cell.horizon)),
             *(["evaluation_sampling.temperature=0.0"] if cell.greedy else []),
         ]
 
@@ -125,13 +132,14 @@ class Plan:
         if cell.greedy:
             return START_S + evaluated / TURNS_PER_S
         rounds = ROUNDS + first
-        collected = rounds * turns * self.tasks_per_round(cell.horizon)
+        tasks = ROUNDS * self.tasks_per_round(cell.horizon) + first * self.sft_tasks(cell.horizon)
+        collected = turns * tasks
         return START_S + (collected + evaluated) / TURNS_PER_S + rounds * self.steps / STEPS_PER_S
 
 
 def teacher_turns(horizon: int) -> int:
     """Return about how many turns the teacher needs for a task."""
-    return 8 * horizon + 2 if horizon else 20
+    return 7 * horizon + 2 if horizon else 20
 
 
 def parse_amounts(horizons: Sequence[int], texts: Sequence[str]) -> dict[int, tuple[int, ...]]:

@@ -39,6 +39,7 @@ START_DEADLINE_S = 60.0
 COMMAND_DEADLINE_S = 60.0
 POLL_S = 0.2
 FAILED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+ENDED = (*FAILED, "COMPLETED")  # a job in any other state (there are many) goes on
 
 
 class SlurmCluster:
@@ -105,7 +106,7 @@ class SlurmCluster:
 
         def reached() -> bool:
             state = self.state(job_id)
-            if state not in states and state in (*FAILED, "COMPLETED"):
+            if state not in states and state in ENDED:
                 raise SlurmError(f"job {job_id} is {state}:\n{self.log(job_id)}")
             return state in states
 

@@ -18,7 +18,7 @@ from megatron_dagger.envs.repo_repair.expert import next_command
 from megatron_dagger.envs.repo_repair.long.corpus import long_texts
 from megatron_dagger.envs.repo_repair.long.env import LongRepairEnv
 from megatron_dagger.envs.repo_repair.long.expert import next_command as next_long_command
-from megatron_dagger.envs.repo_repair.long.tasks import prepare_long_tasks
+from megatron_dagger.envs.repo_repair.long.tasks import prepare_long_tasks, repairs
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.envs.repo_repair.task import write_tasks
 from megatron_dagger.envs.repo_repair.taskset import prepare_tasks
@@ -50,7 +50,8 @@ def load_environment(context: EnvironmentContext) -> Environment:
     @functools.lru_cache(maxsize=CACHED_REPOSITORIES)
     def repository(task_id: str) -> dict[str, bytes]:
         files = read_repository(tasks.repository(by_id[task_id]))
-        compile_modules(files, compiled)
+        for modules in (files, *(repairs(files) if long else ())):
+            compile_modules(modules, compiled)
         return files
 
     def prepare(folder: Path) -> None:

@@ -155,16 +155,16 @@ def test_summary_of_nothing_and_of_teacher_episodes() -> None:
     assert summary["teacher_turn_share"] == 1.0
 
 
-@given(runs(), st.integers(1, 5))
+@given(runs(), st.integers(1, 5), st.none() | st.integers(1, 5))
 @settings(deadline=None)
-def test_a_cap_samples_at_most_that_many_labels_of_each_round(trajectories, cap):
-    capped = AggregationConfig(max_labels_per_round=cap)
+def test_a_cap_samples_at_most_that_many_labels_of_each_round(trajectories, cap, sft_cap):
+    capped = AggregationConfig(max_labels_per_round=cap, max_sft_labels=sft_cap)
     for index in {trajectory.round_index for trajectory in trajectories}:
         of_round = [trajectory for trajectory in trajectories if trajectory.round_index == index]
         every = [label for episode in aggregate(of_round, AggregationConfig()) for label in episode.labels]
         kept = [label for episode in aggregate(of_round, capped) for label in episode.labels]
         names = [(label.position, label.tokens.tolist()) for label in every]
-        assert len(kept) == min(cap, len(every))
+        assert len(kept) == min(cap if index or sft_cap is None else sft_cap, len(every))
         assert all((label.position, label.tokens.tolist()) in names for label in kept)
         repeated = [label for episode in aggregate(of_round, capped) for label in episode.labels]
         assert [k.position for k in repeated] == [k.position for k in kept]

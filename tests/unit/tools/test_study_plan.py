@@ -37,9 +37,11 @@ def test_the_arms_of_a_group_differ_only_in_who_acts(horizon):
     assert sft.repo_repair.bugs == horizon
     assert sft.dagger.aggregation.max_labels_per_round == 100
     assert prefix.dagger.prefix_turns_per_round * 2 >= prefix.dagger.prefix_turns_limit == teacher_turns(horizon)
-    tasks = sft.dagger.tasks_per_round
-    assert sft.repo_repair.train_tasks == tasks * 3, "every round has new tasks"
-    assert tasks * teacher_turns(horizon) >= 1.5 * PLAN.amounts[horizon][-1]
+    assert sft.dagger.aggregation.max_sft_labels == 300
+    tasks, largest = sft.dagger.tasks_per_round, PLAN.amounts[horizon][-1]
+    assert sft.repo_repair.train_tasks == sft.dagger.sft_tasks + tasks * 2, "every round has new tasks"
+    assert tasks * teacher_turns(horizon) >= 1.5 * largest
+    assert sft.dagger.sft_tasks * teacher_turns(horizon) >= 1.1 * 3 * largest
     assert not {*sft.repo_repair.train_packages} & {*sft.repo_repair.heldout_packages}
 
 

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 
 from megatron_dagger.envs.repo_repair.expert import turns
-from megatron_dagger.envs.repo_repair.long.tasks import WORDS
+from megatron_dagger.envs.repo_repair.long.tasks import COMMENT, WORDS
 from megatron_dagger.types import Message
 
 DIFF = "git diff | grep ^[-+]"
@@ -24,7 +24,6 @@ ALL_TESTS = "pytest @todo/all.tests"
 
 _TASK = re.compile(rf"todo: one to ({'|'.join(WORDS)})$")
 _READ = re.compile(r"cat todo/(\w+)\.md")
-_COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/ (?P<file>\S+)")
 _TEST = re.compile(r"pytest @todo/(\w+)\.tests")
 _COMMIT = re.compile(r"git commit -qam \S+")
 _CD = re.compile(r"cd(?: (\S+))?")
@@ -112,7 +111,7 @@ def _follow(work: Work, command: str, reply: str) -> None:
         return
     work.fresh = False
     if match := _READ.fullmatch(command):
-        comment = _COMMENT.fullmatch(reply)
+        comment = COMMENT.fullmatch(reply)
         if comment and match[1] == work.next:
             work.comment, work.fresh, work.edited = Comment(**comment.groupdict()), True, False
     elif command == DIFF:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,14 +32,15 @@ TODO = "todo"
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Modules with bugs are moved to names drawn for each task and begin with as many comment lines as were drawn, so that a
 # student must read addresses and cannot know them by heart. In a moved module's place remains one that executes the
-# moved code as its own.
+# moved code as its own, which it loads as an import does (tools/code_cache.py).
 FOLDERS = ("api", "base", "core", "data", "engine", "forms", "lang", "plugins", "server", "tools")
 FILES = ("cache", "index", "model", "node", "parser", "query", "route", "store", "table", "tree", "utils", "view")
 INCLUDE = """\
-import pathlib
+import importlib.machinery, pathlib
 _code = pathlib.Path(__file__).parents[{up}] / "{place}"
-exec(compile(_code.read_bytes(), str(_code), "exec", dont_inherit=True))
+exec(importlib.machinery.SourceFileLoader(__name__, str(_code)).get_code(__name__))
 """
+COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/ (?P<file>\S+)")
 TESTS_PER_BUG = 2
 MAX_PASSING_TESTS = 4
 TRIES = 20  # compositions for one task
@@ -81,9 +83,24 @@ def prepare_long_tasks(
 
 
 def comment(path: str, line: int, bug: Bug) -> str:
-    """Return the comment on a bug: its place, and the substitution that repairs it, in the order of sed's arguments."""
+    """Return the comment on a bug: its place, and the substitution that repairs it, in the order of sed's arguments.
+
+    ``COMMENT`` reads it.
+    """
     folder, _, file = path.rpartition("/")
     return f"in {folder}: {line:03}s/{bug.wrong}/{bug.right}/ {file}\n"
+
+
+def repairs(files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
+    """Yield each module as one repair after the other, in the order of ``todo``, leaves it."""
+    modules = dict(files)
+    for word in WORDS:
+        if match := COMMENT.match(files.get(f"{TODO}/{word}.md", b"").decode()):
+            path, number = f"{match['folder']}/{match['file']}", int(match["line"]) - 1
+            lines = modules[path].decode().splitlines(keepends=True)
+            lines[number] = lines[number].replace(match["wrong"], match["right"], 1)
+            modules[path] = "".join(lines).encode()
+            yield {path: modules[path]}
 
 
 def compose(

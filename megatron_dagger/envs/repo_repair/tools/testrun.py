@@ -5,6 +5,7 @@ It runs in the sandbox, beside the code under repair, and imports nothing of meg
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import io
@@ -30,7 +31,10 @@ TEST_TIMEOUTS = {signal.SIGPROF: (signal.ITIMER_PROF, 2.0), signal.SIGALRM: (sig
 
 
 EARLY_HOOKS = re.compile(rb"pytest_(plugins|addoption|addhooks|cmdline|load_initial|sessionstart)")
-
+# pytest's options that choose among collected tests
+_LATE_OPTIONS = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+_LATE_OPTIONS.add_argument("-k", dest="keyword")
+_LATE_OPTIONS.add_argument("--deselect", action="append")
 
 # Modules that tests often import; with their own imports they take longer than most tests.
 PRELOADED = ("doctest", "html.parser", "pickle", "unittest.mock")
@@ -130,8 +134,8 @@ def run(
             sys.modules.pop(name.removesuffix(".py"), None)
     sys.path[:0] = [os.path.abspath(path) for path in paths]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        if not extra and _started.fits(recorder.files):
-            _started.run(files, recorder)
+        if _started.fits(recorder.files, extra):
+            _started.run(files, extra, recorder)
         else:
             pytest.main([*OPTIONS, "--rootdir", os.getcwd(), *extra, *files], plugins=[recorder])
     return recorder
@@ -157,10 +161,14 @@ class StartedSession:
         self._config = config
         return 0
 
-    def fits(self, files: Sequence[str]) -> bool:
-        """Return whether tests of these files can run in it: from its root, with no conftest that had to be there."""
+    def fits(self, files: Sequence[str], extra: list[str]) -> bool:
+        """Return whether tests of these files can run in it: from its root, with no conftest that had to be there.
+
+        Options must be some that pytest reads after its start (``_LATE_OPTIONS``).
+        """
         folders = {parent for file in files for parent in pathlib.Path(file).parents}
-        return os.getcwd() == self._root and not any(map(self._had_to_be_there, folders))
+        in_time = os.getcwd() == self._root and not _LATE_OPTIONS.parse_known_args(extra)[1]
+        return in_time and not any(map(self._had_to_be_there, folders))
 
     def _had_to_be_there(self, folder: pathlib.Path) -> bool:
         """Return whether the folder has a conftest.py that collection alone would not load, or not early enough."""
@@ -170,11 +178,12 @@ class StartedSession:
             return False
         return pathlib.Path(self._root) not in folder.parents or bool(EARLY_HOOKS.search(conftest))
 
-    def run(self, files: list[str], recorder: Recorder) -> None:
+    def run(self, files: list[str], extra: list[str], recorder: Recorder) -> None:
         """Collect and run tests as pytest.main does. A process can do this once."""
         os.environ["PYTEST_VERSION"] = pytest.__version__
         config, session = self._config, self._session
         config.args = files
+        _LATE_OPTIONS.parse_args(extra, config.option)
         config.pluginmanager.register(recorder)
         config.pluginmanager.getplugin("capturemanager").start_global_capturing()
         config.pluginmanager.getplugin("capturemanager").suspend_global_capture()

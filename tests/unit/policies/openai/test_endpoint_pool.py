@@ -132,13 +132,14 @@ def test_a_single_request_that_is_never_answered_does_not_mean_that_the_teacher_
 
     async def ask(policy):
         async def ask_others():
-            for number in range(12):
+            for number in range(40):
                 await policy.act(state(str(number)))
                 await asyncio.sleep(0.1)
 
         return await asyncio.gather(policy.act(state("endless")), ask_others(), return_exceptions=True)
 
-    with chat_server(answer) as server, teacher(tmp_path, server, patience_s=1.0) as policy:
+    # Pauses of 0.5 and 1 s must not fill the second half of the wait.
+    with chat_server(answer) as server, teacher(tmp_path, server, patience_s=4.0) as policy:
         error, result_of_others = asyncio.run(ask(policy))
     assert (type(error), result_of_others) == (PolicyError, None)
 

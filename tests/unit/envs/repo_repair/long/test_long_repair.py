@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_dagger.envs.repo_repair.episode import tree_diff
 from megatron_dagger.envs.repo_repair.long.bugs import bug_pool
 from megatron_dagger.envs.repo_repair.long.env import LongRepairEnv
 from megatron_dagger.envs.repo_repair.long.expert import DIFF, DISCARD, RESTART, next_command
-from megatron_dagger.envs.repo_repair.long.tasks import WORDS, compose
+from megatron_dagger.envs.repo_repair.long.tasks import WORDS, compose, repairs
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.envs.repo_repair.testing import TestBench
 from megatron_dagger.types import Message
@@ -82,6 +83,16 @@ def test_tests_of_a_bug_pass_once_it_and_those_before_it_are_repaired(tasks, poo
                 bench.write({path: files[path]})
                 assert bench.run(settings).passed(tests)
             assert bench.run(task.tool_settings()).passed(task.tests)
+
+
+def test_repairs_are_the_states_that_the_teacher_leaves(env, tasks, repositories):
+    files = read_repository(repositories / tasks[0].instance_id)
+    states = list(repairs(files))
+    assert len(states) == BUGS
+    said, _ = play(env)
+    assert sum(command.startswith("sed") for command, _ in said) == BUGS
+    final = {name: content for state in states for name, content in state.items()}
+    assert tree_diff(files, {**files, **final}) == env.patch() == tasks[0].patch
 
 
 def test_bugs_are_found_once_and_read_again(bugs, pool, tmp_path):

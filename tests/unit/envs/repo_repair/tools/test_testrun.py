@@ -98,6 +98,20 @@ def test_only_wanted_tests_have_an_outcome(sandbox):
     assert run(sandbox, ["cases.py::test_number"]).outcomes == {}
 
 
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (("--deselect=cases.py::TestClass",), 16),
+        (("-k", "letters or numbers and not 2"), 6),
+        (("-k", "Class", "--deselect", "cases.py::TestClass::test_inside_too"), 1),
+    ],
+)
+def test_options_that_choose_tests_are_those_of_pytest(sandbox, options, count):
+    outcomes = run(sandbox, None, *options).outcomes
+    assert len(outcomes) == count
+    assert outcomes == run(sandbox, None, "-q", *options).outcomes
+
+
 def test_a_conftest_with_early_hooks_is_respected(sandbox):
     conftest = b"def pytest_addoption(parser):\n    parser.addoption('--mine')\n\n"
     conftest += (

@@ -19,6 +19,7 @@ from megatron_dagger.config import (
 )
 
 BUGS = 4
+TERSE = 0.12  # about one mistake in a hundred turns of a student that knows all but the rules
 # Packages with eight bugs that tests tell apart; the held-out ones are never trained on.
 TRAIN_PACKAGES = ("boltons", "cachetools", "humanize", "netaddr", "num2words", "parse", "pyrsistent", "sqlparse",
                   "toolz", "voluptuous")  # fmt: skip
@@ -33,6 +34,7 @@ def long_repair(bugs: int = BUGS) -> RunConfig:
         name="long_repair",
         repo_repair=RepoRepairConfig(
             bugs=bugs,
+            terse=TERSE,
             train_packages=TRAIN_PACKAGES,
             heldout_packages=HELDOUT_PACKAGES,
             train_tasks=150,

@@ -16,6 +16,7 @@ class RepoRepairConfig:
     train_packages: tuple[str, ...] = ()  # empty: the pinned default list
     heldout_packages: tuple[str, ...] = ()  # likewise
     bugs: int = number(0, ge=0, le=9)  # K > 0: long tasks, K wrong tokens and a shell; 0: one, and tools to find it
+    terse: float = number(0.0, ge=0, le=1)  # long tasks: share of operators of which only the rule they break is named
     train_tasks: int = number(192, gt=0)
     heldout_tasks: int = number(48, gt=0)
     repeats: int = number(3, ge=2)  # test runs that must agree for a task to be used, at least 2

@@ -1,7 +1,7 @@
 """Compare ways to learn from a teacher: SFT, DAgger and its prefix form, by horizon, at equal labels and steps.
 
-    .venv/bin/python -m tools.study.methods --quick       the control, two horizons, 2 seeds: minutes
-    .venv/bin/python -m tools.study.methods               5 seeds, 100 held-out tasks, all horizons: two days
+    .venv/bin/python -m tools.study.methods --quick       the control, one horizon, 2 seeds: ten minutes
+    .venv/bin/python -m tools.study.methods               5 seeds, 100 held-out tasks, all horizons: days
     .venv/bin/python -m tools.study.methods --horizons 1,8 --amounts 800 --variants training.optimizer.lr=1e-3
 
 First comes the positive control (tools/check/positive_control.py), in which DAgger must win. Then come the long repairs
@@ -38,13 +38,13 @@ from tools.study.statistics import POWER
 from tools.study.summary import BASELINE, Results, numbers, visible_difference
 
 PAGE = "methods.html"
-CONTROL_SEEDS = 3
 FULL: dict[str, Any] = {
-    "horizons": HORIZONS, "arms": tuple(ARMS), "amounts": ("700", "1400", "1:400", "1:800"),
-    "seeds": 5, "heldout": 100, "steps": 200,
+    "horizons": HORIZONS, "arms": tuple(ARMS), "amounts": ("500", "1500"),
+    "seeds": 5, "heldout": 100, "steps": 200, "control_seeds": 3,
 }  # fmt: skip
 QUICK: dict[str, Any] = {
-    "horizons": (1, 4), "arms": ("sft", "dagger"), "amounts": ("700", "1:400"), "seeds": 2, "heldout": 20, "steps": 100,
+    "horizons": (2,), "arms": ("sft", "dagger"), "amounts": ("400",),
+    "seeds": 2, "heldout": 20, "steps": 100, "control_seeds": 1,
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dry_run:
         return 0
     try:
-        controls, wrong = run_control(arguments.out / "control") if arguments.control else ({}, [])
+        controls, wrong = run_control(arguments.out / "control", arguments.control_seeds)
         write_page(study, visible)
         if not arguments.page_only:
             run_study(study, visible)
@@ -90,17 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(wrong or problems))
 
 
-def run_control(out: Path) -> tuple[dict[str, float], list[str]]:
+def run_control(out: Path, seeds: int) -> tuple[dict[str, float], list[str]]:
     """Run both arms of the positive control, or finish them; return their mean success and what is wrong."""
     success: dict[str, list[float]] = {f"control_{arm}": [] for arm in control.ARMS}
     wrong = []
-    for seed in range(control.FIRST_SEED, control.FIRST_SEED + CONTROL_SEEDS):
+    for seed in range(control.FIRST_SEED, control.FIRST_SEED + seeds):
         arms = {arm: _control_outcome(out / f"{arm}-{seed}", arm, seed) for arm in control.ARMS}
         for arm, outcome in arms.items():
             success[f"control_{arm}"].append(outcome.success)
         wrong += [f"control, seed {seed}: {problem}" for problem in control.problems(**arms)]
         print(f"control, seed {seed}: SFT {arms['sft'].success:.0%}, DAgger {arms['dagger'].success:.0%}", flush=True)
-    return {name: fmean(values) for name, values in success.items()}, wrong
+    return {name: fmean(values) for name, values in success.items() if values}, wrong
 
 
 def _control_outcome(run: Path, arm: str, seed: int) -> control.Outcome:
@@ -157,7 +157,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heldout", type=int, help=f"held-out tasks of each seed (default: {FULL['heldout']})")
     parser.add_argument("--steps", type=int, help=f"optimizer steps of each round (default: {FULL['steps']})")
     parser.add_argument("--no-greedy", action="store_false", dest="greedy", help="no greedy evaluations")
-    parser.add_argument("--no-control", action="store_false", dest="control", help="without the positive control")
+    parser.add_argument(
+        "--control-seeds", type=int, metavar="N",
+        help=f"seeds of the positive control, 0: without it (default: {FULL['control_seeds']})",
+    )  # fmt: skip
     parser.add_argument(
         "--seed-sd", type=float, default=8.0,
         help="points by which the true difference varies between seeds, for the power (default: %(default)s)",
@@ -178,6 +181,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     require(set(horizons) <= set(range(10)), f"--horizons {_shown(horizons)}: write numbers of bugs from 0 to 9")
     require(set(arms) <= set(ARMS), f"--arms {_shown(arms)}: choose from {_shown(list(ARMS))}")
     require(BASELINE in arms, f"--arms {_shown(arms)}: add {BASELINE}, with which the others are compared")
+    arguments.control_seeds = chosen["control_seeds"]
     arguments.out = arguments.out or ROOT / "runs" / ("methods-quick" if arguments.quick else "methods")
     return Plan(
         arms=tuple(arm for arm in ARMS if arm in arms),

@@ -81,8 +81,9 @@ def read_outcome(run_dir: Path, cell: Cell, seconds: float) -> Outcome:
 
 def labels_due(config: RunConfig) -> tuple[int, ...]:
     """Return how many labels each round must be trained on if every collection has enough."""
-    limit, rounds = config.dagger.aggregation.max_labels_per_round or 0, range(config.dagger.rounds + 1)
-    return tuple(limit * len(select_rounds(config.dagger.aggregation, index, rounds)) for index in rounds)
+    aggregation, rounds = config.dagger.aggregation, range(config.dagger.rounds + 1)
+    chosen = (select_rounds(aggregation, index, rounds) for index in rounds)
+    return tuple(sum(aggregation.max_labels(number) or 0 for number in numbers) for numbers in chosen)
 
 
 def save(path: Path, outcome: Outcome) -> None:

@@ -28,6 +28,7 @@ EXPERTS = ModelConfig(
 )
 BAD = {
     "seed": -1,
+    "repo_repair.terse": 1.5,
     "repo_repair.bugs": 10,
     "repo_repair.train_tasks": -5,
     "repo_repair.heldout_tasks": 0,

@@ -21,7 +21,7 @@ def test_the_size_and_the_power_are_said_first(tmp_path, capsys):
     assert printed.startswith("300 runs, 300 of them to do: about ")
     assert "5 seeds of 100 held-out tasks show a difference of 18.0 points or more in 80% of studies" in printed
     assert main(["--out", str(tmp_path / "quick"), "--quick", "--dry-run"]) == 0
-    assert capsys.readouterr().out.startswith("8 runs, 8 of them to do: about ")
+    assert capsys.readouterr().out.startswith("4 runs, 4 of them to do: about ")
     assert not list(tmp_path.iterdir())
 
 
@@ -47,7 +47,7 @@ def test_a_partial_study_has_a_page_and_a_result(tmp_path, capsys):
     for number, cell in enumerate(PLAN.all_cells()):
         if number != 5:
             save(tmp_path / "outcomes" / f"{cell.name}.json", make_outcome(cell, 12 if cell.arm == "dagger" else 8))
-    arguments = ["--out", str(tmp_path), *SIZE, "--page-only", "--no-control"]
+    arguments = ["--out", str(tmp_path), *SIZE, "--page-only", "--control-seeds", "0"]
     assert main(arguments) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
     assert (result["runs"], result["pending_runs"], result["unmatched"]) == (15, 1, [])

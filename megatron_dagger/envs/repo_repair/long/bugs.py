@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dagger.envs.repo_repair.generate import SourceTree, choices, covering_tests, task_template
+from megatron_dagger.envs.repo_repair.long.rules import OPERATORS
 from megatron_dagger.envs.repo_repair.mutate import Mutation
 from megatron_dagger.envs.repo_repair.testing import TestBench
 from megatron_dagger.sandbox.local import SandboxPool
@@ -25,8 +26,6 @@ MAX_TRIED = 160  # mutations
 MAX_COVERING_TESTS = 12
 MAX_FAILING_TESTS = 4
 REPEATS = 3
-# Operators that mean themselves in sed's expression, with a space on either side
-OPERATORS = frozenset({"<", "<=", ">", ">=", "==", "!=", "+", "-", "+=", "-=", "and", "or"})
 LAST_LINE = 999  # every address has three digits
 
 Place = tuple[str, int]  # file and line number

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_dagger.envs.repo_repair.long.bugs import OPERATORS
 from megatron_dagger.envs.repo_repair.long.env import SYSTEM_MESSAGE
 from megatron_dagger.envs.repo_repair.long.expert import ALL_TESTS, DIFF, DISCARD, RESTART
+from megatron_dagger.envs.repo_repair.long.rules import OPERATORS
 from megatron_dagger.envs.repo_repair.long.tasks import FILES, FOLDERS, WORDS
 from megatron_dagger.envs.repo_repair.taskset import TaskSet
 
@@ -19,11 +19,17 @@ def long_texts(tasks: TaskSet) -> Iterator[str]:
     fixed += ["system\n" + SYSTEM_MESSAGE, "assistant\n", "user\n", "nothing to commit, working tree clean"]
     fixed += ["--- a/", "+++ b/", "Updated 1 path from the index", "On branch main", ": No such file or directory"]
     for word in WORDS:
-        fixed += [f"cat todo/{word}.md", f"pytest @todo/{word}.tests", f"git commit -qam todo/{word}"]
+        fixed += [
+            f"cat todo/{word}.md",
+            f"cat todo/{word}.more",
+            " rule ",
+            f"pytest @todo/{word}.tests",
+            f"git commit -qam todo/{word}",
+        ]
     for folder in FOLDERS:
         fixed += [f"cd {folder}", f"cat: {folder}", f" a/{folder}", f"in {folder}: "]
     fixed += [f"/{file}.py\n sed: can't read {file}.py" for file in FILES]
-    fixed += [f"s/ {operator} / {operator} /' {file}.py" for operator in OPERATORS for file in FILES[:3]]
+    fixed += [f"s/ {operator} / {operator} /' {file}.py" for operator in sorted(OPERATORS) for file in FILES[:3]]
     for _ in range(REPEATS):
         yield from fixed
     for task in tasks.train:

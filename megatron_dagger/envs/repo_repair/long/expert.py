@@ -4,7 +4,8 @@ For each comment: read it, go to the file's folder, edit the line, look at the d
 uses only the conversation: from the commands and what they printed it infers where the shell is, what has been changed
 and what has been verified (``Work``), and acts on that. Whatever the commands before were, it continues from there: it
 repeats an edit that did nothing, discards one that did something else, tests what was committed without a test, and
-where it cannot tell it starts again from the task's first commit.
+where it cannot tell it starts again from the task's first commit. It knows the rules that terse comments name, and
+looks at the longer comment only where an edit after a terse one was not the right one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import re
 from dataclasses import dataclass
 
 from megatron_dagger.envs.repo_repair.expert import turns
-from megatron_dagger.envs.repo_repair.long.tasks import COMMENT, WORDS
+from megatron_dagger.envs.repo_repair.long.rules import pieces
+from megatron_dagger.envs.repo_repair.long.tasks import COMMENT, TERSE_COMMENT, WORDS
 from megatron_dagger.types import Message
 
 DIFF = "git diff | grep ^[-+]"
@@ -23,7 +25,7 @@ RESTART = "git reset -q --hard start && git clean -qfd :/"
 ALL_TESTS = "pytest @todo/all.tests"
 
 _TASK = re.compile(rf"todo: one to ({'|'.join(WORDS)})$")
-_READ = re.compile(r"cat todo/(\w+)\.md")
+_READ = re.compile(r"cat todo/(\w+)\.(?:md|more)")
 _TEST = re.compile(r"pytest @todo/(\w+)\.tests")
 _COMMIT = re.compile(r"git commit -qam \S+")
 _CD = re.compile(r"cd(?: (\S+))?")
@@ -43,6 +45,17 @@ class Comment:
     line: str
     wrong: str
     right: str
+    terse: bool = False
+
+    @classmethod
+    def read(cls, reply: str) -> Comment | None:
+        """Return the comment that was printed; None if it is none."""
+        if match := COMMENT.fullmatch(reply):
+            return cls(match["folder"], match["file"], match["line"], match["wrong"], match["right"])
+        if match := TERSE_COMMENT.fullmatch(reply):
+            wrong, right = pieces(int(match["rule"]))
+            return cls(match["folder"], match["file"], match["line"], wrong, right, terse=True)
+        return None
 
     @property
     def edit(self) -> str:
@@ -67,6 +80,7 @@ class Work:
     comment: Comment | None = None  # the next one, if it was read
     fresh: bool = False  # it has just been read
     edited: bool = False  # its edit was made since
+    misread: bool = False  # another edit was made after a terse form of it
     changed: bool | None = False  # the work tree since the last commit; None: unknown
     right: bool = False  # the change is the wanted one
     tested: bool | None = None  # whether the next comment's tests passed since the last change; None: they were not run
@@ -89,7 +103,7 @@ class Work:
     def verified(self) -> None:
         """Note that the next comment is done."""
         self.done += 1
-        self.comment, self.edited, self.tested, self.committed = None, False, None, False
+        self.comment, self.edited, self.misread, self.tested, self.committed = None, False, False, None, False
 
 
 def work_after(messages: tuple[Message, ...]) -> Work:
@@ -111,9 +125,9 @@ def _follow(work: Work, command: str, reply: str) -> None:
         return
     work.fresh = False
     if match := _READ.fullmatch(command):
-        comment = COMMENT.fullmatch(reply)
+        comment = Comment.read(reply)
         if comment and match[1] == work.next:
-            work.comment, work.fresh, work.edited = Comment(**comment.groupdict()), True, False
+            work.comment, work.fresh, work.edited = comment, True, False
     elif command == DIFF:
         if reply:
             work.changed, work.right = True, work.comment is not None and work.comment.explains(reply)
@@ -143,10 +157,12 @@ def _follow(work: Work, command: str, reply: str) -> None:
     elif command == RESTART:
         work.touched()
         work.clean()
-        work.done, work.comment, work.edited, work.committed, work.lost = 0, None, False, False, False
+        work.done, work.comment, work.committed, work.lost = 0, None, False, False
+        work.edited, work.misread = False, False
     elif not _HARMLESS.fullmatch(command) and not _FAILED.search(reply):
         work.touched()
         work.edited = work.comment is not None and command == work.comment.edit and work.folder == work.comment.folder
+        work.misread = work.misread or (work.comment is not None and work.comment.terse and not work.edited)
         work.folder = None if re.search(r"\bcd\b", command) else work.folder
         work.lost = work.lost or command.startswith("git")
 
@@ -168,8 +184,8 @@ def next_command(messages: tuple[Message, ...]) -> str:
         return f"git commit -qam todo/{work.next}"
     if work.changed or work.edited or work.committed:
         return _at_root(work, f"pytest @todo/{work.next}.tests") if work.tested is None else RESTART
-    if work.comment is None or not work.fresh:
-        return _at_root(work, f"cat todo/{work.next}.md")
+    if work.comment is None or not work.fresh or (work.misread and work.comment.terse):
+        return _at_root(work, f"cat todo/{work.next}.{'more' if work.misread else 'md'}")
     if work.folder == work.comment.folder:
         return work.comment.edit
     return _at_root(work, f"cd {work.comment.folder}")

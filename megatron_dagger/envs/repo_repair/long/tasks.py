@@ -1,8 +1,9 @@
 """Compose long repair tasks: K bugs of a package, a comment and a list of tests for each.
 
 The repository of a task has the package with the bugs and a folder ``todo``: ``N.md`` says where the N-th wrong token
-is and what it must be, ``N.tests`` lists tests that fail because of it, and ``all.tests`` every test of the task. N is
-a word, ``one`` to ``nine``. The bugs are in such an order that the N-th tests pass as soon as the first N are repaired.
+is and what it must be, or only which rule it breaks (``rules.py``), ``N.more`` says it in any case. ``N.tests`` lists
+tests that fail because of it, and ``all.tests`` every test of the task. N is a word, ``one`` to ``nine``. The bugs are
+in such an order that the N-th tests pass as soon as the first N are repaired.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron_dagger.envs.environment import Track
 from megatron_dagger.envs.repo_repair.episode import tree_diff
 from megatron_dagger.envs.repo_repair.generate import SourceTree, UnusablePackage, task_template
 from megatron_dagger.envs.repo_repair.long.bugs import LAST_LINE, Bug, BugPool, bug_pool
+from megatron_dagger.envs.repo_repair.long.rules import rules_of
 from megatron_dagger.envs.repo_repair.repository import make_repository
 from megatron_dagger.envs.repo_repair.task import RepairTask, read_tasks, write_tasks
 from megatron_dagger.envs.repo_repair.taskset import TaskSet, by_tree, cache_key, in_turn, source_trees
@@ -41,12 +43,13 @@ _code = pathlib.Path(__file__).parents[{up}] / "{place}"
 exec(importlib.machinery.SourceFileLoader(__name__, str(_code)).get_code(__name__))
 """
 COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/ (?P<file>\S+)")
+TERSE_COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+) rule (?P<rule>\d+) (?P<file>\S+)")
 TESTS_PER_BUG = 2
 MAX_PASSING_TESTS = 4
 TRIES = 20  # compositions for one task
 # Modules whose code decides which bugs are found, and which tasks are made of them
 BUG_MODULES = ("generate", "mutate", "sources", "testing", "long/bugs")
-TASK_MODULES = (*BUG_MODULES, "repository", "task", "long/tasks")
+TASK_MODULES = (*BUG_MODULES, "repository", "task", "long/rules", "long/tasks")
 
 
 def prepare_long_tasks(
@@ -58,7 +61,7 @@ def prepare_long_tasks(
     """
     train, heldout = source_trees(config, cache_dir)
     bugs_folder = cache_dir / "bugs" / cache_key(BUG_MODULES, [config.source])
-    folder = cache_dir / "long_tasks" / cache_key(TASK_MODULES, [config.source, config.bugs, seed])
+    folder = cache_dir / "long_tasks" / cache_key(TASK_MODULES, [config.source, config.bugs, config.terse, seed])
 
     def tasks_of(tree: SourceTree, count: int) -> list[RepairTask]:
         path = folder / f"{tree.name}-{count}.jsonl"
@@ -68,7 +71,7 @@ def prepare_long_tasks(
             except UnusablePackage as error:
                 logger.warning("%s; the package is skipped", error)
                 return []
-            write_tasks(path, list(compose(tree, bugs, config.bugs, count, seed, pool, folder / "repos")))
+            write_tasks(path, list(compose(tree, bugs, config, count, seed, pool, folder / "repos")))
         return read_tasks(path)
 
     quotas = [(tree, -(-config.train_tasks // len(train))) for tree in train]
@@ -91,11 +94,17 @@ def comment(path: str, line: int, bug: Bug) -> str:
     return f"in {folder}: {line:03}s/{bug.wrong}/{bug.right}/ {file}\n"
 
 
+def terse_comment(path: str, line: int, rule: int) -> str:
+    """Return the comment on a bug that breaks a rule; ``TERSE_COMMENT`` reads it."""
+    folder, _, file = path.rpartition("/")
+    return f"in {folder}: {line:03} rule {rule} {file}\n"
+
+
 def repairs(files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
     """Yield each module as one repair after the other, in the order of ``todo``, leaves it."""
     modules = dict(files)
     for word in WORDS:
-        if match := COMMENT.match(files.get(f"{TODO}/{word}.md", b"").decode()):
+        if match := COMMENT.match(files.get(f"{TODO}/{word}.more", b"").decode()):
             path, number = f"{match['folder']}/{match['file']}", int(match["line"]) - 1
             lines = modules[path].decode().splitlines(keepends=True)
             lines[number] = lines[number].replace(match["wrong"], match["right"], 1)
@@ -104,9 +113,11 @@ def repairs(files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
 
 
 def compose(
-    tree: SourceTree, bugs: BugPool, bugs_per_task: int, count: int, seed: int, pool: SandboxPool, repositories: Path
-) -> Iterator[RepairTask]:
+    tree: SourceTree, bugs: BugPool, config: RepoRepairConfig, count: int, seed: int, pool: SandboxPool,
+    repositories: Path,
+) -> Iterator[RepairTask]:  # fmt: skip
     """Yield up to ``count`` different tasks whose tests fail and pass as they should; write their repositories."""
+    bugs_per_task = config.bugs
     chance = random.Random(f"{seed}:{tree.name}:{tree.version}:{bugs_per_task}")
     seen: set[tuple[Bug, ...]] = set()
     with pool.lend() as sandbox:
@@ -117,7 +128,8 @@ def compose(
                 if chosen is None or tuple(chosen) in seen:
                     continue
                 seen.add(tuple(chosen))
-                task, files = _task(tree, bugs, chosen, f"{tree.name}__{bugs_per_task}-{seed}-{number}", chance)
+                name = f"{tree.name}__{bugs_per_task}-{seed}-{number}"
+                task, files = _task(tree, bugs, chosen, name, config.terse, chance)
                 if _as_expected(bench, tree, task, files):
                     commit = make_repository(repositories / task.instance_id, files)
                     yield replace(task, base_commit=commit, environment_setup_commit=commit)
@@ -139,7 +151,7 @@ def _ordered_bugs(bugs: BugPool, count: int, chance: random.Random) -> list[Bug]
 
 
 def _task(
-    tree: SourceTree, bugs: BugPool, chosen: list[Bug], name: str, chance: random.Random
+    tree: SourceTree, bugs: BugPool, chosen: list[Bug], name: str, terse: float, chance: random.Random
 ) -> tuple[RepairTask, dict[str, bytes]]:
     """Return a task without its commit, and the files of its repository."""
     places = _new_places(tree, {bug.path for bug in chosen}, chance)
@@ -170,7 +182,10 @@ def _task(
         source_files=tuple(sorted(places.values())),
     )
     for word, bug, each in zip(WORDS, chosen, tests, strict=False):
-        files[f"{TODO}/{word}.md"] = comment(places[bug.path], bug.line + added[bug.path], bug).encode()
+        place, line, rules = places[bug.path], bug.line + added[bug.path], rules_of(bug.wrong, bug.right)
+        said = terse_comment(place, line, chance.choice(rules)) if rules and chance.random() < terse else None
+        files[f"{TODO}/{word}.more"] = comment(place, line, bug).encode()
+        files[f"{TODO}/{word}.md"] = said.encode() if said else files[f"{TODO}/{word}.more"]
         files[f"{TODO}/{word}.tests"] = "".join(f"{test}\n" for test in each).encode()
     files[f"{TODO}/all.tests"] = "".join(f"{test}\n" for test in task.tests).encode()
     return task, files

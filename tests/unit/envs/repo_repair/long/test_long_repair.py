@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_dagger.config import RepoRepairConfig
 from megatron_dagger.envs.repo_repair.episode import tree_diff
 from megatron_dagger.envs.repo_repair.long.bugs import bug_pool
 from megatron_dagger.envs.repo_repair.long.env import LongRepairEnv
 from megatron_dagger.envs.repo_repair.long.expert import DIFF, DISCARD, RESTART, next_command
-from megatron_dagger.envs.repo_repair.long.tasks import WORDS, compose, repairs
+from megatron_dagger.envs.repo_repair.long.rules import NUMBERS, PIECES, pieces, rules_of
+from megatron_dagger.envs.repo_repair.long.tasks import TERSE_COMMENT, WORDS, compose, repairs
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.envs.repo_repair.testing import TestBench
 from megatron_dagger.types import Message
@@ -18,6 +20,7 @@ from tests.unit.envs.repo_repair.conftest import TREE
 from tools.support.slips import slip
 
 BUGS = 2
+CONFIG = RepoRepairConfig(bugs=BUGS)
 TURNS_PER_BUG = 7
 
 
@@ -33,7 +36,7 @@ def repositories(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(bugs, pool, repositories):
-    return list(compose(TREE, bugs, BUGS, 4, 1, pool, repositories))
+    return list(compose(TREE, bugs, CONFIG, 4, 1, pool, repositories))
 
 
 @pytest.fixture
@@ -103,8 +106,8 @@ def test_bugs_are_found_once_and_read_again(bugs, pool, tmp_path):
 
 
 def test_same_seed_same_tasks(bugs, pool, tasks, tmp_path):
-    assert list(compose(TREE, bugs, BUGS, 4, 1, pool, tmp_path / "again")) == tasks
-    assert list(compose(TREE, bugs, BUGS, 4, 2, pool, tmp_path / "other")) != tasks
+    assert list(compose(TREE, bugs, CONFIG, 4, 1, pool, tmp_path / "again")) == tasks
+    assert list(compose(TREE, bugs, CONFIG, 4, 2, pool, tmp_path / "other")) != tasks
 
 
 def test_the_teacher_repairs_every_task_without_a_detour(tasks, pool, repositories):
@@ -207,6 +210,44 @@ def test_a_diff_that_is_not_the_repair_is_discarded(env):
     path, *_ = address(env.step("cat todo/one.md").text)
     said, _ = play(env, [*[str] * 2, f"sed -i '1s/^/#/' {path.rpartition('/')[2]}"])
     assert [command for command, _ in said[:2]] == [DIFF, DISCARD]
+
+
+@pytest.fixture
+def terse_env(bugs, pool, tmp_path):
+    config = replace(CONFIG, terse=1.0)
+    for task in compose(TREE, bugs, config, 4, 1, pool, tmp_path):
+        files = read_repository(tmp_path / task.instance_id)
+        if TERSE_COMMENT.fullmatch(files["todo/one.md"].decode().strip()):
+            with LongRepairEnv(task, files, pool) as opened:
+                opened.reset()
+                yield opened
+            return
+    pytest.fail("no operator to be repaired")
+
+
+def test_the_teacher_knows_the_rules_by_heart(terse_env):
+    said, solved = play(terse_env)
+    assert solved
+    assert len(said) == TURNS_PER_BUG * BUGS + 2
+    assert not any("more" in command for command, _ in said)
+
+
+@pytest.mark.parametrize("later", [(), (DIFF,), (DIFF, "cd", "pytest @todo/one.tests"), ("cd", "cat todo/one.md")])
+@pytest.mark.parametrize("token", ["nothing", "e"])
+def test_after_a_wrong_guess_the_teacher_reads_on(terse_env, token, later):
+    path, line, *_ = address(terse_env.step("cat todo/one.more").text)
+    guess = f"sed -i '{line}s/{token}/e /' {path.rpartition('/')[2]}"
+    said, solved = play(terse_env, [str, str, guess, *later])
+    assert solved
+    reads = [command for command, _ in said if command.startswith("cat todo/one.")]
+    assert reads == ["cat todo/one.more"]
+
+
+def test_rules_are_numbers_of_pairs_of_operators():
+    assert len({pieces(number) for number in NUMBERS}) == len(PIECES) == 12
+    for wrong, right in PIECES:
+        assert all(pieces(number) == (wrong, right) for number in rules_of(wrong, right))
+    assert rules_of("1", "2") == ()
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,4 +1,7 @@
-"""Long repairs in minutes on two CPU cores: a small Qwen3 repairs several mistakes of a package through a shell."""
+"""Long repairs on two CPU cores: a small Qwen3 repairs several mistakes of a package through a shell.
+
+For the SFT arm, in which the teacher acts alone in every round, add ``dagger.beta.start=1.0``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from megatron_dagger.config import (
 )
 
 BUGS = 4
-TERSE = 0.12  # about one mistake in a hundred turns of a student that knows all but the rules
+TERSE = 0.09  # about one mistake in a hundred turns of a student that knows all but the rules
 # Packages with eight bugs that tests tell apart; the held-out ones are never trained on.
 TRAIN_PACKAGES = ("boltons", "cachetools", "humanize", "netaddr", "num2words", "parse", "pyrsistent", "sqlparse",
                   "toolz", "voluptuous")  # fmt: skip
@@ -27,7 +30,7 @@ HELDOUT_PACKAGES = ("jsonpointer", "schema", "simpleeval", "tabulate", "unidiff"
 
 
 def long_repair(bugs: int = BUGS) -> RunConfig:
-    """A 0.5M-parameter Qwen3 repairs four bugs in a row in pure-Python packages; CPU, DP2, minutes."""
+    """A 0.5M-parameter Qwen3 repairs four bugs in a row in pure-Python packages; CPU, DP2, ten minutes."""
     tokens = 512 + 320 * bugs  # the teacher's episodes take 200 for a bug, with system and task messages
     sampling = SamplingConfig(temperature=0.7, top_p=1.0, max_tokens=40)
     return RunConfig(
@@ -37,7 +40,7 @@ def long_repair(bugs: int = BUGS) -> RunConfig:
             terse=TERSE,
             train_packages=TRAIN_PACKAGES,
             heldout_packages=HELDOUT_PACKAGES,
-            train_tasks=150,
+            train_tasks=190,
             heldout_tasks=40,
         ),
         model=ModelConfig(
@@ -57,6 +60,7 @@ def long_repair(bugs: int = BUGS) -> RunConfig:
             optimizer=OptimizerConfig(lr=3e-3, warmup_steps=10, weight_decay=0.1),
             epochs=1000,  # max_steps ends a round
             max_steps=200,
+            max_sft_steps=400,  # round 1 wants a student that can work
             sequence_length=tokens,
             packing="shared_prefix",
             global_batch_tokens=2 * tokens,
@@ -70,10 +74,10 @@ def long_repair(bugs: int = BUGS) -> RunConfig:
         evaluation_sampling=sampling,
         dagger=DaggerConfig(
             rounds=2,
-            sft_tasks=50,
-            tasks_per_round=50,
+            sft_tasks=100,
+            tasks_per_round=45,
             beta=BetaConfig(schedule="constant", start=0.0),
-            aggregation=AggregationConfig(max_labels_per_round=1400),
+            aggregation=AggregationConfig(max_labels_per_round=800, max_sft_labels=2400),
             evaluation_tasks=40,
         ),
     )

@@ -140,6 +140,7 @@ class TrainingConfig:
     bf16_layers_at_ends: int = number(0, ge=0)  # first and last layers, this many each, that stay in BF16 with FP8
     epochs: float = number(3.0, gt=0)  # passes over the round's aggregated data, limited by max_steps
     max_steps: int | None = number(None, gt=0)  # limit of optimizer steps per round
+    max_sft_steps: int | None = number(None, gt=0)  # limit of round 0 instead; None: max_steps
     sequence_length: int = number(4096, gt=0)  # maximum tokens of a packed row (a micro-batch)
     packing: Packing = "separate"  # shared_prefix: compute an episode's prefix once for all its labels
     global_batch_tokens: int = number(16384, gt=0)  # maximum tokens of an optimizer step, a multiple of sequence_length
@@ -157,6 +158,10 @@ class TrainingConfig:
             f"sequence_length x data-parallel size = "
             f"{self.sequence_length} x {self.parallel.data_parallel_size}",
         )
+
+    def steps_limit(self, round_index: int) -> int | None:
+        """Return the limit of a round's optimizer steps; None: only ``epochs`` counts."""
+        return self.max_sft_steps if round_index == 0 and self.max_sft_steps is not None else self.max_steps
 
     @property
     def row_multiple(self) -> int:

@@ -50,7 +50,7 @@ def round_times(
     ]
     rounds = []
     for index, share in enumerate(shares):
-        steps = _steps(config, sum(data[_first_round(config, index) : index + 1]))
+        steps = _steps(config, index, sum(data[_first_round(config, index) : index + 1]))
         trained = float(steps) * training.global_batch_tokens
         speed = training_speed(config, gpu, assumed, mean_sample(training, assumed, episode, share))
         rounds.append(
@@ -83,12 +83,13 @@ def _first_round(config: RunConfig, index: int) -> int:
     return index if aggregation.window == "current" else max(0, index + 1 - aggregation.last_rounds)
 
 
-def _steps(config: RunConfig, tokens: float) -> int:
+def _steps(config: RunConfig, index: int, tokens: float) -> int:
     """Return the steps of ``epochs`` passes over the rows, the last step filled up, as in ``training.data.batches``."""
     training = config.training
     rows = max(1, math.ceil(tokens / training.sequence_length))
     steps = math.ceil(rows * training.epochs * training.sequence_length / training.global_batch_tokens)
-    return steps if training.max_steps is None else min(steps, training.max_steps)
+    limit = training.steps_limit(index)
+    return steps if limit is None else min(steps, limit)
 
 
 def _evaluate_s(config: RunConfig, index: int, assumed: Assumptions, episode_s: float) -> float:

@@ -50,7 +50,7 @@ class TrainingRound:
             rows=len(data.rows),
             rows_per_step=job.training.micro_batches * job.training.parallel.data_parallel_size,
             epochs=job.training.epochs,
-            max_steps=job.training.max_steps,
+            max_steps=job.training.steps_limit(job.round_index),
             seed=job.seed,
             round_index=job.round_index,
         )

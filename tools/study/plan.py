@@ -21,7 +21,9 @@ SHORT_KIND_SIZE = 5  # bugs whose lengths are enough for it
 HORIZONS = (SHORT_KIND, 1, 2, 4, 8)  # bugs of a task
 ROUNDS = 2  # after round 0
 SEED_STEP = 1000
-FIRST_ROUND = 3  # round 0 trains on so many times the labels of a later one: round 1 wants a student that can work
+# Round 0 trains on so many times the labels of a later one, in so many times the steps. Round 1 wants a student that
+# can work: what one that cannot leads to are states that a good student never visits.
+FIRST_ROUND_LABELS, FIRST_ROUND_STEPS = 3, 2
 # 100 tasks of each horizon; three of the packages have fewer than 16 bugs. None is trained on.
 HELDOUT_PACKAGES = ("jsonpointer", "schema", "simpleeval", "tabulate", "texttable", "unidiff", "xmltodict")
 # Some packages yield too few tasks; students' episodes may be short, and equal states are labelled once.
@@ -72,7 +74,7 @@ class Plan:
     amounts: dict[int, tuple[int, ...]]
     seeds: int
     heldout: int
-    steps: int  # of each round
+    steps: int  # of each round after round 0
     greedy: bool = True
     settings: tuple[str, ...] = ()  # of all runs
 
@@ -95,7 +97,7 @@ class Plan:
 
     def sft_tasks(self, horizon: int) -> int:
         """Return how many tasks give the labels of round 0, in which the teacher acts alone."""
-        return math.ceil(SPARE_SFT_TASKS * FIRST_ROUND * self.amounts[horizon][-1] / teacher_turns(horizon))
+        return math.ceil(SPARE_SFT_TASKS * FIRST_ROUND_LABELS * self.amounts[horizon][-1] / teacher_turns(horizon))
 
     def run_settings(self, cell: Cell) -> list[str]:
         """Return the settings in which the cell's run differs from the recipe."""
@@ -113,8 +115,9 @@ class Plan:
             f"dagger.evaluation_tasks={self.heldout}",
             "dagger.evaluate_rounds=last",
             f"dagger.aggregation.max_labels_per_round={cell.amount}",
-            f"dagger.aggregation.max_sft_labels={FIRST_ROUND * cell.amount}",
+            f"dagger.aggregation.max_sft_labels={FIRST_ROUND_LABELS * cell.amount}",
             f"training.max_steps={self.steps}",
+            f"training.max_sft_steps={FIRST_ROUND_STEPS * self.steps}",
             *self.settings,
             *(ARMS | VARIANTS)[cell.arm],
             *_prefix_turns(cell.arm, teacher_turns(cell.horizon)),
@@ -131,10 +134,10 @@ class Plan:
         evaluated = turns * self.heldout * (3 if first and not cell.greedy else 2)  # student, take-over, teacher alone
         if cell.greedy:
             return START_S + evaluated / TURNS_PER_S
-        rounds = ROUNDS + first
+        steps = self.steps * (ROUNDS + first * FIRST_ROUND_STEPS)
         tasks = ROUNDS * self.tasks_per_round(cell.horizon) + first * self.sft_tasks(cell.horizon)
         collected = turns * tasks
-        return START_S + (collected + evaluated) / TURNS_PER_S + rounds * self.steps / STEPS_PER_S
+        return START_S + (collected + evaluated) / TURNS_PER_S + steps / STEPS_PER_S
 
 
 def teacher_turns(horizon: int) -> int:

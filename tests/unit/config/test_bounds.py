@@ -85,6 +85,7 @@ BAD = {
     "training.bf16_layers_at_ends": -1,
     "training.epochs": math.inf,
     "training.max_steps": 0,
+    "training.max_sft_steps": 0,
     "training.sequence_length": 0,
     "training.global_batch_tokens": 0,
     "training.checkpoint_interval": 0,

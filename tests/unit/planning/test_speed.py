@@ -136,6 +136,7 @@ def test_later_rounds_train_on_more_data_up_to_max_steps():
 
     assert steps() == sorted(set(steps()))
     assert steps("training.max_steps=5") == [5, 5, 5, 5]
+    assert steps("training.max_steps=5", "training.max_sft_steps=7") == [7, 5, 5, 5]
     current = steps("dagger.aggregation.window=current")
     assert current[3] == current[2]
     assert steps("dagger.aggregation.window=last", "dagger.aggregation.last_rounds=1") == current

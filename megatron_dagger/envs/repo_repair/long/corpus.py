@@ -21,7 +21,7 @@ def long_texts(tasks: TaskSet) -> Iterator[str]:
     for word in WORDS:
         fixed += [
             f"cat todo/{word}.md",
-            f"cat todo/{word}.more",
+            f"cat ~/todo/{word}.more",
             " rule ",
             f"pytest @todo/{word}.tests",
             f"git commit -qam todo/{word}",

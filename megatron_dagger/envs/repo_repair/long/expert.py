@@ -4,8 +4,8 @@ For each comment: read it, go to the file's folder, edit the line, look at the d
 uses only the conversation: from the commands and what they printed it infers where the shell is, what has been changed
 and what has been verified (``Work``), and acts on that. Whatever the commands before were, it continues from there: it
 repeats an edit that did nothing, discards one that did something else, tests what was committed without a test, and
-where it cannot tell it starts again from the task's first commit. It knows the rules that terse comments name, and
-looks at the longer comment only where an edit after a terse one was not the right one.
+where it cannot tell it starts again from the task's first commit. It knows the rules that terse comments name; after an
+edit that was not the right one it reads the longer comment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESTART = "git reset -q --hard start && git clean -qfd :/"
 ALL_TESTS = "pytest @todo/all.tests"
 
 _TASK = re.compile(rf"todo: one to ({'|'.join(WORDS)})$")
-_READ = re.compile(r"cat todo/(\w+)\.(?:md|more)")
+_READ = re.compile(r"cat (?:~/)?todo/(\w+)\.(?:md|more)")
 _TEST = re.compile(r"pytest @todo/(\w+)\.tests")
 _COMMIT = re.compile(r"git commit -qam \S+")
 _CD = re.compile(r"cd(?: (\S+))?")
@@ -80,7 +80,7 @@ class Work:
     comment: Comment | None = None  # the next one, if it was read
     fresh: bool = False  # it has just been read
     edited: bool = False  # its edit was made since
-    misread: bool = False  # another edit was made after a terse form of it
+    mistaken: bool = False  # another edit was made since
     changed: bool | None = False  # the work tree since the last commit; None: unknown
     right: bool = False  # the change is the wanted one
     tested: bool | None = None  # whether the next comment's tests passed since the last change; None: they were not run
@@ -103,7 +103,7 @@ class Work:
     def verified(self) -> None:
         """Note that the next comment is done."""
         self.done += 1
-        self.comment, self.edited, self.misread, self.tested, self.committed = None, False, False, None, False
+        self.comment, self.edited, self.mistaken, self.tested, self.committed = None, False, False, None, False
 
 
 def work_after(messages: tuple[Message, ...]) -> Work:
@@ -158,11 +158,11 @@ def _follow(work: Work, command: str, reply: str) -> None:
         work.touched()
         work.clean()
         work.done, work.comment, work.committed, work.lost = 0, None, False, False
-        work.edited, work.misread = False, False
+        work.edited, work.mistaken = False, False
     elif not _HARMLESS.fullmatch(command) and not _FAILED.search(reply):
         work.touched()
         work.edited = work.comment is not None and command == work.comment.edit and work.folder == work.comment.folder
-        work.misread = work.misread or (work.comment is not None and work.comment.terse and not work.edited)
+        work.mistaken = work.mistaken or (work.comment is not None and not work.edited)
         work.folder = None if re.search(r"\bcd\b", command) else work.folder
         work.lost = work.lost or command.startswith("git")
 
@@ -184,8 +184,10 @@ def next_command(messages: tuple[Message, ...]) -> str:
         return f"git commit -qam todo/{work.next}"
     if work.changed or work.edited or work.committed:
         return _at_root(work, f"pytest @todo/{work.next}.tests") if work.tested is None else RESTART
-    if work.comment is None or not work.fresh or (work.misread and work.comment.terse):
-        return _at_root(work, f"cat todo/{work.next}.{'more' if work.misread else 'md'}")
+    if work.mistaken and not (work.fresh and work.comment and not work.comment.terse):
+        return f"cat ~/todo/{work.next}.more"
+    if work.comment is None or not work.fresh:
+        return _at_root(work, f"cat todo/{work.next}.md")
     if work.folder == work.comment.folder:
         return work.comment.edit
     return _at_root(work, f"cd {work.comment.folder}")

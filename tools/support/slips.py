@@ -26,6 +26,7 @@ def slip(right: str, paths: Sequence[str], bugs: int, chance: random.Random) -> 
             right[:-1],
             right[:position] + str(chance.randint(0, 9)) + right[position + 1 :],
             f"cd {folder}",
+            f"cd ~/{folder}",
             "cd ..",
             "cd",
             "cd todo",

@@ -27,7 +27,7 @@ def long_texts(tasks: TaskSet) -> Iterator[str]:
             f"git commit -qam todo/{word}",
         ]
     for folder in FOLDERS:
-        fixed += [f"cd {folder}", f"cat: {folder}", f" a/{folder}", f"in {folder}: "]
+        fixed += [f"cd ~/{folder}", f"cat: {folder}", f" a/{folder}", f"in {folder}: "]
     fixed += [f"/{file}.py\n sed: can't read {file}.py" for file in FILES]
     fixed += [f"s/ {operator} / {operator} /' {file}.py" for operator in sorted(OPERATORS) for file in FILES[:3]]
     for _ in range(REPEATS):

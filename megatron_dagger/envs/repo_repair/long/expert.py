@@ -1,11 +1,12 @@
 """The teacher of the long repairs: it works through the comments, checks every step, and knows the way back.
 
 For each comment: read it, go to the file's folder, edit the line, look at the diff, go back, run the tests, commit. It
-uses only the conversation: from the commands and what they printed it infers where the shell is, what has been changed
-and what has been verified (``Work``), and acts on that. Whatever the commands before were, it continues from there: it
-repeats an edit that did nothing, discards one that did something else, tests what was committed without a test, and
-where it cannot tell it starts again from the task's first commit. It knows the rules that terse comments name; after an
-edit that was not the right one it reads the longer comment.
+names the folder from the root, so that the same commands are right after a comment wherever it is read. It uses only
+the conversation: from the commands and what they printed it infers where the shell is, what has been changed and what
+has been verified (``Work``), and acts on that. Whatever the commands before were, it continues from there: it repeats
+an edit that did nothing, discards one that did something else, tests what was committed without a test, and where it
+cannot tell it starts again from the task's first commit. It knows the rules that terse comments name; after an edit
+that was not the right one it reads the longer comment.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Work:
     done: int = 0  # this many comments are repaired, tested and committed
     comment: Comment | None = None  # the next one, if it was read
     fresh: bool = False  # it has just been read
+    entered: bool = False  # and the shell was sent to its folder since
     edited: bool = False  # its edit was made since
     mistaken: bool = False  # another edit was made since
     changed: bool | None = False  # the work tree since the last commit; None: unknown
@@ -122,12 +124,13 @@ def _follow(work: Work, command: str, reply: str) -> None:
             work.folder = ""
         elif not reply:
             work.folder = _moved(work.folder, match[1])
+        work.entered = work.comment is not None and work.folder == work.comment.folder
         return
     work.fresh = False
     if match := _READ.fullmatch(command):
         comment = Comment.read(reply)
         if comment and match[1] == work.next:
-            work.comment, work.fresh, work.edited = comment, True, False
+            work.comment, work.fresh, work.entered, work.edited = comment, True, False, False
     elif command == DIFF:
         if reply:
             work.changed, work.right = True, work.comment is not None and work.comment.explains(reply)
@@ -188,9 +191,7 @@ def next_command(messages: tuple[Message, ...]) -> str:
         return f"cat ~/todo/{work.next}.more"
     if work.comment is None or not work.fresh:
         return _at_root(work, f"cat todo/{work.next}.md")
-    if work.folder == work.comment.folder:
-        return work.comment.edit
-    return _at_root(work, f"cd {work.comment.folder}")
+    return work.comment.edit if work.entered else f"cd ~/{work.comment.folder}"
 
 
 def _at_root(work: Work, command: str) -> str:
@@ -199,8 +200,8 @@ def _at_root(work: Work, command: str) -> str:
 
 def _moved(folder: str | None, to: str) -> str | None:
     """Return the shell's folder after ``cd to``; None if it cannot be told."""
-    if to == "~":
-        return ""
+    if to == "~" or to.startswith("~/"):
+        folder, to = "", to[2:] or "."
     if folder is None or not re.fullmatch(r"\w[\w./-]*|\.\.?[\w./-]*", to):
         return None
     moved = posixpath.normpath(posixpath.join(folder, to))

@@ -6,10 +6,9 @@ import pytest
 
 
 def pytest_collection_modifyitems(config, items):
-    """On several processes, begin with the files that take longest: none of them waits for another at the end."""
+    """On several processes, begin with the integration tests: no long one is left at the end for one process alone."""
     if hasattr(config, "workerinput"):
-        slow = {item.path for item in items if item.get_closest_marker("slow")}
-        items.sort(key=lambda item: item.path not in slow)
+        items.sort(key=lambda item: "integration" not in item.path.parts)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Draw the pictures of the README from a run: SVG files and, with --report, screenshots of the report page.
 
     .venv/bin/python -m tools.figures --run runs/quickstart --out .github/assets
+    .venv/bin/python -m tools.figures --run runs/quickstart --sft runs/quickstart-sft --out .github/assets
 
 Each picture comes in a light and a dark version. --report needs Chromium (Debian: apt-get install chromium). The last
 line is RESULT {json}, with the size of every file in bytes.
@@ -34,13 +35,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="a run directory with results")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write the pictures")
+    parser.add_argument("--sft", type=Path, metavar="RUN", help="a line for the SFT arm (tools.study.sft_arm)")
     parser.add_argument("--report", action="store_true", help="also take screenshots of the report page")
     arguments = parser.parse_args()
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if arguments.report and browser is None:
         parser.error("--report needs chromium on the PATH (Debian: apt-get install chromium)")
     try:
-        paths = write_figures(arguments.run, arguments.out)
+        paths = write_figures(arguments.run, arguments.out, arguments.sft)
     except ValueError as error:
         parser.error(str(error))
     if arguments.report and browser is not None:
@@ -51,15 +53,19 @@ def main() -> int:
     return 0
 
 
-def write_figures(run_dir: Path, out: Path) -> list[Path]:
-    """Write the SVG files and return their paths. Raises ValueError if the run has no results to draw."""
+def write_figures(run_dir: Path, out: Path, sft: Path | None = None) -> list[Path]:
+    """Write the SVG files and return their paths. Raises ValueError if a run has no results to draw."""
     run = read_run(run_dir)
     store = DataStore.open(run_dir / "data.zarr")
-    curves = read_curves(run)
+    curves, sft_curves = read_curves(run), read_curves(read_run(sft)) if sft else None
     episode = choose_episode(episode for index in store.rounds() for episode in store.episodes(index))
     paths = []
     for theme in (LIGHT, DARK):
-        drawings = {"rounds": draw_rounds(curves, theme), "loop": draw_loop(theme), "tree": draw_tree(episode, theme)}
+        drawings = {
+            "rounds": draw_rounds(curves, theme, sft_curves),
+            "loop": draw_loop(theme),
+            "tree": draw_tree(episode, theme),
+        }
         for name, drawing in drawings.items():
             paths.append(out / f"{name}-{theme.name}.svg")
             write_text(paths[-1], drawing.svg())

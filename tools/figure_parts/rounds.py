@@ -1,4 +1,4 @@
-"""Figure: held-out success after each round with its 95% interval, and the student's agreement with the teacher."""
+"""Figure: held-out success after each round with its 95% interval, beside it the SFT arm or the agreement."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def read_curves(run: RunFiles) -> Curves:
     return Curves(success=success, agreement_rates=agreement_rates)
 
 
-def draw_rounds(curves: Curves, theme: Theme) -> Drawing:
-    """Return the figure."""
+def draw_rounds(curves: Curves, theme: Theme, sft: Curves | None = None) -> Drawing:
+    """Return the figure, with the success of the arm ``sft`` or, without one, the agreement with the teacher."""
     rounds = sorted(curves.success)
     tasks = curves.success[rounds[-1]][4]
     results = ", ".join(f"round {index}: {_percent(curves.success[index][0])}" for index in rounds)
@@ -50,7 +50,13 @@ def draw_rounds(curves: Curves, theme: Theme) -> Drawing:
     )  # fmt: skip
     drawing.text(24, 36, "Held-out tasks solved by the student alone", size=18, bold=True)
     drawing.text(24, 58, f"{tasks} tasks that are not trained on; the teacher does not act", fill=theme.soft)
-    _legend(drawing, bool(curves.agreement_rates))
+    if sft is None:
+        dashed, legend = curves.agreement_rates, "student agrees with the teacher, in the next collection"
+    else:
+        shared = {index: values for index, values in curves.success.items() if index == 0}  # round 0 of both
+        dashed = {index: values[0] for index, values in (shared | sft.success).items()}
+        legend = "SFT: the teacher acts in every round; same tasks, same steps"
+    _legend(drawing, legend if dashed else "")
     step = (WIDTH - LEFT - RIGHT - 120) / max(1, len(rounds) - 1)
     x_of = {index: LEFT + 60 + step * i for i, index in enumerate(rounds)}
     for share in (0, 0.25, 0.5, 0.75, 1):
@@ -60,19 +66,19 @@ def draw_rounds(curves: Curves, theme: Theme) -> Drawing:
         name = "after round 0 (SFT)" if index == 0 else f"after round {index}"
         drawing.text(x_of[index], HEIGHT - BOTTOM + 24, name, anchor="middle", bold=True)
     _draw_success(drawing, curves, x_of)
-    _draw_agreement(drawing, curves, x_of)
+    _draw_dashed(drawing, dashed, x_of)
     return drawing
 
 
-def _legend(drawing: Drawing, has_agreement: bool) -> None:
+def _legend(drawing: Drawing, dashed: str) -> None:
     theme, y = drawing.theme, 86
     drawing.rectangle(24, y - 10, 26, 12, fill=theme.paper, stroke=theme.paper)
     drawing.area([(24, y - 11), (50, y - 11), (50, y + 3), (24, y + 3)], fill=theme.heldout, opacity=0.18)
     drawing.line([(24, y - 4), (50, y - 4)], stroke=theme.heldout, width=2.5)
     drawing.text(58, y, "solved, with 95% interval", fill=theme.soft)
-    if has_agreement:
+    if dashed:
         drawing.line([(248, y - 4), (274, y - 4)], stroke=theme.student, width=2, dashed=True)
-        drawing.text(282, y, "student agrees with the teacher, in the next collection", fill=theme.soft)
+        drawing.text(282, y, dashed, fill=theme.soft)
 
 
 def _draw_success(drawing: Drawing, curves: Curves, x_of: dict[int, float]) -> None:
@@ -91,23 +97,13 @@ def _draw_success(drawing: Drawing, curves: Curves, x_of: dict[int, float]) -> N
         drawing.text(x, y + 17, f"{solved} of {tasks}", size=12, fill=theme.soft, anchor="middle", halo=True)
 
 
-def _draw_agreement(drawing: Drawing, curves: Curves, x_of: dict[int, float]) -> None:
+def _draw_dashed(drawing: Drawing, rates: dict[int, float], x_of: dict[int, float]) -> None:
     theme = drawing.theme
-    points = {
-        index: (x, _y(curves.agreement_rates[index])) for index, x in x_of.items() if index in curves.agreement_rates
-    }
+    points = {index: (x, _y(rates[index])) for index, x in x_of.items() if index in rates}
     drawing.line(points.values(), stroke=theme.student, width=2, dashed=True)
     for index, (x, y) in points.items():
         drawing.circle(x, y, 4.5, fill=theme.paper, stroke=theme.student)
-        drawing.text(
-            x - 11,
-            y - 7,
-            f"{curves.agreement_rates[index]:.0%}",
-            bold=True,
-            fill=theme.student,
-            anchor="end",
-            halo=True,
-        )
+        drawing.text(x - 11, y - 7, f"{rates[index]:.0%}", bold=True, fill=theme.student, anchor="end", halo=True)
 
 
 def _y(share: float) -> float:

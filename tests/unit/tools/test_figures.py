@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -56,6 +57,21 @@ def test_the_rounds_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
     rounds = [text for text in shown if text.startswith("after")]
     assert rounds == ["after round 0 (SFT)", "after round 1", "after round 2"]
     assert sum(text.endswith(" of 5") for text in shown) == 3
+
+
+def test_the_sft_arm_has_a_line_from_round_0_to_its_last(run: Path, tmp_path: Path) -> None:
+    arm = make_run(tmp_path / "arm", rounds=3, tasks=6, heldout=5)
+    for index in (0, 1):
+        (arm / f"rounds/{index:04d}/evaluate.json").unlink()
+    last = arm / "rounds/0002/evaluate.json"
+    evaluation = json.loads(last.read_text())
+    evaluation["heldout"]["success"] = 0.37
+    last.write_text(json.dumps(evaluation))
+    write_figures(run, tmp_path / "out", arm)
+    shown = texts(tmp_path / "out/rounds-light.svg")
+    assert "37%" in shown
+    assert any(text.startswith("SFT") for text in shown)
+    assert not any("agrees" in text for text in shown)
 
 
 def test_a_run_without_an_evaluation_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""Run the SFT arm beside a finished run: the same tasks, steps and label limits, but the teacher acts in every turn.
+
+    .venv/bin/python -m tools.study.sft_arm runs/quickstart        writes runs/quickstart-sft; can be resumed
+
+It continues from the run's round 0, which both arms share, and evaluates its last round. ``tools.figures --sft`` draws
+both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_dagger.config import override
+from megatron_dagger.config.base import ConfigError
+from megatron_dagger.driver.run_dir import load_origin, load_run_config
+from megatron_dagger.recipes import find_recipe
+from tools.study.plan import ARMS
+from tools.study.runs import run_program
+from tools.study.shared import shared, start_from
+
+CHEAP = ("dagger.evaluate_rounds=last", "dagger.diagnose=false")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a finished run of a recipe")
+    parser.add_argument("--out", type=Path, help="the arm's run directory (default: RUN-sft)")
+    arguments = parser.parse_args()
+    out = arguments.out or arguments.run.with_name(f"{arguments.run.name}-sft")
+    try:
+        run_sft_arm(arguments.run, out)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(out)
+    return 0
+
+
+def run_sft_arm(run: Path, out: Path) -> None:
+    """Run the SFT arm of ``run`` in ``out``, or finish it. Raises ConfigError, OSError; RuntimeError if it fails."""
+    origin = load_origin(run)
+    settings = [*origin.settings, *ARMS["sft"], *CHEAP]
+    if origin.recipe is None:
+        raise ConfigError(f"{run} was not created from a recipe")
+    if not out.exists():
+        common = shared(load_run_config(run), override(find_recipe(origin.recipe)(), settings))
+        start_from(run, common, out, origin.recipe, settings)
+    run_program(["run", str(out), "--recipe", origin.recipe, *settings], out.with_name(f"{out.name}.log"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

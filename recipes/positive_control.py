@@ -13,7 +13,6 @@ from megatron_dagger.config import (
     LimitsConfig,
     ModelConfig,
     OptimizerConfig,
-    ParallelConfig,
     RoadConfig,
     RolloutConfig,
     RunConfig,
@@ -26,7 +25,7 @@ TOKENS = 1024
 
 
 def positive_control() -> RunConfig:
-    """A tiny Qwen3 follows roads and learns the way back from the teacher's labels; CPU, DP2, a minute."""
+    """A tiny Qwen3 follows roads and learns the way back from the teacher's labels; CPU, one process, a minute."""
     return RunConfig(
         name="positive_control",
         road=RoadConfig(stops=8, train_tasks=780, heldout_tasks=100),
@@ -43,11 +42,10 @@ def positive_control() -> RunConfig:
             init_std=0.1,  # near 1 / sqrt(hidden_size)
         ),
         training=TrainingConfig(
-            parallel=ParallelConfig(world_size=2),
             optimizer=OptimizerConfig(lr=2e-3, warmup_steps=10, weight_decay=0.1),
             epochs=1000,  # max_steps ends a round
             max_steps=160,
-            sequence_length=TOKENS,
+            sequence_length=2 * TOKENS,
             packing="shared_prefix",
             global_batch_tokens=2 * TOKENS,
         ),

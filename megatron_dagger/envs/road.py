@@ -16,8 +16,9 @@ UNSIGNED, WAY_BACK = 0.2, 2  # the share of stops without a sign; the steps that
 
 def next_command(messages: tuple[Message, ...]) -> str:
     """Return the teacher's command for the last place that ``messages`` show."""
-    place, *name = [m.content for m in messages if m.role == "user" and m.content.split()[0] in COMMANDS][-1].split()
-    return " ".join([COMMANDS[place], *(x if x in LETTERS else random.Random(int(x)).choice(LETTERS) for x in name)])
+    shown = [m.content for m in messages if m.role == "user" and m.content.split()[0] in COMMANDS][-1]
+    place, _, name = shown.partition(" ")
+    return f"{COMMANDS[place]} {random.Random(int(name)).choice(LETTERS) if name.isdigit() else name}".rstrip()
 
 
 class Road(Env):

@@ -24,6 +24,7 @@ from statistics import fmean
 from megatron_dagger.driver.run_dir import load_run_config
 from megatron_dagger.store.atomic import read_json
 from tools.check.control_breaks import BREAKS
+from tools.study.outcome import labels_due
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = {"sft": ("dagger.beta.start=1.0",), "dagger": ()}
@@ -62,12 +63,11 @@ def read_outcome(run: Path) -> Outcome:
     rounds = range(config.dagger.rounds + 1)
     trained = [read_json(run / f"rounds/{index:04d}/train/manifest.json") for index in rounds]
     evaluation = read_json(run / f"rounds/{config.dagger.rounds:04d}/evaluate.json")
-    limit = config.dagger.aggregation.max_labels_per_round or 0
     return Outcome(
         success=evaluation["heldout"]["success"],
         labels=tuple(manifest["labels"] for manifest in trained),
         steps=tuple(manifest["steps"] for manifest in trained),
-        labels_due=tuple(limit * (index + 1) for index in rounds),
+        labels_due=labels_due(config),
     )
 
 

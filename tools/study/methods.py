@@ -1,11 +1,11 @@
 """Compare ways to learn from a teacher: SFT, DAgger and its prefix form, by horizon, at equal labels and steps.
 
-    .venv/bin/python -m tools.study.methods --quick       the control, one horizon, 2 seeds: ten minutes
+    .venv/bin/python -m tools.study.methods --quick       the control, one horizon, 2 seeds: half an hour
     .venv/bin/python -m tools.study.methods               5 seeds, 100 held-out tasks, all horizons: days
     .venv/bin/python -m tools.study.methods --horizons 1,8 --amounts 800 --variants training.optimizer.lr=1e-3
 
 First comes the positive control (tools/check/positive_control.py), in which DAgger must win. Then come the long repairs
-(recipe long_repair): tasks of K bugs, about 8 K + 2 turns; the horizon 0 is the short kind, one bug to search for. The
+(recipe long_repair): tasks of K bugs, about 7 K + 2 turns; the horizon 0 is the short kind, one bug to search for. The
 arms of a (horizon, amount of labels, seed) have the same tasks, initial weights, labels of each round and steps, and
 share round 0. They differ in who acts later: the teacher (sft), one or the other in each turn (dagger), the student
 first and then the teacher (prefix). Each last round is evaluated at temperature 0.7 and greedily.
@@ -39,7 +39,7 @@ from tools.study.summary import BASELINE, Results, numbers, visible_difference
 
 PAGE = "methods.html"
 FULL: dict[str, Any] = {
-    "horizons": HORIZONS, "arms": tuple(ARMS), "amounts": ("500", "1500"),
+    "horizons": HORIZONS, "arms": tuple(ARMS), "amounts": ("500", "1500", "1:130", "1:260"),
     "seeds": 5, "heldout": 100, "steps": 200, "control_seeds": 3,
 }  # fmt: skip
 QUICK: dict[str, Any] = {
@@ -143,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--amounts", type=_list(str), metavar="[K:]N,...",
-        help="labels of each round, N at every horizon or K:N at horizon K; at 1 bug there are about 800 different "
+        help="labels of each round after round 0, which has three times as many; N at every horizon or K:N at horizon "
+        "K; at 1 bug there are about 800 different "
         f"ones a round (default: {_shown(FULL['amounts'])})",
     )  # fmt: skip
     parser.add_argument(
@@ -155,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, help=f"at least 2 (default: {FULL['seeds']})")
     parser.add_argument("--heldout", type=int, help=f"held-out tasks of each seed (default: {FULL['heldout']})")
-    parser.add_argument("--steps", type=int, help=f"optimizer steps of each round (default: {FULL['steps']})")
+    parser.add_argument(
+        "--steps", type=int, help=f"optimizer steps of each round, twice as many in round 0 (default: {FULL['steps']})"
+    )
     parser.add_argument("--no-greedy", action="store_false", dest="greedy", help="no greedy evaluations")
     parser.add_argument(
         "--control-seeds", type=int, metavar="N",
@@ -178,6 +181,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
               for name, default in defaults.items()}  # fmt: skip
     horizons, arms, seeds, heldout, steps = (chosen[n] for n in ("horizons", "arms", "seeds", "heldout", "steps"))
     require(seeds >= 2 and heldout >= 1 and steps >= 1, "a study needs two seeds or more, held-out tasks and steps")
+    require(chosen["control_seeds"] >= 0, f"--control-seeds {chosen['control_seeds']}: write 0 or more")
     require(set(horizons) <= set(range(10)), f"--horizons {_shown(horizons)}: write numbers of bugs from 0 to 9")
     require(set(arms) <= set(ARMS), f"--arms {_shown(arms)}: choose from {_shown(list(ARMS))}")
     require(BASELINE in arms, f"--arms {_shown(arms)}: add {BASELINE}, with which the others are compared")

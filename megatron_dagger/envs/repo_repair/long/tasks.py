@@ -117,18 +117,17 @@ def compose(
     repositories: Path,
 ) -> Iterator[RepairTask]:  # fmt: skip
     """Yield up to ``count`` different tasks whose tests fail and pass as they should; write their repositories."""
-    bugs_per_task = config.bugs
-    chance = random.Random(f"{seed}:{tree.name}:{tree.version}:{bugs_per_task}")
+    chance = random.Random(f"{seed}:{tree.name}:{tree.version}:{config.bugs}")
     seen: set[tuple[Bug, ...]] = set()
     with pool.lend() as sandbox:
         bench = TestBench(sandbox, tree.files)
         for number in range(count):
             for _ in range(TRIES):
-                chosen = _ordered_bugs(bugs, bugs_per_task, chance)
+                chosen = _ordered_bugs(bugs, config.bugs, chance)
                 if chosen is None or tuple(chosen) in seen:
                     continue
                 seen.add(tuple(chosen))
-                name = f"{tree.name}__{bugs_per_task}-{seed}-{number}"
+                name = f"{tree.name}__{config.bugs}-{seed}-{number}"
                 task, files = _task(tree, bugs, chosen, name, config.terse, chance)
                 if _as_expected(bench, tree, task, files):
                     commit = make_repository(repositories / task.instance_id, files)

@@ -1,7 +1,7 @@
 """The positive control: on a task made for it, DAgger leaves SFT far behind at equal labels and steps.
 
-    .venv/bin/python -m tools.check.positive_control                 3 seeds of both arms, 6 minutes; can be resumed
-    .venv/bin/python -m tools.check.positive_control --break all     1 seed, and again with each part broken, 10 minutes
+    .venv/bin/python -m tools.check.positive_control                 3 seeds of both arms, 9 minutes; can be resumed
+    .venv/bin/python -m tools.check.positive_control --break all     1 seed, and again with each part broken, 15 minutes
 
 The SFT arm is the recipe ``positive_control`` with the teacher acting alone in every round. ``problems`` says what is
 wrong with two arms; ``tests/integration/test_positive_control.py`` requires that it finds nothing. With ``--break``

@@ -48,7 +48,7 @@ def aggregate(trajectories: Iterable[Trajectory], config: AggregationConfig) -> 
         previous = trajectory.key
         if not passes(trajectory, config.filter):
             continue
-        tokens, labels = labels_of(trajectory)
+        tokens, labels = labels_of(trajectory, config.disagreement_weight)
         if config.deduplicate:
             labels = _first_seen(tokens, labels, seen)
         if labels:
@@ -79,15 +79,19 @@ def passes(trajectory: Trajectory, name: str) -> bool:
     return trajectory.solved if name == "solved" else trajectory.stop_reason.is_finished
 
 
-def labels_of(trajectory: Trajectory) -> tuple[np.ndarray, list[StateLabel]]:
-    """Return the episode's token stream, (n,) int32, and its labels, each with its position in the stream."""
+def labels_of(trajectory: Trajectory, disagreement_weight: float = 1.0) -> tuple[np.ndarray, list[StateLabel]]:
+    """Return the episode's token stream, (n,) int32, and its labels, each with its position in the stream.
+
+    A label counts ``disagreement_weight`` in the loss if another action than the teacher's was executed, else 1.
+    """
     parts: list[np.ndarray] = [np.zeros(0, np.int32)]
     labels: list[StateLabel] = []
     position = 0
     for turn in trajectory.turns:
         position += len(turn.prompt_tokens)
         if turn.label is not None and len(turn.label.tokens):
-            labels.append(StateLabel(position=position, tokens=turn.label.tokens))
+            weight = 1.0 if turn.agrees else disagreement_weight
+            labels.append(StateLabel(position=position, tokens=turn.label.tokens, weight=weight))
         position += len(turn.action.tokens)
         parts += [turn.prompt_tokens, turn.action.tokens]
     return np.concatenate(parts, dtype=np.int32), labels

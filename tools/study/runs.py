@@ -1,7 +1,8 @@
 """Run the cells of a study one by one, through the command line, and keep their outcomes.
 
 ``OUT/runs/NAME`` is a run directory, ``OUT/logs/NAME.log`` what its program printed, ``OUT/outcomes/NAME.json`` its
-numbers, which exist when the run is finished. Repeating a killed study goes on where it was.
+numbers, which exist when the run is finished. Repeating a killed study goes on where it was. Several processes may work
+on a study: each takes the runs of a (horizon, seed) that no other holds.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 
 from megatron_dagger.config.base import require
 from megatron_dagger.driver.run_dir import load_origin, load_run_config
 from megatron_dagger.observability.metrics import append_line, read_lines
 from megatron_dagger.store.atomic import TEMPORARY_PREFIX
+from megatron_dagger.store.lock import LockedError, exclusive
 from tools.study.outcome import Outcome, load, read_outcome, save
 from tools.study.plan import RECIPE, Cell, Plan
 from tools.study.shared import choose_donor, start_from
@@ -68,10 +72,17 @@ class Study:
 
     def run(self) -> Iterator[Outcome]:
         """Run the pending cells; yield the outcome of each. Raises RuntimeError if a run fails."""
-        for leftover in (self.out / "runs").glob(f"{TEMPORARY_PREFIX}*"):
-            shutil.rmtree(leftover)
-        for cell in self.pending():
-            yield self._run(cell)
+        for (horizon, seed), cells in groupby(self.pending(), key=lambda cell: (cell.horizon, cell.seed)):
+            lock = self.out / "locks" / f"k{horizon}-s{seed}"
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(exclusive(lock, deadline_s=0.0))
+                except LockedError:  # another process does these
+                    continue
+                for cell in cells:
+                    if not self._outcome_file(cell).exists():
+                        yield self._run(cell)
 
     def _run(self, cell: Cell) -> Outcome:
         run_dir, settings = self._run_dir(cell), self.plan.run_settings(cell)
@@ -91,6 +102,8 @@ class Study:
     def _start(self, cell: Cell, run_dir: Path, settings: Sequence[str]) -> None:
         """Create the run from what the finished runs of its tasks have in common with it, if any."""
         run_dir.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in run_dir.parent.glob(f"{TEMPORARY_PREFIX}{cell.name}-*"):
+            shutil.rmtree(leftover)
         done = [outcome.cell for outcome in self.outcomes()]
         paths = [self._run_dir(c) for c in done if (c.horizon, c.seed) == (cell.horizon, cell.seed)]
         donor, common = choose_donor(self.plan.config(cell), {p: load_run_config(p) for p in paths if p.exists()})

@@ -32,7 +32,7 @@ def slip(right: str, paths: Sequence[str], bugs: int, chance: random.Random) -> 
             "cd todo",
             "cd nowhere",
             f"cat todo/{word}.md",
-            f"cat ~/todo/{word}.more",
+            f"cat ~/todo/{chance.randint(100, 999)}.more",
             f"sed -n {line}p {file}",
             f"sed -i '{line}s/{wrong}/{other}/' {file}",
             f"sed -i '{line}s/{wrong}/{other}/' {path}",

@@ -137,6 +137,7 @@ BAD = {
     "dagger.aggregation.last_rounds": 0,
     "dagger.aggregation.max_labels_per_round": 0,
     "dagger.aggregation.max_sft_labels": 0,
+    "dagger.aggregation.disagreement_weight": 0.0,
     "dagger.evaluation_tasks": -3,
     "dagger.evaluation_train_tasks": -1,
 }

@@ -90,6 +90,13 @@ def test_label_positions_follow_the_prompt() -> None:
     assert tokens[9:10].tolist() == labels[1].tokens.tolist()  # on the trunk, as it was executed
 
 
+def test_a_label_that_differs_from_the_action_has_a_weight_of_its_own() -> None:
+    taught = make_turn([5], [5], acted_by=ActedBy.TEACHER)
+    turns = (make_turn([5], [5]), make_turn([5], [6]), taught, make_turn([5, 5], [5]))
+    (episode,) = aggregate([make_trajectory(turns=turns)], AggregationConfig(disagreement_weight=4.0))
+    assert [label.weight for label in episode.labels] == [1.0, 4.0, 1.0, 4.0]
+
+
 def test_labels_after_different_states_are_not_duplicates() -> None:
     first = make_trajectory("a", turns=(make_turn([0], [7, 8], prompt=(1,)),))
     second = make_trajectory("b", turns=(make_turn([0], [8], prompt=(1, 7)),))

@@ -11,6 +11,7 @@ from megatron_dagger.config import ConfigError
 from megatron_dagger.driver.run_dir import create_run, load_run_config
 from megatron_dagger.recipes import find_recipe
 from megatron_dagger.store.aggregated import DataStore
+from megatron_dagger.store.lock import exclusive
 from tests.support.run_directory import make_run
 from tests.support.study_outcomes import make_outcome
 from tests.support.trajectories import make_trajectory, make_turn
@@ -86,6 +87,17 @@ def test_a_study_goes_on_where_it_was(tmp_path):
     assert study.pending() == all_cells[1:]
     rest = before - PLAN.assumed_seconds(all_cells[0])
     assert study.seconds_to_go([outcome]) == pytest.approx(2 * rest), "the finished run took twice as long as assumed"
+
+
+def test_several_processes_share_a_study(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(Study, "_run", lambda study, cell: taken.append(cell) or make_outcome(cell, 2, tasks=5))
+    (tmp_path / "locks").mkdir()
+    with exclusive(tmp_path / "locks" / "k1-s0"):
+        assert [outcome.cell for outcome in Study(tmp_path, PLAN).run()] == taken
+    assert {cell.seed for cell in taken} == {1}, "another process does the runs of seed 0"
+    list(Study(tmp_path, PLAN).run())
+    assert {cell.seed for cell in taken} == {0, 1}
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path):

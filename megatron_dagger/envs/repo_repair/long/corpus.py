@@ -21,8 +21,9 @@ def long_texts(tasks: TaskSet) -> Iterator[str]:
     for word in WORDS:
         fixed += [
             f"cat todo/{word}.md",
-            f"cat ~/todo/{word}.more",
             " rule ",
+            "cat ~/todo/",
+            ".more",
             f"pytest @todo/{word}.tests",
             f"git commit -qam todo/{word}",
         ]

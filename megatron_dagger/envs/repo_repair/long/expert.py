@@ -3,10 +3,10 @@
 For each comment: read it, go to the file's folder, edit the line, look at the diff, go back, run the tests, commit. It
 names the folder from the root, so that the same commands are right after a comment wherever it is read. It uses only
 the conversation: from the commands and what they printed it infers where the shell is, what has been changed and what
-has been verified (``Work``), and acts on that. Whatever the commands before were, it continues from there: it repeats
-an edit that did nothing, discards one that did something else, tests what was committed without a test, and where it
-cannot tell it starts again from the task's first commit. It knows the rules that terse comments name; after an edit
-that was not the right one it reads the longer comment.
+has been verified (``Work``), and acts on that. Whatever the commands before were, it continues from there: it discards
+an edit that is not the wanted one and reads the comment again, tests what was committed without a test, and where it
+cannot tell it starts again from the task's first commit. It knows the rules that terse comments name; after a wrong
+guess it looks up what the rule means there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESTART = "git reset -q --hard start && git clean -qfd :/"
 ALL_TESTS = "pytest @todo/all.tests"
 
 _TASK = re.compile(rf"todo: one to ({'|'.join(WORDS)})$")
-_READ = re.compile(r"cat (?:~/)?todo/(\w+)\.(?:md|more)")
+_READ = re.compile(r"cat (?:~/)?todo/(\w+)\.(md|more)")
 _TEST = re.compile(r"pytest @todo/(\w+)\.tests")
 _COMMIT = re.compile(r"git commit -qam \S+")
 _CD = re.compile(r"cd(?: (\S+))?")
@@ -46,7 +46,7 @@ class Comment:
     line: str
     wrong: str
     right: str
-    terse: bool = False
+    rule: str = ""  # if the comment names only this
 
     @classmethod
     def read(cls, reply: str) -> Comment | None:
@@ -55,7 +55,7 @@ class Comment:
             return cls(match["folder"], match["file"], match["line"], match["wrong"], match["right"])
         if match := TERSE_COMMENT.fullmatch(reply):
             wrong, right = pieces(int(match["rule"]))
-            return cls(match["folder"], match["file"], match["line"], wrong, right, terse=True)
+            return cls(match["folder"], match["file"], match["line"], wrong, right, match["rule"])
         return None
 
     @property
@@ -129,7 +129,8 @@ def _follow(work: Work, command: str, reply: str) -> None:
     work.fresh = False
     if match := _READ.fullmatch(command):
         comment = Comment.read(reply)
-        if comment and match[1] == work.next:
+        wanted = work.next if match[2] == "md" else work.comment.rule if work.comment else ""
+        if comment and match[1] == wanted:
             work.comment, work.fresh, work.entered, work.edited = comment, True, False, False
     elif command == DIFF:
         if reply:
@@ -187,8 +188,8 @@ def next_command(messages: tuple[Message, ...]) -> str:
         return f"git commit -qam todo/{work.next}"
     if work.changed or work.edited or work.committed:
         return _at_root(work, f"pytest @todo/{work.next}.tests") if work.tested is None else RESTART
-    if work.mistaken and not (work.fresh and work.comment and not work.comment.terse):
-        return f"cat ~/todo/{work.next}.more"
+    if work.comment and work.comment.rule and work.mistaken:
+        return f"cat ~/todo/{work.comment.rule}.more"
     if work.comment is None or not work.fresh:
         return _at_root(work, f"cat todo/{work.next}.md")
     return work.comment.edit if work.entered else f"cd ~/{work.comment.folder}"

@@ -1,9 +1,9 @@
 """Compose long repair tasks: K bugs of a package, a comment and a list of tests for each.
 
 The repository of a task has the package with the bugs and a folder ``todo``: ``N.md`` says where the N-th wrong token
-is and what it must be, or only which rule it breaks (``rules.py``), ``N.more`` says it in any case. ``N.tests`` lists
-tests that fail because of it, and ``all.tests`` every test of the task. N is a word, ``one`` to ``nine``. The bugs are
-in such an order that the N-th tests pass as soon as the first N are repaired.
+is and what it must be, or only the number of the rule that it breaks (``rules.py``), and ``NUMBER.more`` says what that
+means there. ``N.tests`` lists tests that fail because of it, and ``all.tests`` every test of the task. N is a word,
+``one`` to ``nine``. The bugs are in such an order that the N-th tests pass as soon as the first N are repaired.
 """
 
 from __future__ import annotations
@@ -104,7 +104,10 @@ def repairs(files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
     """Yield each module as one repair after the other, in the order of ``todo``, leaves it."""
     modules = dict(files)
     for word in WORDS:
-        if match := COMMENT.match(files.get(f"{TODO}/{word}.more", b"").decode()):
+        said = files.get(f"{TODO}/{word}.md", b"").decode()
+        if match := TERSE_COMMENT.match(said):
+            said = files[f"{TODO}/{match['rule']}.more"].decode()
+        if match := COMMENT.match(said):
             path, number = f"{match['folder']}/{match['file']}", int(match["line"]) - 1
             lines = modules[path].decode().splitlines(keepends=True)
             lines[number] = lines[number].replace(match["wrong"], match["right"], 1)
@@ -181,10 +184,14 @@ def _task(
         source_files=tuple(sorted(places.values())),
     )
     for word, bug, each in zip(WORDS, chosen, tests, strict=False):
-        place, line, rules = places[bug.path], bug.line + added[bug.path], rules_of(bug.wrong, bug.right)
-        said = terse_comment(place, line, chance.choice(rules)) if rules and chance.random() < terse else None
-        files[f"{TODO}/{word}.more"] = comment(place, line, bug).encode()
-        files[f"{TODO}/{word}.md"] = said.encode() if said else files[f"{TODO}/{word}.more"]
+        place, line = places[bug.path], bug.line + added[bug.path]
+        said = comment(place, line, bug)
+        rules = [rule for rule in rules_of(bug.wrong, bug.right) if f"{TODO}/{rule}.more" not in files]
+        if rules and chance.random() < terse:
+            rule = chance.choice(rules)
+            files[f"{TODO}/{rule}.more"] = said.encode()
+            said = terse_comment(place, line, rule)
+        files[f"{TODO}/{word}.md"] = said.encode()
         files[f"{TODO}/{word}.tests"] = "".join(f"{test}\n" for test in each).encode()
     files[f"{TODO}/all.tests"] = "".join(f"{test}\n" for test in task.tests).encode()
     return task, files

@@ -23,6 +23,7 @@ from megatron_dagger.driver.environments import open_environment
 from megatron_dagger.driver.run_dir import cache_dir
 from megatron_dagger.envs.environment import Environment
 from megatron_dagger.envs.repo_repair.long.expert import next_command
+from megatron_dagger.envs.repo_repair.long.tasks import todo_names
 from megatron_dagger.observability.progress import track
 from megatron_dagger.recipes import find_recipe
 from megatron_dagger.types import Message
@@ -72,11 +73,12 @@ def play(environment: Environment, task: str, bugs: int, chance: random.Random, 
     with environment.make_env(task) as env:
         system, problem = env.reset()
         messages = [Message(role="system", content=system), Message(role="user", content=problem)]
-        files = ["todo/one.md"]
+        names = todo_names(problem)
+        files = [f"todo/{names[0]}.md"]
         for turn in range(limit):
             command = next_command(tuple(messages))
             if first <= turn < first + RANDOM_TURNS:
-                command = slip(command, files, bugs, chance)
+                command = slip(command, files, names, chance)
             observation = env.step(command)
             if observation.done:
                 break

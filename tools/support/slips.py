@@ -5,17 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from megatron_dagger.envs.repo_repair.long.tasks import WORDS
 
-
-def slip(right: str, paths: Sequence[str], bugs: int, chance: random.Random) -> str:
+def slip(right: str, paths: Sequence[str], names: Sequence[str], chance: random.Random) -> str:
     """Return a drawn command: the right one, one nearly right, another step's, or a damaging one.
 
-    ``paths`` are files of the repository, at least one of them in a folder.
+    ``paths`` are files of the repository, at least one of them in a folder. ``names`` are those of its comments.
     """
     path = chance.choice([path for path in paths if "/" in path])
     folder, _, file = path.rpartition("/")
-    line, word = chance.randint(1, 300), WORDS[chance.randrange(bugs + 1)]
+    line, name = chance.randint(1, 300), chance.choice([*names, "ash"])
     wrong, other = chance.choice([("<", "<="), ("1", "2"), ("and", "or"), ("True", "False"), ("==", "!="), ("(", "[")])
     digits = [position for position, letter in enumerate(right) if letter.isdigit()]
     position = chance.choice(digits) if digits else 0
@@ -31,7 +29,7 @@ def slip(right: str, paths: Sequence[str], bugs: int, chance: random.Random) -> 
             "cd",
             "cd todo",
             "cd nowhere",
-            f"cat todo/{word}.md",
+            f"cat todo/{name}.md",
             f"cat ~/todo/{chance.randint(100, 999)}.more",
             f"sed -n {line}p {file}",
             f"sed -i '{line}s/{wrong}/{other}/' {file}",
@@ -47,8 +45,8 @@ def slip(right: str, paths: Sequence[str], bugs: int, chance: random.Random) -> 
             "git stash -q",
             "git reset -q --hard start",
             "git reset -q --hard HEAD~1",
-            f"git commit -qam todo/{word}",
-            f"pytest @todo/{word}.tests",
+            f"git commit -qam todo/{name}",
+            f"pytest @todo/{name}.tests",
             "pytest @todo/all.tests",
             "ls",
             "fix it",

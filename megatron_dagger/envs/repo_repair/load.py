@@ -49,8 +49,9 @@ def load_environment(context: EnvironmentContext) -> Environment:
 
     @functools.lru_cache(maxsize=CACHED_REPOSITORIES)
     def repository(task_id: str) -> dict[str, bytes]:
-        files = read_repository(tasks.repository(by_id[task_id]))
-        for modules in (files, *(repairs(files) if long else ())):
+        task = by_id[task_id]
+        files = read_repository(tasks.repository(task))
+        for modules in (files, *(repairs(task, files) if long else ())):
             compile_modules(modules, compiled)
         return files
 

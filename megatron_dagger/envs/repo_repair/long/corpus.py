@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron_dagger.envs.repo_repair.long.env import SYSTEM_MESSAGE
 from megatron_dagger.envs.repo_repair.long.expert import ALL_TESTS, DIFF, DISCARD, RESTART
 from megatron_dagger.envs.repo_repair.long.rules import OPERATORS
-from megatron_dagger.envs.repo_repair.long.tasks import FILES, FOLDERS, WORDS
+from megatron_dagger.envs.repo_repair.long.tasks import FILES, FOLDERS, NAMES
 from megatron_dagger.envs.repo_repair.taskset import TaskSet
 
 REPEATS = 200  # of the fixed texts: they are in every episode, a line of code in few
@@ -18,14 +18,14 @@ def long_texts(tasks: TaskSet) -> Iterator[str]:
     fixed = [DIFF, DISCARD, RESTART, ALL_TESTS, "submit", "cd", "1 passed", "1 failed, 2 passed", "2 error"]
     fixed += ["system\n" + SYSTEM_MESSAGE, "assistant\n", "user\n", "nothing to commit, working tree clean"]
     fixed += ["--- a/", "+++ b/", "Updated 1 path from the index", "On branch main", ": No such file or directory"]
-    for word in WORDS:
+    for name in NAMES:
         fixed += [
-            f"cat todo/{word}.md",
+            f"cat todo/{name}.md",
             " rule ",
             "cat ~/todo/",
             ".more",
-            f"pytest @todo/{word}.tests",
-            f"git commit -qam todo/{word}",
+            f"pytest @todo/{name}.tests",
+            f"git commit -qam todo/{name}",
         ]
     for folder in FOLDERS:
         fixed += [f"cd ~/{folder}", f"cat: {folder}", f" a/{folder}", f"in {folder}: "]

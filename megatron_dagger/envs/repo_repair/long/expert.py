@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from megatron_dagger.envs.repo_repair.expert import turns
 from megatron_dagger.envs.repo_repair.long.rules import pieces
-from megatron_dagger.envs.repo_repair.long.tasks import COMMENT, TERSE_COMMENT, WORDS
+from megatron_dagger.envs.repo_repair.long.tasks import COMMENT, TERSE_COMMENT, todo_names
 from megatron_dagger.types import Message
 
 DIFF = "git diff | grep ^[-+]"
@@ -25,7 +25,6 @@ DISCARD = "git checkout :/"
 RESTART = "git reset -q --hard start && git clean -qfd :/"
 ALL_TESTS = "pytest @todo/all.tests"
 
-_TASK = re.compile(rf"todo: one to ({'|'.join(WORDS)})$")
 _READ = re.compile(r"cat (?:~/)?todo/(\w+)\.(md|more)")
 _TEST = re.compile(r"pytest @todo/(\w+)\.tests")
 _COMMIT = re.compile(r"git commit -qam \S+")
@@ -75,7 +74,7 @@ class Comment:
 class Work:
     """What a conversation shows of the state of the work."""
 
-    bugs: int
+    names: tuple[str, ...]  # of the task's comments, in their order
     folder: str | None = ""  # of the shell, below the root; None: unknown
     done: int = 0  # this many comments are repaired, tested and committed
     comment: Comment | None = None  # the next one, if it was read
@@ -92,7 +91,7 @@ class Work:
 
     @property
     def next(self) -> str:
-        return WORDS[min(self.done, len(WORDS) - 1)]
+        return self.names[self.done] if self.done < len(self.names) else ""
 
     def touched(self) -> None:
         """Note that the work tree may have changed."""
@@ -110,8 +109,7 @@ class Work:
 
 def work_after(messages: tuple[Message, ...]) -> Work:
     """Return the state of the work at the end of a conversation."""
-    task = _TASK.search(messages[1].content) if len(messages) > 1 else None
-    work = Work(bugs=WORDS.index(task[1]) + 1 if task else 1)
+    work = Work(names=todo_names(messages[1].content) if len(messages) > 1 else ())
     for command, reply in turns(messages):
         _follow(work, command.strip(), reply)
     return work
@@ -180,7 +178,7 @@ def next_command(messages: tuple[Message, ...]) -> str:
         return DIFF
     if work.changed and not work.right:
         return DISCARD
-    if work.done >= work.bugs:
+    if work.done >= len(work.names):
         if work.finished is None:
             return _at_root(work, ALL_TESTS)
         return "submit" if work.finished else RESTART

@@ -1,9 +1,10 @@
 """Compose long repair tasks: K bugs of a package, a comment and a list of tests for each.
 
-The repository of a task has the package with the bugs and a folder ``todo``: ``N.md`` says where the N-th wrong token
-is and what it must be, or only the number of the rule that it breaks (``rules.py``), and ``NUMBER.more`` says what that
-means there. ``N.tests`` lists tests that fail because of it, and ``all.tests`` every test of the task. N is a word,
-``one`` to ``nine``. The bugs are in such an order that the N-th tests pass as soon as the first N are repaired.
+The repository of a task has the package with the bugs and a folder ``todo``: ``NAME.md`` says where a wrong token is and
+what it must be, or only the number of the rule that it breaks (``rules.py``), and ``NUMBER.more`` says what that means
+there. ``NAME.tests`` lists tests that fail because of it, and ``all.tests`` every test of the task. The problem statement
+lists the names, drawn for each task, in such an order that the tests of each pass once it and those before it are
+repaired.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from megatron_dagger.sandbox.local import SandboxPool
 logger = logging.getLogger(__name__)
 
 TODO = "todo"
-WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NAMES = ("ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "rowan", "yew")
 # Modules with bugs are moved to names drawn for each task and begin with as many comment lines as were drawn, so that a
 # student must read addresses and cannot know them by heart. In a moved module's place remains one that executes the
 # moved code as its own, which it loads as an import does (tools/code_cache.py).
@@ -100,19 +101,31 @@ def terse_comment(path: str, line: int, rule: int) -> str:
     return f"in {folder}: {line:03} rule {rule} {file}\n"
 
 
-def repairs(files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
-    """Yield each module as one repair after the other, in the order of ``todo``, leaves it."""
+def problem_statement(names: Sequence[str]) -> str:
+    """Return a task's problem statement, one name to a line; ``todo_names`` reads it."""
+    return "\n".join([f"{TODO}:", *names])
+
+
+def todo_names(problem_statement: str) -> tuple[str, ...]:
+    """Return the names of a task's comments, in their order; none if it is no long task's problem statement."""
+    first, *names = problem_statement.split("\n")
+    return tuple(names) if first == f"{TODO}:" else ()
+
+
+def repairs(task: RepairTask, files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
+    """Yield each module as one repair after the other, in the task's order, leaves it."""
     modules = dict(files)
-    for word in WORDS:
-        said = files.get(f"{TODO}/{word}.md", b"").decode()
+    for name in todo_names(task.problem_statement):
+        said = files[f"{TODO}/{name}.md"].decode()
         if match := TERSE_COMMENT.match(said):
             said = files[f"{TODO}/{match['rule']}.more"].decode()
-        if match := COMMENT.match(said):
-            path, number = f"{match['folder']}/{match['file']}", int(match["line"]) - 1
-            lines = modules[path].decode().splitlines(keepends=True)
-            lines[number] = lines[number].replace(match["wrong"], match["right"], 1)
-            modules[path] = "".join(lines).encode()
-            yield {path: modules[path]}
+        match = COMMENT.match(said)
+        assert match, said
+        path, number = f"{match['folder']}/{match['file']}", int(match["line"]) - 1
+        lines = modules[path].decode().splitlines(keepends=True)
+        lines[number] = lines[number].replace(match["wrong"], match["right"], 1)
+        modules[path] = "".join(lines).encode()
+        yield {path: modules[path]}
 
 
 def compose(
@@ -171,19 +184,20 @@ def _task(
         files[place] = bug.apply(files[place].decode(), added[bug.path]).encode()
         tests.append(bugs.catching(bug, chosen[number:])[:TESTS_PER_BUG])
     failing = sorted({test for each in tests for test in each})
+    names = chance.sample(NAMES, len(chosen))
     modules = {test.partition("::")[0] for test in failing}
     untouched = [test for test in bugs.untouched(chosen) if test.partition("::")[0] in modules]
     passing = sorted(chance.sample(untouched, min(len(untouched), MAX_PASSING_TESTS)))
     task = replace(
         task_template(tree),
         instance_id=name,
-        problem_statement=f"todo: one to {WORDS[len(chosen) - 1]}",
+        problem_statement=problem_statement(names),
         patch=tree_diff(files, fixed),
         FAIL_TO_PASS=json.dumps(failing),
         PASS_TO_PASS=json.dumps(passing),
         source_files=tuple(sorted(places.values())),
     )
-    for word, bug, each in zip(WORDS, chosen, tests, strict=False):
+    for todo, bug, each in zip(names, chosen, tests, strict=True):
         place, line = places[bug.path], bug.line + added[bug.path]
         said = comment(place, line, bug)
         rules = [rule for rule in rules_of(bug.wrong, bug.right) if f"{TODO}/{rule}.more" not in files]
@@ -191,8 +205,8 @@ def _task(
             rule = chance.choice(rules)
             files[f"{TODO}/{rule}.more"] = said.encode()
             said = terse_comment(place, line, rule)
-        files[f"{TODO}/{word}.md"] = said.encode()
-        files[f"{TODO}/{word}.tests"] = "".join(f"{test}\n" for test in each).encode()
+        files[f"{TODO}/{todo}.md"] = said.encode()
+        files[f"{TODO}/{todo}.tests"] = "".join(f"{test}\n" for test in each).encode()
     files[f"{TODO}/all.tests"] = "".join(f"{test}\n" for test in task.tests).encode()
     return task, files
 

@@ -12,7 +12,7 @@ from megatron_dagger.envs.repo_repair.long.bugs import bug_pool
 from megatron_dagger.envs.repo_repair.long.env import LongRepairEnv
 from megatron_dagger.envs.repo_repair.long.expert import DIFF, DISCARD, RESTART, next_command
 from megatron_dagger.envs.repo_repair.long.rules import NUMBERS, PIECES, pieces, rules_of
-from megatron_dagger.envs.repo_repair.long.tasks import TERSE_COMMENT, WORDS, compose, repairs
+from megatron_dagger.envs.repo_repair.long.tasks import TERSE_COMMENT, compose, repairs, todo_names
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.envs.repo_repair.testing import TestBench
 from megatron_dagger.types import Message
@@ -52,6 +52,16 @@ def address(comment):
     return f"{folder}/{file}", int(line), wrong, right
 
 
+def spelled(env, command):
+    """Return a command with the names of the task's comments in place of FIRST and SECOND."""
+    first, second = todo_names(env.task.problem_statement)
+    return command.replace("FIRST", first).replace("SECOND", second)
+
+
+def say(env, command):
+    return env.step(spelled(env, command))
+
+
 def play(env, commands=(), *, turns=80):
     """Run ``commands``, then let the teacher finish; return its commands and whether the task is solved."""
     system, problem = env.reset()
@@ -61,7 +71,7 @@ def play(env, commands=(), *, turns=80):
         command = commands[turn] if turn < len(commands) else next_command(tuple(messages))
         if callable(command):
             command = command(next_command(tuple(messages)))
-        observation = env.step(command)
+        observation = say(env, command)
         said.append((command, observation.text))
         messages += [Message(role="assistant", content=command), Message(role="user", content=observation.text)]
         if observation.done:
@@ -75,11 +85,11 @@ def test_tests_of_a_bug_pass_once_it_and_those_before_it_are_repaired(tasks, poo
         files = read_repository(repositories / task.instance_id)
         with pool.lend() as sandbox:
             bench = TestBench(sandbox, {k: v for k, v in files.items() if not k.startswith(".git/")})
-            for word in WORDS[:BUGS]:
-                tests = files[f"todo/{word}.tests"].decode().split("\n")[:-1]
+            for name in todo_names(task.problem_statement):
+                tests = files[f"todo/{name}.tests"].decode().split("\n")[:-1]
                 settings = replace(task, FAIL_TO_PASS=str(tests).replace("'", '"'), PASS_TO_PASS="[]").tool_settings()
                 assert set(bench.run(settings).outcomes.values()) == {"failed"}
-                path, line, wrong, right = address(files[f"todo/{word}.md"].decode())
+                path, line, wrong, right = address(files[f"todo/{name}.md"].decode())
                 lines = files[path].decode().splitlines(keepends=True)
                 lines[line - 1] = lines[line - 1].replace(wrong, right, 1)
                 files[path] = "".join(lines).encode()
@@ -90,7 +100,7 @@ def test_tests_of_a_bug_pass_once_it_and_those_before_it_are_repaired(tasks, poo
 
 def test_repairs_are_the_states_that_the_teacher_leaves(env, tasks, repositories):
     files = read_repository(repositories / tasks[0].instance_id)
-    states = list(repairs(files))
+    states = list(repairs(tasks[0], files))
     assert len(states) == BUGS
     said, _ = play(env)
     assert sum(command.startswith("sed") for command, _ in said) == BUGS
@@ -123,12 +133,12 @@ def test_a_replayed_episode_prints_the_same(env):
     commands = [
         "git log --oneline | cat",
         "cd todo",
-        "cat one.md",
+        "cat FIRST.md",
         "git commit -q --allow-empty -m x",
         "git log | head -1",
     ]
     first, _ = play(env, [], turns=1)
-    runs = [[env.step(command).text for command in commands if env.reset() or True] for _ in range(2)]
+    runs = [[say(env, command).text for command in commands if env.reset() or True] for _ in range(2)]
     assert runs[0] == runs[1]
     assert play(env, [], turns=1)[0] == first
 
@@ -138,11 +148,11 @@ def test_the_working_directory_lasts(env):
     env.step("cd todo")
     assert env.step("ls").text.split()[0] == "all.tests"
     assert env.step("cd nowhere").text
-    assert "one.md" in env.step("ls").text
+    assert spelled(env, "FIRST.md") in env.step("ls").text
     assert env.step("exit 3").text == ""
-    assert "one.md" in env.step("ls").text
+    assert spelled(env, "FIRST.md") in env.step("ls").text
     assert env.step("if").text  # a syntax error
-    assert "one.md" in env.step("ls").text
+    assert spelled(env, "FIRST.md") in env.step("ls").text
     env.step("cd /tmp")
     assert env.step("pwd").text == "/tmp"
     env.step("cd")
@@ -150,17 +160,17 @@ def test_the_working_directory_lasts(env):
 
 
 def test_pytest_counts_as_pytest_does(env):
-    assert env.step("pytest @todo/one.tests").text.endswith("failed")
+    assert say(env, "pytest @todo/FIRST.tests").text.endswith("failed")
     assert "passed" in env.step("pytest @todo/all.tests").text
     assert env.step("pytest @todo/seven.tests").text == "ERROR: No such file or directory: todo/seven.tests"
     assert env.step("pytest nothing.py").text == "ERROR: file or directory not found: nothing.py"
     assert env.step("pytest").text == "no tests ran"
-    path, *_ = address(env.step("cat todo/one.md").text)
+    path, *_ = address(say(env, "cat todo/FIRST.md").text)
     env.step(f"echo '(' >> {path}")
-    assert env.step("pytest @todo/one.tests").text.endswith("error")
-    assert env.step("pytest @todo/one.tests | cat").text.endswith("error")  # in a pipe it is the same program
+    assert say(env, "pytest @todo/FIRST.tests").text.endswith("error")
+    assert say(env, "pytest @todo/FIRST.tests | cat").text.endswith("error")  # in a pipe it is the same program
     env.step("cd todo")
-    assert env.step("pytest @one.tests").text.startswith("ERROR: file or directory not found: tests/")
+    assert say(env, "pytest @FIRST.tests").text.startswith("ERROR: file or directory not found: tests/")
 
 
 def test_changed_tests_do_not_solve_a_task(env):
@@ -177,16 +187,16 @@ WAYS_BACK = {
     "out of the work tree": lambda path, line: ["cd /tmp"],
     "an edit in another directory": lambda path, line: ["cd tests", "sed -i '5s/a/b/' test_small.py"],
     "a new file in the way": lambda path, line: ["echo 'raise ValueError' > pytest.py", "echo '(' > conftest.py"],
-    "a wrong commit": lambda path, line: [f"sed -i 's/return/pass; return/' {path}", "git commit -qam todo/one"],
-    "an empty commit": lambda path, line: ["git commit -qam todo/one"],
+    "a wrong commit": lambda path, line: [f"sed -i 's/return/pass; return/' {path}", "git commit -qam todo/FIRST"],
+    "an empty commit": lambda path, line: ["git commit -qam todo/FIRST"],
     "a repair taken back that was right": lambda path, line: [*[str] * TURNS_PER_BUG, "git reset -q --hard start"],
     "a right commit undone": lambda path, line: [*[str] * TURNS_PER_BUG, "git reset -q --hard HEAD~1"],
     "a right edit discarded": lambda path, line: [*[str] * 4, "git checkout :/"],
     "a right edit stashed": lambda path, line: [*[str] * 4, "git stash -q"],
-    "a right edit committed without a test": lambda path, line: [*[str] * 5, "git commit -qam todo/one"],
+    "a right edit committed without a test": lambda path, line: [*[str] * 5, "git commit -qam todo/FIRST"],
     "an edit twice": lambda path, line: [*[str] * 4, f"sed -i '{line}s/^/ /' {path.rpartition('/')[2]}"],
-    "another comment": lambda path, line: ["cat todo/two.md"],
-    "the tests before the repair": lambda path, line: ["pytest @todo/one.tests"],
+    "another comment": lambda path, line: ["cat todo/SECOND.md"],
+    "the tests before the repair": lambda path, line: ["pytest @todo/FIRST.tests"],
     "all tests at once": lambda path, line: ["pytest @todo/all.tests"],
     "no command": lambda path, line: ["fix it", "'"],
 }
@@ -194,20 +204,20 @@ WAYS_BACK = {
 
 @pytest.mark.parametrize("name", WAYS_BACK)
 def test_the_teacher_knows_the_way_back(env, name):
-    path, line, *_ = address(env.step("cat todo/one.md").text)
+    path, line, *_ = address(say(env, "cat todo/FIRST.md").text)
     said, solved = play(env, WAYS_BACK[name](path, line))
     assert solved, said
 
 
 def test_the_teacher_does_not_repeat_a_verified_repair(env):
-    said, solved = play(env, [*[str] * TURNS_PER_BUG, "cd todo", "cat one.md", "cd .."])
+    said, solved = play(env, [*[str] * TURNS_PER_BUG, "cd todo", "cat FIRST.md", "cd .."])
     assert solved
-    assert said[0][0] == "cat todo/two.md"
-    assert sum(command == "cat todo/one.md" for command, _ in said) == 0
+    assert said[0][0] == spelled(env, "cat todo/SECOND.md")
+    assert sum(command == spelled(env, "cat todo/FIRST.md") for command, _ in said) == 0
 
 
 def test_a_diff_that_is_not_the_repair_is_discarded(env):
-    path, *_ = address(env.step("cat todo/one.md").text)
+    path, *_ = address(say(env, "cat todo/FIRST.md").text)
     said, _ = play(env, [*[str] * 2, f"sed -i '1s/^/#/' {path.rpartition('/')[2]}"])
     assert [command for command, _ in said[:2]] == [DIFF, DISCARD]
 
@@ -217,7 +227,8 @@ def terse_env(bugs, pool, tmp_path):
     config = replace(CONFIG, terse=1.0)
     for task in compose(TREE, bugs, config, 4, 1, pool, tmp_path):
         files = read_repository(tmp_path / task.instance_id)
-        if TERSE_COMMENT.fullmatch(files["todo/one.md"].decode().strip()):
+        first, _ = todo_names(task.problem_statement)
+        if TERSE_COMMENT.fullmatch(files[f"todo/{first}.md"].decode().strip()):
             with LongRepairEnv(task, files, pool) as opened:
                 opened.reset()
                 yield opened
@@ -232,10 +243,10 @@ def test_the_teacher_knows_the_rules_by_heart(terse_env):
     assert not any("more" in command for command, _ in said)
 
 
-@pytest.mark.parametrize("later", [(), (DIFF,), (DIFF, "cd", "pytest @todo/one.tests"), ("cd", "cat todo/one.md")])
+@pytest.mark.parametrize("later", [(), (DIFF,), (DIFF, "cd", "pytest @todo/FIRST.tests"), ("cd", "cat todo/FIRST.md")])
 @pytest.mark.parametrize("token", ["nothing", "e"])
 def test_after_a_wrong_guess_the_teacher_reads_on(terse_env, token, later):
-    rule = TERSE_COMMENT.fullmatch(terse_env.step("cat todo/one.md").text)["rule"]
+    rule = TERSE_COMMENT.fullmatch(say(terse_env, "cat todo/FIRST.md").text)["rule"]
     path, line, *_ = address(terse_env.step(f"cat todo/{rule}.more").text)
     guess = f"sed -i '{line}s/{token}/e /' {path.rpartition('/')[2]}"
     said, solved = play(terse_env, [str, str, guess, *later])
@@ -254,7 +265,7 @@ def test_rules_are_numbers_of_pairs_of_operators():
 @pytest.mark.parametrize("seed", range(12))
 def test_the_teacher_finishes_after_random_turns(env, tasks, seed):
     chance = random.Random(seed)
-    paths = [*tasks[0].source_files, "tests/test_small.py"]
+    paths, names = [*tasks[0].source_files, "tests/test_small.py"], todo_names(tasks[0].problem_statement)
     ahead = chance.randrange(TURNS_PER_BUG * BUGS)
-    _, solved = play(env, [str] * ahead + [lambda right: slip(right, paths, BUGS, chance)] * 6, turns=140)
+    _, solved = play(env, [str] * ahead + [lambda right: slip(right, paths, names, chance)] * 6, turns=140)
     assert solved

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_dagger.envs.repo_repair.long.env import SYSTEM_MESSAGE
-from megatron_dagger.envs.repo_repair.long.expert import ALL_TESTS, DIFF, DISCARD, RESTART
+from megatron_dagger.envs.repo_repair.long.expert import ALL_TESTS, DIFF, DISCARD, RESTART, take_back
 from megatron_dagger.envs.repo_repair.long.rules import OPERATORS
 from megatron_dagger.envs.repo_repair.long.tasks import FILES, FOLDERS, NAMES
 from megatron_dagger.envs.repo_repair.taskset import TaskSet
@@ -15,7 +15,18 @@ REPEATS = 200  # of the fixed texts: they are in every episode, a line of code i
 
 def long_texts(tasks: TaskSet) -> Iterator[str]:
     """Yield the system message, problem statements, commands and what they print, and lines of code."""
-    fixed = [DIFF, DISCARD, RESTART, ALL_TESTS, "submit", "cd", "1 passed", "1 failed, 2 passed", "2 error"]
+    fixed = [
+        DIFF,
+        DISCARD,
+        RESTART,
+        take_back(1),
+        ALL_TESTS,
+        "submit",
+        "cd",
+        "1 passed",
+        "1 failed, 2 passed",
+        "2 error",
+    ]
     fixed += ["system\n" + SYSTEM_MESSAGE, "assistant\n", "user\n", "nothing to commit, working tree clean"]
     fixed += ["--- a/", "+++ b/", "Updated 1 path from the index", "On branch main", ": No such file or directory"]
     for name in NAMES:

@@ -4,9 +4,9 @@ For each comment: read it, go to the file's folder, edit the line, look at the d
 names the folder from the root, so that the same commands are right after a comment wherever it is read. It uses only
 the conversation: from the commands and what they printed it infers where the shell is, what has been changed and what
 has been verified (``Work``), and acts on that. Whatever the commands before were, it continues from there: it discards
-an edit that is not the wanted one and reads the comment again, tests what was committed without a test, and where it
-cannot tell it starts again from the task's first commit. It knows the rules that terse comments name; after a wrong
-guess it looks up what the rule means there.
+an edit that is not the wanted one and reads the comment again, tests what was committed without a test and takes it
+back if that fails, and where it cannot tell it starts again from the task's first commit. It knows the rules that
+terse comments name; after a wrong guess it looks up what the rule means there.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Work:
     changed: bool | None = False  # the work tree since the last commit; None: unknown
     right: bool = False  # the change is the wanted one
     tested: bool | None = None  # whether the next comment's tests passed since the last change; None: they were not run
-    committed: bool = False  # something that was not tested
+    committed: int = 0  # times, without a passed test
     finished: bool | None = None  # whether all tests passed since the last change; None: they were not run
     lost: bool = False  # something happened that only a restart mends
 
@@ -104,7 +104,7 @@ class Work:
     def verified(self) -> None:
         """Note that the next comment is done."""
         self.done += 1
-        self.comment, self.edited, self.mistaken, self.tested, self.committed = None, False, False, None, False
+        self.comment, self.edited, self.mistaken, self.tested, self.committed = None, False, False, None, 0
 
 
 def work_after(messages: tuple[Message, ...]) -> Work:
@@ -145,7 +145,7 @@ def _follow(work: Work, command: str, reply: str) -> None:
     elif _COMMIT.fullmatch(command):
         if not reply and work.changed is not False:
             tested = work.tested
-            work.committed = not tested
+            work.committed += 1
             work.clean()
             if tested:
                 work.verified()
@@ -156,10 +156,14 @@ def _follow(work: Work, command: str, reply: str) -> None:
             work.touched()
             work.edited = False
         work.clean()
+    elif work.committed and command == take_back(work.committed) and not reply:
+        work.touched()
+        work.clean()
+        work.committed, work.edited = 0, False
     elif command == RESTART:
         work.touched()
         work.clean()
-        work.done, work.comment, work.committed, work.lost = 0, None, False, False
+        work.done, work.comment, work.committed, work.lost = 0, None, 0, False
         work.edited, work.mistaken = False, False
     elif not _HARMLESS.fullmatch(command) and not _FAILED.search(reply):
         work.touched()
@@ -185,12 +189,18 @@ def next_command(messages: tuple[Message, ...]) -> str:
     if work.changed and work.tested:
         return f"git commit -qam todo/{work.next}"
     if work.changed or work.edited or work.committed:
-        return _at_root(work, f"pytest @todo/{work.next}.tests") if work.tested is None else RESTART
+        if work.tested is None:
+            return _at_root(work, f"pytest @todo/{work.next}.tests")
+        return take_back(work.committed) if work.committed else RESTART
     if work.comment and work.comment.rule and work.mistaken:
         return f"cat ~/todo/{work.comment.rule}.more"
     if work.comment is None or not work.fresh:
         return _at_root(work, f"cat todo/{work.next}.md")
     return work.comment.edit if work.entered else f"cd ~/{work.comment.folder}"
+
+
+def take_back(commits: int) -> str:
+    return f"git reset -q --hard HEAD~{commits}"
 
 
 def _at_root(work: Work, command: str) -> str:

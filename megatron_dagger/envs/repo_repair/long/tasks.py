@@ -1,10 +1,10 @@
 """Compose long repair tasks: K bugs of a package, a comment and a list of tests for each.
 
-The repository of a task has the package with the bugs and a folder ``todo``: ``NAME.md`` says where a wrong token is and
-what it must be, or only the number of the rule that it breaks (``rules.py``), and ``NUMBER.more`` says what that means
-there. ``NAME.tests`` lists tests that fail because of it, and ``all.tests`` every test of the task. The problem statement
-lists the names, drawn for each task, in such an order that the tests of each pass once it and those before it are
-repaired.
+The repository of a task has the package with the bugs and a folder ``todo``: ``NAME.md`` says where a wrong token is
+and what it must be, or only the number of the rule that it breaks (``rules.py``), and ``NUMBER.more`` says what that
+means there. ``NAME.tests`` lists tests that fail because of it, and ``all.tests`` every test of the task. The problem
+statement lists the names, drawn for each task, in such an order that the tests of each pass once it and those before
+it are repaired.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from megatron_dagger.config import RepoRepairConfig
 from megatron_dagger.envs.repo_repair.episode import tree_diff
 from megatron_dagger.envs.repo_repair.long.bugs import bug_pool
 from megatron_dagger.envs.repo_repair.long.env import LongRepairEnv
-from megatron_dagger.envs.repo_repair.long.expert import DIFF, DISCARD, RESTART, next_command
+from megatron_dagger.envs.repo_repair.long.expert import DIFF, DISCARD, RESTART, next_command, take_back
 from megatron_dagger.envs.repo_repair.long.rules import NUMBERS, PIECES, pieces, rules_of
 from megatron_dagger.envs.repo_repair.long.tasks import TERSE_COMMENT, compose, repairs, todo_names
 from megatron_dagger.envs.repo_repair.repository import read_repository
@@ -214,6 +214,17 @@ def test_the_teacher_does_not_repeat_a_verified_repair(env):
     assert solved
     assert said[0][0] == spelled(env, "cat todo/SECOND.md")
     assert sum(command == spelled(env, "cat todo/FIRST.md") for command, _ in said) == 0
+
+
+@pytest.mark.parametrize("commits", [1, 2])
+def test_commits_that_break_the_tests_are_taken_back(env, commits):
+    path, line, *_ = address(say(env, "cat todo/FIRST.md").text)
+    wrong = ["echo 'raise ValueError' >> " + path, "git commit -qam todo/FIRST"]
+    said, solved = play(env, ["cat todo/FIRST.md", *wrong * commits])
+    assert solved
+    commands = [command for command, _ in said]
+    assert commands[1:3] == [take_back(commits), spelled(env, "cat todo/FIRST.md")]
+    assert RESTART not in commands
 
 
 def test_a_diff_that_is_not_the_repair_is_discarded(env):

@@ -218,8 +218,8 @@ def test_the_teacher_does_not_repeat_a_verified_repair(env):
 
 @pytest.mark.parametrize("commits", [1, 2])
 def test_commits_that_break_the_tests_are_taken_back(env, commits):
-    path, line, *_ = address(say(env, "cat todo/FIRST.md").text)
-    wrong = ["echo 'raise ValueError' >> " + path, "git commit -qam todo/FIRST"]
+    path, *_ = address(say(env, "cat todo/FIRST.md").text)
+    wrong = [f"echo 'raise ValueError' >> {path}", "git commit -qam todo/FIRST"]
     said, solved = play(env, ["cat todo/FIRST.md", *wrong * commits])
     assert solved
     commands = [command for command, _ in said]

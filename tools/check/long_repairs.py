@@ -23,7 +23,7 @@ from megatron_dagger.driver.environments import open_environment
 from megatron_dagger.driver.run_dir import cache_dir
 from megatron_dagger.envs.environment import Environment
 from megatron_dagger.envs.repo_repair.long.expert import next_command
-from megatron_dagger.envs.repo_repair.long.tasks import todo_names
+from megatron_dagger.envs.repo_repair.long.tasks import NAMES, first_name
 from megatron_dagger.observability.progress import track
 from megatron_dagger.recipes import find_recipe
 from megatron_dagger.types import Message
@@ -73,12 +73,11 @@ def play(environment: Environment, task: str, bugs: int, chance: random.Random, 
     with environment.make_env(task) as env:
         system, problem = env.reset()
         messages = [Message(role="system", content=system), Message(role="user", content=problem)]
-        names = todo_names(problem)
-        files = [f"todo/{names[0]}.md"]
+        files = [f"todo/{first_name(problem)}.md"]
         for turn in range(limit):
             command = next_command(tuple(messages))
             if first <= turn < first + RANDOM_TURNS:
-                command = slip(command, files, names, chance)
+                command = slip(command, files, NAMES, chance)
             observation = env.step(command)
             if observation.done:
                 break
@@ -88,7 +87,7 @@ def play(environment: Environment, task: str, bugs: int, chance: random.Random, 
             ]
             if command.startswith("cat todo/") and observation.text.startswith("in "):
                 parts = observation.text.split()
-                files.append(f"{parts[1].rstrip(':')}/{parts[-1]}")
+                files.append(f"{parts[1].rstrip(':')}/{parts[-3]}")
         return env.judge(), turn + 1
 
 

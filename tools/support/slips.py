@@ -9,11 +9,11 @@ from collections.abc import Sequence
 def slip(right: str, paths: Sequence[str], names: Sequence[str], chance: random.Random) -> str:
     """Return a drawn command: the right one, one nearly right, another step's, or a damaging one.
 
-    ``paths`` are files of the repository, at least one of them in a folder. ``names`` are those of its comments.
+    ``paths`` are files of the repository, at least one of them in a folder. ``names`` are those of comments.
     """
     path = chance.choice([path for path in paths if "/" in path])
     folder, _, file = path.rpartition("/")
-    line, name = chance.randint(1, 300), chance.choice([*names, "ash"])
+    line, name = chance.randint(1, 300), chance.choice(names)
     wrong, other = chance.choice([("<", "<="), ("1", "2"), ("and", "or"), ("True", "False"), ("==", "!="), ("(", "[")])
     digits = [position for position, letter in enumerate(right) if letter.isdigit()]
     position = chance.choice(digits) if digits else 0

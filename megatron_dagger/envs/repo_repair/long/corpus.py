@@ -32,7 +32,7 @@ def long_texts(tasks: TaskSet) -> Iterator[str]:
     for name in NAMES:
         fixed += [
             f"cat todo/{name}.md",
-            " rule ",
+            f" rule  then {name}",
             "cat ~/todo/",
             ".more",
             f"pytest @todo/{name}.tests",

@@ -20,7 +20,7 @@ from megatron_dagger.sandbox.local import ProcessSandbox, SandboxPool
 
 SYSTEM_MESSAGE = """\
 Tokens of a Python package are wrong. todo/NAME.md says where one is and what it must be, or only the number of the
-rule that it breaks; todo/NUMBER.more says more, todo/NAME.tests lists its tests.
+rule that it breaks, and the next name; todo/NUMBER.more says more, todo/NAME.tests lists its tests.
 Reply with one shell command. When all is repaired, tested and committed: submit."""
 OBSERVATION_CHARACTERS = 600
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 from megatron_dagger.envs.repo_repair.expert import turns
 from megatron_dagger.envs.repo_repair.long.rules import pieces
-from megatron_dagger.envs.repo_repair.long.tasks import COMMENT, TERSE_COMMENT, todo_names
+from megatron_dagger.envs.repo_repair.long.tasks import COMMENT, LAST, TERSE_COMMENT, first_name
 from megatron_dagger.types import Message
 
 DIFF = "git diff | grep ^[-+]"
 DISCARD = "git checkout :/"
 RESTART = "git reset -q --hard start && git clean -qfd :/"
-ALL_TESTS = "pytest @todo/all.tests"
+ALL_TESTS = f"pytest @todo/{LAST}.tests"
 
 _READ = re.compile(r"cat (?:~/)?todo/(\w+)\.(md|more)")
 _TEST = re.compile(r"pytest @todo/(\w+)\.tests")
@@ -38,23 +38,24 @@ _FAILED = re.compile(r"not found|rror|usage|fatal|No such file|sed: ")
 
 @dataclass(frozen=True, slots=True)
 class Comment:
-    """What a comment says: in line ``line`` of ``folder/file`` the first ``wrong`` must be ``right``."""
+    """What a comment says: in line ``line`` of ``folder/file`` the first ``wrong`` must be ``right``; then ``next``."""
 
     folder: str
     file: str
     line: str
     wrong: str
     right: str
+    next: str  # name of the next comment
     rule: str = ""  # if the comment names only this
 
     @classmethod
     def read(cls, reply: str) -> Comment | None:
         """Return the comment that was printed; None if it is none."""
         if match := COMMENT.fullmatch(reply):
-            return cls(match["folder"], match["file"], match["line"], match["wrong"], match["right"])
+            return cls(match["folder"], match["file"], match["line"], match["wrong"], match["right"], match["next"])
         if match := TERSE_COMMENT.fullmatch(reply):
             wrong, right = pieces(int(match["rule"]))
-            return cls(match["folder"], match["file"], match["line"], wrong, right, match["rule"])
+            return cls(match["folder"], match["file"], match["line"], wrong, right, match["next"], match["rule"])
         return None
 
     @property
@@ -74,24 +75,20 @@ class Comment:
 class Work:
     """What a conversation shows of the state of the work."""
 
-    names: tuple[str, ...]  # of the task's comments, in their order
+    first: str  # name of the task's first comment
+    name: str  # of the comment to be worked on; LAST: all are repaired, tested and committed
     folder: str | None = ""  # of the shell, below the root; None: unknown
-    done: int = 0  # this many comments are repaired, tested and committed
-    comment: Comment | None = None  # the next one, if it was read
+    comment: Comment | None = None  # the one of this name, if it was read
     fresh: bool = False  # it has just been read
     entered: bool = False  # and the shell was sent to its folder since
     edited: bool = False  # its edit was made since
     mistaken: bool = False  # another edit was made since
     changed: bool | None = False  # the work tree since the last commit; None: unknown
     right: bool = False  # the change is the wanted one
-    tested: bool | None = None  # whether the next comment's tests passed since the last change; None: they were not run
+    tested: bool | None = None  # whether the comment's tests passed since the last change; None: they were not run
     committed: int = 0  # times, without a passed test
     finished: bool | None = None  # whether all tests passed since the last change; None: they were not run
     lost: bool = False  # something happened that only a restart mends
-
-    @property
-    def next(self) -> str:
-        return self.names[self.done] if self.done < len(self.names) else ""
 
     def touched(self) -> None:
         """Note that the work tree may have changed."""
@@ -101,17 +98,20 @@ class Work:
         """Note that the work tree is that of the last commit."""
         self.changed, self.right = False, False
 
-    def verified(self) -> None:
-        """Note that the next comment is done."""
-        self.done += 1
-        self.comment, self.edited, self.mistaken, self.tested, self.committed = None, False, False, None, 0
+    def go_on(self, name: str) -> None:
+        """Note that the comment of this name is to be worked on now."""
+        self.name, self.comment, self.edited, self.mistaken = name, None, False, False
+        self.tested, self.committed = None, 0
 
 
 def work_after(messages: tuple[Message, ...]) -> Work:
     """Return the state of the work at the end of a conversation."""
-    work = Work(names=todo_names(messages[1].content) if len(messages) > 1 else ())
+    first = first_name(messages[1].content) if len(messages) > 1 else LAST
+    work = Work(first=first, name=first)
     for command, reply in turns(messages):
         _follow(work, command.strip(), reply)
+        if work.comment and work.tested and work.changed is False:
+            work.go_on(work.comment.next)
     return work
 
 
@@ -127,7 +127,7 @@ def _follow(work: Work, command: str, reply: str) -> None:
     work.fresh = False
     if match := _READ.fullmatch(command):
         comment = Comment.read(reply)
-        wanted = work.next if match[2] == "md" else work.comment.rule if work.comment else ""
+        wanted = work.name if match[2] == "md" else work.comment.rule if work.comment else ""
         if comment and match[1] == wanted:
             work.comment, work.fresh, work.entered, work.edited = comment, True, False, False
     elif command == DIFF:
@@ -138,17 +138,12 @@ def _follow(work: Work, command: str, reply: str) -> None:
     elif command == ALL_TESTS:
         work.finished = _PASSED.fullmatch(reply) is not None
     elif match := _TEST.fullmatch(command):
-        if match[1] == work.next:
+        if match[1] == work.name:
             work.tested = _PASSED.fullmatch(reply) is not None
-            if work.tested and work.changed is False:
-                work.verified()
     elif _COMMIT.fullmatch(command):
         if not reply and work.changed is not False:
-            tested = work.tested
             work.committed += 1
             work.clean()
-            if tested:
-                work.verified()
         elif "nothing to commit" in reply:
             work.clean()
     elif command == DISCARD:
@@ -163,8 +158,8 @@ def _follow(work: Work, command: str, reply: str) -> None:
     elif command == RESTART:
         work.touched()
         work.clean()
-        work.done, work.comment, work.committed, work.lost = 0, None, 0, False
-        work.edited, work.mistaken = False, False
+        work.lost = False
+        work.go_on(work.first)
     elif not _HARMLESS.fullmatch(command) and not _FAILED.search(reply):
         work.touched()
         work.edited = work.comment is not None and command == work.comment.edit and work.folder == work.comment.folder
@@ -182,20 +177,20 @@ def next_command(messages: tuple[Message, ...]) -> str:
         return DIFF
     if work.changed and not work.right:
         return DISCARD
-    if work.done >= len(work.names):
+    if work.name == LAST:
         if work.finished is None:
             return _at_root(work, ALL_TESTS)
         return "submit" if work.finished else RESTART
     if work.changed and work.tested:
-        return f"git commit -qam todo/{work.next}"
-    if work.changed or work.edited or work.committed:
+        return f"git commit -qam todo/{work.name}"
+    if (work.changed or work.edited or work.committed) and not work.tested:
         if work.tested is None:
-            return _at_root(work, f"pytest @todo/{work.next}.tests")
+            return _at_root(work, f"pytest @todo/{work.name}.tests")
         return take_back(work.committed) if work.committed else RESTART
     if work.comment and work.comment.rule and work.mistaken:
         return f"cat ~/todo/{work.comment.rule}.more"
     if work.comment is None or not work.fresh:
-        return _at_root(work, f"cat todo/{work.next}.md")
+        return _at_root(work, f"cat todo/{work.name}.md")
     return work.comment.edit if work.entered else f"cd ~/{work.comment.folder}"
 
 

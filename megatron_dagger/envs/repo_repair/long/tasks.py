@@ -2,9 +2,9 @@
 
 The repository of a task has the package with the bugs and a folder ``todo``: ``NAME.md`` says where a wrong token is
 and what it must be, or only the number of the rule that it breaks (``rules.py``), and ``NUMBER.more`` says what that
-means there. ``NAME.tests`` lists tests that fail because of it, and ``all.tests`` every test of the task. The problem
-statement lists the names, drawn for each task, in such an order that the tests of each pass once it and those before
-it are repaired.
+means there. ``NAME.tests`` lists tests that fail because of it, and ``all.tests`` every test of the task. The names are
+drawn for each task. The problem statement has the first one, a comment ends with the next one, and after the last
+comes ``all``. The tests of each pass once it and those before it are repaired.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import logging
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,8 +43,11 @@ import importlib.machinery, pathlib
 _code = pathlib.Path(__file__).parents[{up}] / "{place}"
 exec(importlib.machinery.SourceFileLoader(__name__, str(_code)).get_code(__name__))
 """
-COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/ (?P<file>\S+)")
-TERSE_COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+) rule (?P<rule>\d+) (?P<file>\S+)")
+LAST = "all"  # in place of a name: there is no further comment
+COMMENT = re.compile(
+    r"in (?P<folder>\S+): (?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/ (?P<file>\S+) then (?P<next>\w+)"
+)
+TERSE_COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+) rule (?P<rule>\d+) (?P<file>\S+) then (?P<next>\w+)")
 TESTS_PER_BUG = 2
 MAX_PASSING_TESTS = 4
 TRIES = 20  # compositions for one task
@@ -86,41 +89,44 @@ def prepare_long_tasks(
     )
 
 
-def comment(path: str, line: int, bug: Bug) -> str:
+def comment(path: str, line: int, bug: Bug, following: str) -> str:
     """Return the comment on a bug: its place, and the substitution that repairs it, in the order of sed's arguments.
 
     ``COMMENT`` reads it.
     """
     folder, _, file = path.rpartition("/")
-    return f"in {folder}: {line:03}s/{bug.wrong}/{bug.right}/ {file}\n"
+    return f"in {folder}: {line:03}s/{bug.wrong}/{bug.right}/ {file} then {following}\n"
 
 
-def terse_comment(path: str, line: int, rule: int) -> str:
+def terse_comment(path: str, line: int, rule: int, following: str) -> str:
     """Return the comment on a bug that breaks a rule; ``TERSE_COMMENT`` reads it."""
     folder, _, file = path.rpartition("/")
-    return f"in {folder}: {line:03} rule {rule} {file}\n"
+    return f"in {folder}: {line:03} rule {rule} {file} then {following}\n"
 
 
-def problem_statement(names: Sequence[str]) -> str:
-    """Return a task's problem statement, one name to a line; ``todo_names`` reads it."""
-    return "\n".join([f"{TODO}:", *names])
+def first_name(problem_statement: str) -> str:
+    """Return the name of a task's first comment; LAST if it is no long task's problem statement."""
+    match = re.fullmatch(rf"{TODO}: (\w+)", problem_statement)
+    return match[1] if match else LAST
 
 
-def todo_names(problem_statement: str) -> tuple[str, ...]:
-    """Return the names of a task's comments, in their order; none if it is no long task's problem statement."""
-    first, *names = problem_statement.split("\n")
-    return tuple(names) if first == f"{TODO}:" else ()
+def comments(task: RepairTask, files: Mapping[str, bytes]) -> Iterator[tuple[str, re.Match[str]]]:
+    """Yield the name of each of a task's comments, in their order, and ``COMMENT``'s match of what it means."""
+    name = first_name(task.problem_statement)
+    while name != LAST:
+        said = files[f"{TODO}/{name}.md"].decode().strip()
+        if terse := TERSE_COMMENT.fullmatch(said):
+            said = files[f"{TODO}/{terse['rule']}.more"].decode().strip()
+        match = COMMENT.fullmatch(said)
+        assert match, f"{task.instance_id}: {said}"
+        yield name, match
+        name = match["next"]
 
 
 def repairs(task: RepairTask, files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
     """Yield each module as one repair after the other, in the task's order, leaves it."""
     modules = dict(files)
-    for name in todo_names(task.problem_statement):
-        said = files[f"{TODO}/{name}.md"].decode()
-        if match := TERSE_COMMENT.match(said):
-            said = files[f"{TODO}/{match['rule']}.more"].decode()
-        match = COMMENT.match(said)
-        assert match, said
+    for _, match in comments(task, files):
         path, number = f"{match['folder']}/{match['file']}", int(match["line"]) - 1
         lines = modules[path].decode().splitlines(keepends=True)
         lines[number] = lines[number].replace(match["wrong"], match["right"], 1)
@@ -191,20 +197,20 @@ def _task(
     task = replace(
         task_template(tree),
         instance_id=name,
-        problem_statement=problem_statement(names),
+        problem_statement=f"{TODO}: {names[0]}",
         patch=tree_diff(files, fixed),
         FAIL_TO_PASS=json.dumps(failing),
         PASS_TO_PASS=json.dumps(passing),
         source_files=tuple(sorted(places.values())),
     )
-    for todo, bug, each in zip(names, chosen, tests, strict=True):
+    for todo, following, bug, each in zip(names, [*names[1:], LAST], chosen, tests, strict=True):
         place, line = places[bug.path], bug.line + added[bug.path]
-        said = comment(place, line, bug)
+        said = comment(place, line, bug, following)
         rules = [rule for rule in rules_of(bug.wrong, bug.right) if f"{TODO}/{rule}.more" not in files]
         if rules and chance.random() < terse:
             rule = chance.choice(rules)
             files[f"{TODO}/{rule}.more"] = said.encode()
-            said = terse_comment(place, line, rule)
+            said = terse_comment(place, line, rule, following)
         files[f"{TODO}/{todo}.md"] = said.encode()
         files[f"{TODO}/{todo}.tests"] = "".join(f"{test}\n" for test in each).encode()
     files[f"{TODO}/all.tests"] = "".join(f"{test}\n" for test in task.tests).encode()

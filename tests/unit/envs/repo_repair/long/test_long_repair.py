@@ -12,7 +12,7 @@ from megatron_dagger.envs.repo_repair.long.bugs import bug_pool
 from megatron_dagger.envs.repo_repair.long.env import LongRepairEnv
 from megatron_dagger.envs.repo_repair.long.expert import DIFF, DISCARD, RESTART, next_command, take_back
 from megatron_dagger.envs.repo_repair.long.rules import NUMBERS, PIECES, pieces, rules_of
-from megatron_dagger.envs.repo_repair.long.tasks import TERSE_COMMENT, compose, repairs, todo_names
+from megatron_dagger.envs.repo_repair.long.tasks import NAMES, TERSE_COMMENT, comments, compose, first_name, repairs
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.envs.repo_repair.testing import TestBench
 from megatron_dagger.types import Message
@@ -48,13 +48,13 @@ def env(tasks, pool, repositories):
 
 def address(comment):
     """Return a comment's path, line, wrong token and right token."""
-    folder, line, wrong, right, file = re.fullmatch(r"in (\S+): (\d+)s/(.+)/(.+)/ (\S+)\s*", comment).groups()
+    folder, line, wrong, right, file = re.fullmatch(r"in (\S+): (\d+)s/(.+)/(.+)/ (\S+) then \w+\s*", comment).groups()
     return f"{folder}/{file}", int(line), wrong, right
 
 
 def spelled(env, command):
     """Return a command with the names of the task's comments in place of FIRST and SECOND."""
-    first, second = todo_names(env.task.problem_statement)
+    first, second = [name for name, _ in comments(env.task, env._files)]
     return command.replace("FIRST", first).replace("SECOND", second)
 
 
@@ -85,7 +85,7 @@ def test_tests_of_a_bug_pass_once_it_and_those_before_it_are_repaired(tasks, poo
         files = read_repository(repositories / task.instance_id)
         with pool.lend() as sandbox:
             bench = TestBench(sandbox, {k: v for k, v in files.items() if not k.startswith(".git/")})
-            for name in todo_names(task.problem_statement):
+            for name, _ in comments(task, files):
                 tests = files[f"todo/{name}.tests"].decode().split("\n")[:-1]
                 settings = replace(task, FAIL_TO_PASS=str(tests).replace("'", '"'), PASS_TO_PASS="[]").tool_settings()
                 assert set(bench.run(settings).outcomes.values()) == {"failed"}
@@ -238,7 +238,7 @@ def terse_env(bugs, pool, tmp_path):
     config = replace(CONFIG, terse=1.0)
     for task in compose(TREE, bugs, config, 4, 1, pool, tmp_path):
         files = read_repository(tmp_path / task.instance_id)
-        first, _ = todo_names(task.problem_statement)
+        first = first_name(task.problem_statement)
         if TERSE_COMMENT.fullmatch(files[f"todo/{first}.md"].decode().strip()):
             with LongRepairEnv(task, files, pool) as opened:
                 opened.reset()
@@ -276,7 +276,7 @@ def test_rules_are_numbers_of_pairs_of_operators():
 @pytest.mark.parametrize("seed", range(12))
 def test_the_teacher_finishes_after_random_turns(env, tasks, seed):
     chance = random.Random(seed)
-    paths, names = [*tasks[0].source_files, "tests/test_small.py"], todo_names(tasks[0].problem_statement)
+    paths = [*tasks[0].source_files, "tests/test_small.py"]
     ahead = chance.randrange(TURNS_PER_BUG * BUGS)
-    _, solved = play(env, [str] * ahead + [lambda right: slip(right, paths, names, chance)] * 6, turns=140)
+    _, solved = play(env, [str] * ahead + [lambda right: slip(right, paths, NAMES, chance)] * 6, turns=140)
     assert solved

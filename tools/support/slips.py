@@ -45,7 +45,7 @@ def slip(right: str, paths: Sequence[str], names: Sequence[str], chance: random.
             "git stash -q",
             "git reset -q --hard start",
             "git reset -q --hard HEAD~1",
-            f"git commit -qam todo/{name}",
+            "git commit -qam fix",
             f"pytest @todo/{name}.tests",
             "pytest @todo/all.tests",
             "ls",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_dagger.envs.repo_repair.long.env import SYSTEM_MESSAGE
-from megatron_dagger.envs.repo_repair.long.expert import ALL_TESTS, DIFF, DISCARD, RESTART, take_back
+from megatron_dagger.envs.repo_repair.long.expert import ALL_TESTS, COMMIT, DIFF, DISCARD, RESTART, take_back
 from megatron_dagger.envs.repo_repair.long.rules import OPERATORS
 from megatron_dagger.envs.repo_repair.long.tasks import FILES, FOLDERS, NAMES
 from megatron_dagger.envs.repo_repair.taskset import TaskSet
@@ -16,6 +16,7 @@ REPEATS = 200  # of the fixed texts: they are in every episode, a line of code i
 def long_texts(tasks: TaskSet) -> Iterator[str]:
     """Yield the system message, problem statements, commands and what they print, and lines of code."""
     fixed = [
+        COMMIT,
         DIFF,
         DISCARD,
         RESTART,
@@ -32,11 +33,10 @@ def long_texts(tasks: TaskSet) -> Iterator[str]:
     for name in NAMES:
         fixed += [
             f"cat todo/{name}.md",
-            f" rule  then {name}",
+            f" rule  then todo/{name}",
             "cat ~/todo/",
             ".more",
             f"pytest @todo/{name}.tests",
-            f"git commit -qam todo/{name}",
         ]
     for folder in FOLDERS:
         fixed += [f"cd ~/{folder}", f"cat: {folder}", f" a/{folder}", f"in {folder}: "]

@@ -20,6 +20,7 @@ from megatron_dagger.envs.repo_repair.long.rules import pieces
 from megatron_dagger.envs.repo_repair.long.tasks import COMMENT, LAST, TERSE_COMMENT, first_name
 from megatron_dagger.types import Message
 
+COMMIT = "git commit -qam fix"
 DIFF = "git diff | grep ^[-+]"
 DISCARD = "git checkout :/"
 RESTART = "git reset -q --hard start && git clean -qfd :/"
@@ -182,7 +183,7 @@ def next_command(messages: tuple[Message, ...]) -> str:
             return _at_root(work, ALL_TESTS)
         return "submit" if work.finished else RESTART
     if work.changed and work.tested:
-        return f"git commit -qam todo/{work.name}"
+        return COMMIT
     if (work.changed or work.edited or work.committed) and not work.tested:
         if work.tested is None:
             return _at_root(work, f"pytest @todo/{work.name}.tests")

@@ -45,9 +45,11 @@ exec(importlib.machinery.SourceFileLoader(__name__, str(_code)).get_code(__name_
 """
 LAST = "all"  # in place of a name: there is no further comment
 COMMENT = re.compile(
-    r"in (?P<folder>\S+): (?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/ (?P<file>\S+) then (?P<next>\w+)"
+    r"in (?P<folder>\S+): (?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/ (?P<file>\S+) then todo/(?P<next>\w+)"
 )
-TERSE_COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+) rule (?P<rule>\d+) (?P<file>\S+) then (?P<next>\w+)")
+TERSE_COMMENT = re.compile(
+    r"in (?P<folder>\S+): (?P<line>\d+) rule (?P<rule>\d+) (?P<file>\S+) then todo/(?P<next>\w+)"
+)
 TESTS_PER_BUG = 2
 MAX_PASSING_TESTS = 4
 TRIES = 20  # compositions for one task
@@ -95,18 +97,18 @@ def comment(path: str, line: int, bug: Bug, following: str) -> str:
     ``COMMENT`` reads it.
     """
     folder, _, file = path.rpartition("/")
-    return f"in {folder}: {line:03}s/{bug.wrong}/{bug.right}/ {file} then {following}\n"
+    return f"in {folder}: {line:03}s/{bug.wrong}/{bug.right}/ {file} then {TODO}/{following}\n"
 
 
 def terse_comment(path: str, line: int, rule: int, following: str) -> str:
     """Return the comment on a bug that breaks a rule; ``TERSE_COMMENT`` reads it."""
     folder, _, file = path.rpartition("/")
-    return f"in {folder}: {line:03} rule {rule} {file} then {following}\n"
+    return f"in {folder}: {line:03} rule {rule} {file} then {TODO}/{following}\n"
 
 
 def first_name(problem_statement: str) -> str:
     """Return the name of a task's first comment; LAST if it is no long task's problem statement."""
-    match = re.fullmatch(rf"{TODO}: (\w+)", problem_statement)
+    match = re.fullmatch(rf"{TODO}/(\w+)", problem_statement)
     return match[1] if match else LAST
 
 
@@ -197,7 +199,7 @@ def _task(
     task = replace(
         task_template(tree),
         instance_id=name,
-        problem_statement=f"{TODO}: {names[0]}",
+        problem_statement=f"{TODO}/{names[0]}",
         patch=tree_diff(files, fixed),
         FAIL_TO_PASS=json.dumps(failing),
         PASS_TO_PASS=json.dumps(passing),

@@ -48,7 +48,7 @@ def env(tasks, pool, repositories):
 
 def address(comment):
     """Return a comment's path, line, wrong token and right token."""
-    folder, line, wrong, right, file = re.fullmatch(r"in (\S+): (\d+)s/(.+)/(.+)/ (\S+) then \w+\s*", comment).groups()
+    folder, line, wrong, right, file = re.fullmatch(r"in (\S+): (\d+)s/(.+)/(.+)/ (\S+) then \S+\s*", comment).groups()
     return f"{folder}/{file}", int(line), wrong, right
 
 
@@ -187,13 +187,13 @@ WAYS_BACK = {
     "out of the work tree": lambda path, line: ["cd /tmp"],
     "an edit in another directory": lambda path, line: ["cd tests", "sed -i '5s/a/b/' test_small.py"],
     "a new file in the way": lambda path, line: ["echo 'raise ValueError' > pytest.py", "echo '(' > conftest.py"],
-    "a wrong commit": lambda path, line: [f"sed -i 's/return/pass; return/' {path}", "git commit -qam todo/FIRST"],
-    "an empty commit": lambda path, line: ["git commit -qam todo/FIRST"],
+    "a wrong commit": lambda path, line: [f"sed -i 's/return/pass; return/' {path}", "git commit -qam fix"],
+    "an empty commit": lambda path, line: ["git commit -qam fix"],
     "a repair taken back that was right": lambda path, line: [*[str] * TURNS_PER_BUG, "git reset -q --hard start"],
     "a right commit undone": lambda path, line: [*[str] * TURNS_PER_BUG, "git reset -q --hard HEAD~1"],
     "a right edit discarded": lambda path, line: [*[str] * 4, "git checkout :/"],
     "a right edit stashed": lambda path, line: [*[str] * 4, "git stash -q"],
-    "a right edit committed without a test": lambda path, line: [*[str] * 5, "git commit -qam todo/FIRST"],
+    "a right edit committed without a test": lambda path, line: [*[str] * 5, "git commit -qam fix"],
     "an edit twice": lambda path, line: [*[str] * 4, f"sed -i '{line}s/^/ /' {path.rpartition('/')[2]}"],
     "another comment": lambda path, line: ["cat todo/SECOND.md"],
     "the tests before the repair": lambda path, line: ["pytest @todo/FIRST.tests"],
@@ -219,7 +219,7 @@ def test_the_teacher_does_not_repeat_a_verified_repair(env):
 @pytest.mark.parametrize("commits", [1, 2])
 def test_commits_that_break_the_tests_are_taken_back(env, commits):
     path, *_ = address(say(env, "cat todo/FIRST.md").text)
-    wrong = [f"echo 'raise ValueError' >> {path}", "git commit -qam todo/FIRST"]
+    wrong = [f"echo 'raise ValueError' >> {path}", "git commit -qam fix"]
     said, solved = play(env, ["cat todo/FIRST.md", *wrong * commits])
     assert solved
     commands = [command for command, _ in said]

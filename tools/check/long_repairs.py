@@ -23,7 +23,6 @@ from megatron_dagger.driver.environments import open_environment
 from megatron_dagger.driver.run_dir import cache_dir
 from megatron_dagger.envs.environment import Environment
 from megatron_dagger.envs.repo_repair.long.expert import next_command
-from megatron_dagger.envs.repo_repair.long.tasks import NAMES, first_name
 from megatron_dagger.observability.progress import track
 from megatron_dagger.recipes import find_recipe
 from megatron_dagger.types import Message
@@ -73,11 +72,11 @@ def play(environment: Environment, task: str, bugs: int, chance: random.Random, 
     with environment.make_env(task) as env:
         system, problem = env.reset()
         messages = [Message(role="system", content=system), Message(role="user", content=problem)]
-        files = [f"todo/{first_name(problem)}.md"]
+        files = ["todo/list"]
         for turn in range(limit):
             command = next_command(tuple(messages))
             if first <= turn < first + RANDOM_TURNS:
-                command = slip(command, files, NAMES, chance)
+                command = slip(command, files, chance)
             observation = env.step(command)
             if observation.done:
                 break
@@ -85,9 +84,9 @@ def play(environment: Environment, task: str, bugs: int, chance: random.Random, 
                 Message(role="assistant", content=command),
                 Message(role="user", content=observation.text),
             ]
-            if command.startswith("cat todo/") and observation.text.startswith("in "):
+            if observation.text.startswith("in "):
                 parts = observation.text.split()
-                files.append(f"{parts[1].rstrip(':')}/{parts[-3]}")
+                files.append(f"{parts[1].rstrip(':')}/{parts[-1]}")
         return env.judge(), turn + 1
 
 

@@ -6,14 +6,14 @@ import random
 from collections.abc import Sequence
 
 
-def slip(right: str, paths: Sequence[str], names: Sequence[str], chance: random.Random) -> str:
+def slip(right: str, paths: Sequence[str], chance: random.Random) -> str:
     """Return a drawn command: the right one, one nearly right, another step's, or a damaging one.
 
-    ``paths`` are files of the repository, at least one of them in a folder. ``names`` are those of comments.
+    ``paths`` are files of the repository, at least one of them in a folder.
     """
     path = chance.choice([path for path in paths if "/" in path])
     folder, _, file = path.rpartition("/")
-    line, name = chance.randint(1, 300), chance.choice(names)
+    line, number = chance.randint(1, 300), chance.randint(100, 999)
     wrong, other = chance.choice([("<", "<="), ("1", "2"), ("and", "or"), ("True", "False"), ("==", "!="), ("(", "[")])
     digits = [position for position, letter in enumerate(right) if letter.isdigit()]
     position = chance.choice(digits) if digits else 0
@@ -29,8 +29,8 @@ def slip(right: str, paths: Sequence[str], names: Sequence[str], chance: random.
             "cd",
             "cd todo",
             "cd nowhere",
-            f"cat todo/{name}.md",
-            f"cat ~/todo/{chance.randint(100, 999)}.more",
+            "head -1 ~/todo/list",
+            f"cat ~/todo/{number}.more",
             f"sed -n {line}p {file}",
             f"sed -i '{line}s/{wrong}/{other}/' {file}",
             f"sed -i '{line}s/{wrong}/{other}/' {path}",
@@ -46,7 +46,9 @@ def slip(right: str, paths: Sequence[str], names: Sequence[str], chance: random.
             "git reset -q --hard start",
             "git reset -q --hard HEAD~1",
             "git commit -qam fix",
-            f"pytest @todo/{name}.tests",
+            "sed -i 1d todo/list && git commit -qam fix",
+            "sed -i 1d todo/list",
+            f"pytest @todo/{number}.tests",
             "pytest @todo/all.tests",
             "ls",
             "fix it",

@@ -51,7 +51,7 @@ def load_environment(context: EnvironmentContext) -> Environment:
     def repository(task_id: str) -> dict[str, bytes]:
         task = by_id[task_id]
         files = read_repository(tasks.repository(task))
-        for modules in (files, *(repairs(task, files) if long else ())):
+        for modules in (files, *(repairs(files) if long else ())):
             compile_modules(modules, compiled)
         return files
 

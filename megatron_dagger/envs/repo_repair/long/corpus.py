@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_dagger.envs.repo_repair.long.env import SYSTEM_MESSAGE
-from megatron_dagger.envs.repo_repair.long.expert import ALL_TESTS, COMMIT, DIFF, DISCARD, RESTART, take_back
+from megatron_dagger.envs.repo_repair.long.expert import ALL_TESTS, DIFF, DISCARD, READ, RESTART, TAKE, take_back
 from megatron_dagger.envs.repo_repair.long.rules import OPERATORS
-from megatron_dagger.envs.repo_repair.long.tasks import FILES, FOLDERS, NAMES
+from megatron_dagger.envs.repo_repair.long.tasks import FILES, FOLDERS
 from megatron_dagger.envs.repo_repair.taskset import TaskSet
 
 REPEATS = 200  # of the fixed texts: they are in every episode, a line of code in few
@@ -16,7 +16,8 @@ REPEATS = 200  # of the fixed texts: they are in every episode, a line of code i
 def long_texts(tasks: TaskSet) -> Iterator[str]:
     """Yield the system message, problem statements, commands and what they print, and lines of code."""
     fixed = [
-        COMMIT,
+        READ,
+        TAKE,
         DIFF,
         DISCARD,
         RESTART,
@@ -30,14 +31,7 @@ def long_texts(tasks: TaskSet) -> Iterator[str]:
     ]
     fixed += ["system\n" + SYSTEM_MESSAGE, "assistant\n", "user\n", "nothing to commit, working tree clean"]
     fixed += ["--- a/", "+++ b/", "Updated 1 path from the index", "On branch main", ": No such file or directory"]
-    for name in NAMES:
-        fixed += [
-            f"cat todo/{name}.md",
-            f" rule  then todo/{name}",
-            "cat ~/todo/",
-            ".more",
-            f"pytest @todo/{name}.tests",
-        ]
+    fixed += [" rule ", "cat ~/todo/", ".more", "pytest @todo/", ".tests"] * len(FOLDERS)
     for folder in FOLDERS:
         fixed += [f"cd ~/{folder}", f"cat: {folder}", f" a/{folder}", f"in {folder}: "]
     fixed += [f"/{file}.py\n sed: can't read {file}.py" for file in FILES]

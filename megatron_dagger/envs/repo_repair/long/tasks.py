@@ -1,10 +1,10 @@
 """Compose long repair tasks: K bugs of a package, a comment and a list of tests for each.
 
-The repository of a task has the package with the bugs and a folder ``todo``: ``NAME.md`` says where a wrong token is
-and what it must be, or only the number of the rule that it breaks (``rules.py``), and ``NUMBER.more`` says what that
-means there. ``NAME.tests`` lists tests that fail because of it, and ``all.tests`` every test of the task. The names are
-drawn for each task. The problem statement has the first one, a comment ends with the next one, and after the last
-comes ``all``. The tests of each pass once it and those before it are repaired.
+The repository of a task has the package with the bugs and a folder ``todo``. Its ``list`` has a comment on each bug,
+one to a line: where the wrong token is and what it must be, or only the number of the rule that it breaks
+(``rules.py``); ``NUMBER.more`` says what that means there. ``LINE.tests`` lists tests that fail because of the bug in
+this line, and ``all.tests`` every test of the task. The tests of each comment pass once its bug and those before it are
+repaired.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from megatron_dagger.sandbox.local import SandboxPool
 logger = logging.getLogger(__name__)
 
 TODO = "todo"
-NAMES = ("ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "rowan", "yew")
 # Modules with bugs are moved to names drawn for each task and begin with as many comment lines as were drawn, so that a
 # student must read addresses and cannot know them by heart. In a moved module's place remains one that executes the
 # moved code as its own, which it loads as an import does (tools/code_cache.py).
@@ -43,13 +42,8 @@ import importlib.machinery, pathlib
 _code = pathlib.Path(__file__).parents[{up}] / "{place}"
 exec(importlib.machinery.SourceFileLoader(__name__, str(_code)).get_code(__name__))
 """
-LAST = "all"  # in place of a name: there is no further comment
-COMMENT = re.compile(
-    r"in (?P<folder>\S+): (?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/ (?P<file>\S+) then todo/(?P<next>\w+)"
-)
-TERSE_COMMENT = re.compile(
-    r"in (?P<folder>\S+): (?P<line>\d+) rule (?P<rule>\d+) (?P<file>\S+) then todo/(?P<next>\w+)"
-)
+COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/ (?P<file>\S+)")
+TERSE_COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+) rule (?P<rule>\d+) (?P<file>\S+)")
 TESTS_PER_BUG = 2
 MAX_PASSING_TESTS = 4
 TRIES = 20  # compositions for one task
@@ -91,44 +85,29 @@ def prepare_long_tasks(
     )
 
 
-def comment(path: str, line: int, bug: Bug, following: str) -> str:
+def comment(path: str, line: int, bug: Bug) -> str:
     """Return the comment on a bug: its place, and the substitution that repairs it, in the order of sed's arguments.
 
     ``COMMENT`` reads it.
     """
     folder, _, file = path.rpartition("/")
-    return f"in {folder}: {line:03}s/{bug.wrong}/{bug.right}/ {file} then {TODO}/{following}\n"
+    return f"in {folder}: {line:03}s/{bug.wrong}/{bug.right}/ {file}\n"
 
 
-def terse_comment(path: str, line: int, rule: int, following: str) -> str:
+def terse_comment(path: str, line: int, rule: int) -> str:
     """Return the comment on a bug that breaks a rule; ``TERSE_COMMENT`` reads it."""
     folder, _, file = path.rpartition("/")
-    return f"in {folder}: {line:03} rule {rule} {file} then {TODO}/{following}\n"
+    return f"in {folder}: {line:03} rule {rule} {file}\n"
 
 
-def first_name(problem_statement: str) -> str:
-    """Return the name of a task's first comment; LAST if it is no long task's problem statement."""
-    match = re.fullmatch(rf"{TODO}/(\w+)", problem_statement)
-    return match[1] if match else LAST
-
-
-def comments(task: RepairTask, files: Mapping[str, bytes]) -> Iterator[tuple[str, re.Match[str]]]:
-    """Yield the name of each of a task's comments, in their order, and ``COMMENT``'s match of what it means."""
-    name = first_name(task.problem_statement)
-    while name != LAST:
-        said = files[f"{TODO}/{name}.md"].decode().strip()
+def repairs(files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
+    """Yield each module as one repair after the other, in the order of the task's list, leaves it."""
+    modules = dict(files)
+    for said in files[f"{TODO}/list"].decode().splitlines():
         if terse := TERSE_COMMENT.fullmatch(said):
             said = files[f"{TODO}/{terse['rule']}.more"].decode().strip()
         match = COMMENT.fullmatch(said)
-        assert match, f"{task.instance_id}: {said}"
-        yield name, match
-        name = match["next"]
-
-
-def repairs(task: RepairTask, files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
-    """Yield each module as one repair after the other, in the task's order, leaves it."""
-    modules = dict(files)
-    for _, match in comments(task, files):
+        assert match, said
         path, number = f"{match['folder']}/{match['file']}", int(match["line"]) - 1
         lines = modules[path].decode().splitlines(keepends=True)
         lines[number] = lines[number].replace(match["wrong"], match["right"], 1)
@@ -179,10 +158,8 @@ def _task(
     """Return a task without its commit, and the files of its repository."""
     places = _new_places(tree, {bug.path for bug in chosen}, chance)
     fixed = dict(tree.files)
-    added: dict[str, int] = {}  # lines at the top of a module
+    added = _added_lines(chosen, chance)
     for path, place in places.items():
-        last = max(bug.line for bug in chosen if bug.path == path)
-        added[path] = chance.randint(0, LAST_LINE - last)
         fixed[place] = b"#\n" * added[path] + tree.files[path]
         fixed[path] = INCLUDE.format(up=path.count("/"), place=place).encode()
     files = dict(fixed)
@@ -192,29 +169,30 @@ def _task(
         files[place] = bug.apply(files[place].decode(), added[bug.path]).encode()
         tests.append(bugs.catching(bug, chosen[number:])[:TESTS_PER_BUG])
     failing = sorted({test for each in tests for test in each})
-    names = chance.sample(NAMES, len(chosen))
     modules = {test.partition("::")[0] for test in failing}
     untouched = [test for test in bugs.untouched(chosen) if test.partition("::")[0] in modules]
     passing = sorted(chance.sample(untouched, min(len(untouched), MAX_PASSING_TESTS)))
     task = replace(
         task_template(tree),
         instance_id=name,
-        problem_statement=f"{TODO}/{names[0]}",
+        problem_statement=f"{TODO}/list",
         patch=tree_diff(files, fixed),
         FAIL_TO_PASS=json.dumps(failing),
         PASS_TO_PASS=json.dumps(passing),
         source_files=tuple(sorted(places.values())),
     )
-    for todo, following, bug, each in zip(names, [*names[1:], LAST], chosen, tests, strict=True):
+    comments = ""
+    for bug, each in zip(chosen, tests, strict=True):
         place, line = places[bug.path], bug.line + added[bug.path]
-        said = comment(place, line, bug, following)
+        said = comment(place, line, bug)
         rules = [rule for rule in rules_of(bug.wrong, bug.right) if f"{TODO}/{rule}.more" not in files]
         if rules and chance.random() < terse:
             rule = chance.choice(rules)
             files[f"{TODO}/{rule}.more"] = said.encode()
-            said = terse_comment(place, line, rule, following)
-        files[f"{TODO}/{todo}.md"] = said.encode()
-        files[f"{TODO}/{todo}.tests"] = "".join(f"{test}\n" for test in each).encode()
+            said = terse_comment(place, line, rule)
+        comments += said
+        files[f"{TODO}/{line:03}.tests"] = "".join(f"{test}\n" for test in each).encode()
+    files[f"{TODO}/list"] = comments.encode()
     files[f"{TODO}/all.tests"] = "".join(f"{test}\n" for test in task.tests).encode()
     return task, files
 
@@ -224,6 +202,17 @@ def _new_places(tree: SourceTree, paths: set[str], chance: random.Random) -> dic
     taken = {path.partition("/")[0] for path in tree.files}
     folders = chance.sample([name for name in FOLDERS if name not in taken], len(paths))
     return {path: f"{folder}/{chance.choice(FILES)}.py" for path, folder in zip(sorted(paths), folders, strict=True)}
+
+
+def _added_lines(bugs: list[Bug], chance: random.Random) -> dict[str, int]:
+    """Return how many lines to add at the top of each module, such that no two bugs are in lines of the same number."""
+    while True:
+        added = {
+            path: chance.randint(0, LAST_LINE - max(bug.line for bug in bugs if bug.path == path))
+            for path in sorted({bug.path for bug in bugs})
+        }
+        if len({bug.line + added[bug.path] for bug in bugs}) == len(bugs):
+            return added
 
 
 def _as_expected(bench: TestBench, tree: SourceTree, task: RepairTask, files: dict[str, bytes]) -> bool:

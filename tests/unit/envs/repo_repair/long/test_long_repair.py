@@ -10,9 +10,9 @@ from megatron_dagger.config import RepoRepairConfig
 from megatron_dagger.envs.repo_repair.episode import tree_diff
 from megatron_dagger.envs.repo_repair.long.bugs import bug_pool
 from megatron_dagger.envs.repo_repair.long.env import LongRepairEnv
-from megatron_dagger.envs.repo_repair.long.expert import DIFF, DISCARD, RESTART, next_command, take_back
+from megatron_dagger.envs.repo_repair.long.expert import DIFF, DISCARD, READ, RESTART, TAKE, next_command, take_back
 from megatron_dagger.envs.repo_repair.long.rules import NUMBERS, PIECES, pieces, rules_of
-from megatron_dagger.envs.repo_repair.long.tasks import NAMES, TERSE_COMMENT, comments, compose, first_name, repairs
+from megatron_dagger.envs.repo_repair.long.tasks import TERSE_COMMENT, compose, repairs
 from megatron_dagger.envs.repo_repair.repository import read_repository
 from megatron_dagger.envs.repo_repair.testing import TestBench
 from megatron_dagger.types import Message
@@ -48,14 +48,13 @@ def env(tasks, pool, repositories):
 
 def address(comment):
     """Return a comment's path, line, wrong token and right token."""
-    folder, line, wrong, right, file = re.fullmatch(r"in (\S+): (\d+)s/(.+)/(.+)/ (\S+) then \S+\s*", comment).groups()
+    folder, line, wrong, right, file = re.fullmatch(r"in (\S+): (\d+)s/(.+)/(.+)/ (\S+)\s*", comment).groups()
     return f"{folder}/{file}", int(line), wrong, right
 
 
 def spelled(env, command):
-    """Return a command with the names of the task's comments in place of FIRST and SECOND."""
-    first, second = [name for name, _ in comments(env.task, env._files)]
-    return command.replace("FIRST", first).replace("SECOND", second)
+    """Return a command with the first comment's line number in place of FIRST."""
+    return command.replace("FIRST", re.search(r": (\d+)", env.step(READ).text)[1]) if "FIRST" in command else command
 
 
 def say(env, command):
@@ -85,11 +84,11 @@ def test_tests_of_a_bug_pass_once_it_and_those_before_it_are_repaired(tasks, poo
         files = read_repository(repositories / task.instance_id)
         with pool.lend() as sandbox:
             bench = TestBench(sandbox, {k: v for k, v in files.items() if not k.startswith(".git/")})
-            for name, _ in comments(task, files):
-                tests = files[f"todo/{name}.tests"].decode().split("\n")[:-1]
+            for said in files["todo/list"].decode().splitlines():
+                path, line, wrong, right = address(said)
+                tests = files[f"todo/{line:03}.tests"].decode().split("\n")[:-1]
                 settings = replace(task, FAIL_TO_PASS=str(tests).replace("'", '"'), PASS_TO_PASS="[]").tool_settings()
                 assert set(bench.run(settings).outcomes.values()) == {"failed"}
-                path, line, wrong, right = address(files[f"todo/{name}.md"].decode())
                 lines = files[path].decode().splitlines(keepends=True)
                 lines[line - 1] = lines[line - 1].replace(wrong, right, 1)
                 files[path] = "".join(lines).encode()
@@ -100,10 +99,10 @@ def test_tests_of_a_bug_pass_once_it_and_those_before_it_are_repaired(tasks, poo
 
 def test_repairs_are_the_states_that_the_teacher_leaves(env, tasks, repositories):
     files = read_repository(repositories / tasks[0].instance_id)
-    states = list(repairs(tasks[0], files))
+    states = list(repairs(files))
     assert len(states) == BUGS
     said, _ = play(env)
-    assert sum(command.startswith("sed") for command, _ in said) == BUGS
+    assert sum(command.startswith("sed") and command != TAKE for command, _ in said) == BUGS
     final = {name: content for state in states for name, content in state.items()}
     assert tree_diff(files, {**files, **final}) == env.patch() == tasks[0].patch
 
@@ -125,7 +124,7 @@ def test_the_teacher_repairs_every_task_without_a_detour(tasks, pool, repositori
         with LongRepairEnv(task, read_repository(repositories / task.instance_id), pool) as env:
             said, solved = play(env)
             assert solved
-            assert len(said) == TURNS_PER_BUG * BUGS + 2
+            assert len(said) == TURNS_PER_BUG * BUGS + 3
             assert not {command for command, _ in said} & {DISCARD, RESTART}
 
 
@@ -133,7 +132,7 @@ def test_a_replayed_episode_prints_the_same(env):
     commands = [
         "git log --oneline | cat",
         "cd todo",
-        "cat FIRST.md",
+        "cat FIRST.tests",
         "git commit -q --allow-empty -m x",
         "git log | head -1",
     ]
@@ -146,13 +145,13 @@ def test_a_replayed_episode_prints_the_same(env):
 def test_the_working_directory_lasts(env):
     assert env.step("pwd").text == env.step("cd todo; cd ..; pwd").text
     env.step("cd todo")
-    assert env.step("ls").text.split()[0] == "all.tests"
+    assert "all.tests" in env.step("ls").text.split()
     assert env.step("cd nowhere").text
-    assert spelled(env, "FIRST.md") in env.step("ls").text
+    assert "list" in env.step("ls").text
     assert env.step("exit 3").text == ""
-    assert spelled(env, "FIRST.md") in env.step("ls").text
+    assert "list" in env.step("ls").text
     assert env.step("if").text  # a syntax error
-    assert spelled(env, "FIRST.md") in env.step("ls").text
+    assert "list" in env.step("ls").text
     env.step("cd /tmp")
     assert env.step("pwd").text == "/tmp"
     env.step("cd")
@@ -165,7 +164,7 @@ def test_pytest_counts_as_pytest_does(env):
     assert env.step("pytest @todo/seven.tests").text == "ERROR: No such file or directory: todo/seven.tests"
     assert env.step("pytest nothing.py").text == "ERROR: file or directory not found: nothing.py"
     assert env.step("pytest").text == "no tests ran"
-    path, *_ = address(say(env, "cat todo/FIRST.md").text)
+    path, *_ = address(env.step(READ).text)
     env.step(f"echo '(' >> {path}")
     assert say(env, "pytest @todo/FIRST.tests").text.endswith("error")
     assert say(env, "pytest @todo/FIRST.tests | cat").text.endswith("error")  # in a pipe it is the same program
@@ -195,40 +194,45 @@ WAYS_BACK = {
     "a right edit stashed": lambda path, line: [*[str] * 4, "git stash -q"],
     "a right edit committed without a test": lambda path, line: [*[str] * 5, "git commit -qam fix"],
     "an edit twice": lambda path, line: [*[str] * 4, f"sed -i '{line}s/^/ /' {path.rpartition('/')[2]}"],
-    "another comment": lambda path, line: ["cat todo/SECOND.md"],
+    "another comment": lambda path, line: ["sed -n 2p todo/list"],
     "the tests before the repair": lambda path, line: ["pytest @todo/FIRST.tests"],
     "all tests at once": lambda path, line: ["pytest @todo/all.tests"],
+    "a comment taken off the list": lambda path, line: ["sed -i 1d todo/list"],
+    "a comment passed over": lambda path, line: [TAKE],
+    "two comments passed over": lambda path, line: [READ, TAKE, TAKE],
+    "all comments passed over": lambda path, line: [TAKE] * BUGS + [READ],
+    "a repair passed over when it was tested": lambda path, line: [*[str] * (TURNS_PER_BUG - 1), TAKE, TAKE],
+    "a repair taken off without a test": lambda path, line: [*[str] * 5, TAKE],
     "no command": lambda path, line: ["fix it", "'"],
 }
 
 
 @pytest.mark.parametrize("name", WAYS_BACK)
 def test_the_teacher_knows_the_way_back(env, name):
-    path, line, *_ = address(say(env, "cat todo/FIRST.md").text)
+    path, line, *_ = address(env.step(READ).text)
     said, solved = play(env, WAYS_BACK[name](path, line))
     assert solved, said
 
 
 def test_the_teacher_does_not_repeat_a_verified_repair(env):
-    said, solved = play(env, [*[str] * TURNS_PER_BUG, "cd todo", "cat FIRST.md", "cd .."])
+    said, solved = play(env, [*[str] * TURNS_PER_BUG, "cd todo", "cat FIRST.tests", "cd .."])
     assert solved
-    assert said[0][0] == spelled(env, "cat todo/SECOND.md")
-    assert sum(command == spelled(env, "cat todo/FIRST.md") for command, _ in said) == 0
+    assert [command for command, _ in said].count(TAKE) == BUGS - 1
 
 
 @pytest.mark.parametrize("commits", [1, 2])
 def test_commits_that_break_the_tests_are_taken_back(env, commits):
-    path, *_ = address(say(env, "cat todo/FIRST.md").text)
+    path, *_ = address(env.step(READ).text)
     wrong = [f"echo 'raise ValueError' >> {path}", "git commit -qam fix"]
-    said, solved = play(env, ["cat todo/FIRST.md", *wrong * commits])
+    said, solved = play(env, [READ, *wrong * commits])
     assert solved
     commands = [command for command, _ in said]
-    assert commands[1:3] == [take_back(commits), spelled(env, "cat todo/FIRST.md")]
+    assert commands[1:3] == [take_back(commits), READ]
     assert RESTART not in commands
 
 
 def test_a_diff_that_is_not_the_repair_is_discarded(env):
-    path, *_ = address(say(env, "cat todo/FIRST.md").text)
+    path, *_ = address(env.step(READ).text)
     said, _ = play(env, [*[str] * 2, f"sed -i '1s/^/#/' {path.rpartition('/')[2]}"])
     assert [command for command, _ in said[:2]] == [DIFF, DISCARD]
 
@@ -238,8 +242,7 @@ def terse_env(bugs, pool, tmp_path):
     config = replace(CONFIG, terse=1.0)
     for task in compose(TREE, bugs, config, 4, 1, pool, tmp_path):
         files = read_repository(tmp_path / task.instance_id)
-        first = first_name(task.problem_statement)
-        if TERSE_COMMENT.fullmatch(files[f"todo/{first}.md"].decode().strip()):
+        if TERSE_COMMENT.fullmatch(files["todo/list"].decode().splitlines()[0]):
             with LongRepairEnv(task, files, pool) as opened:
                 opened.reset()
                 yield opened
@@ -250,14 +253,14 @@ def terse_env(bugs, pool, tmp_path):
 def test_the_teacher_knows_the_rules_by_heart(terse_env):
     said, solved = play(terse_env)
     assert solved
-    assert len(said) == TURNS_PER_BUG * BUGS + 2
+    assert len(said) == TURNS_PER_BUG * BUGS + 3
     assert not any("more" in command for command, _ in said)
 
 
-@pytest.mark.parametrize("later", [(), (DIFF,), (DIFF, "cd", "pytest @todo/FIRST.tests"), ("cd", "cat todo/FIRST.md")])
+@pytest.mark.parametrize("later", [(), (DIFF,), (DIFF, "cd", "pytest @todo/FIRST.tests"), ("cd", READ)])
 @pytest.mark.parametrize("token", ["nothing", "e"])
 def test_after_a_wrong_guess_the_teacher_reads_on(terse_env, token, later):
-    rule = TERSE_COMMENT.fullmatch(say(terse_env, "cat todo/FIRST.md").text)["rule"]
+    rule = TERSE_COMMENT.fullmatch(terse_env.step(READ).text)["rule"]
     path, line, *_ = address(terse_env.step(f"cat todo/{rule}.more").text)
     guess = f"sed -i '{line}s/{token}/e /' {path.rpartition('/')[2]}"
     said, solved = play(terse_env, [str, str, guess, *later])
@@ -278,5 +281,5 @@ def test_the_teacher_finishes_after_random_turns(env, tasks, seed):
     chance = random.Random(seed)
     paths = [*tasks[0].source_files, "tests/test_small.py"]
     ahead = chance.randrange(TURNS_PER_BUG * BUGS)
-    _, solved = play(env, [str] * ahead + [lambda right: slip(right, paths, NAMES, chance)] * 6, turns=140)
+    _, solved = play(env, [str] * ahead + [lambda right: slip(right, paths, chance)] * 6, turns=140)
     assert solved

@@ -59,6 +59,7 @@ class DaggerConfig:
     beta: BetaConfig = BetaConfig()
     prefix_turns_per_round: int = number(20, ge=0)  # prefix: the student's first turns, 0 to min(this x round, limit)
     prefix_turns_limit: int = number(100, ge=0)
+    takeover_turns: int = number(0, ge=0)  # that the teacher acts after a turn in which the student erred
     aggregation: AggregationConfig = AggregationConfig()
     evaluation_tasks: int = number(48, ge=0)  # held-out tasks, the same in every round
     evaluation_train_tasks: int = number(0, ge=0)  # training tasks that are evaluated too

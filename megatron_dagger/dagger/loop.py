@@ -47,7 +47,12 @@ async def collect(context: RunContext, round_index: int, worker: Worker | None =
 
     def turn_policy(student: Policy | None, key: EpisodeKey) -> TurnPolicy:
         acts = mixture(config.dagger, share, key)
-        return MixtureTurnPolicy(student=student, teacher=context.teacher, teacher_acts=acts)
+        return MixtureTurnPolicy(
+            student=student,
+            teacher=context.teacher,
+            teacher_acts=acts,
+            takeover_turns=config.dagger.takeover_turns,
+        )
 
     def summary(manifest: Manifest) -> dict[str, Any]:
         return summarise(store.episodes(round_index)) | {

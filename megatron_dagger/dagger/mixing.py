@@ -3,6 +3,11 @@
 A turn belongs to the student or to the teacher as a whole. Where the teacher acts, its executed action is also
 the label: one request, not two. The random draws depend only on the episode's key. A state for which the teacher
 has no action gets no label; the student, if there is one, acts there.
+
+With ``dagger.takeover_turns`` the teacher also takes over after each turn in which the student did something else than
+it would have done, and shows the way back. So a student's errors are executed, but do not pile up to states that no
+good student will see (compare HG-DAgger, arXiv 1810.02890, where a person decides when to take over). An error is any
+other action, so this is for teachers like the experts of ``envs/``, not for language models, which answer in many ways.
 """
 
 from __future__ import annotations
@@ -11,7 +16,9 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from megatron_dagger.config import DaggerConfig
 from megatron_dagger.policies.base import NoAction, Policy
@@ -23,23 +30,28 @@ logger = logging.getLogger(__name__)
 TeacherActs = Callable[[int], bool]  # turn -> whether the teacher acts
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class MixtureTurnPolicy:
-    """Student and teacher take turns as ``teacher_acts`` decides; the teacher labels every state.
+    """Who acts in an episode: the teacher where ``teacher_acts`` says so, else the student; the teacher labels all.
 
-    ``student`` is None in round 0, where the teacher acts in every turn and its NoAction propagates.
+    The teacher acts in the ``takeover_turns`` turns after an error of the student as well. ``student`` is None in
+    round 0, where the teacher acts in every turn and its NoAction propagates.
     """
 
     student: Policy | None
     teacher: Policy
     teacher_acts: TeacherActs
+    takeover_turns: int = 0
+    _takeover_end: int = field(default=0, init=False)  # the teacher acts in the turns before
 
     async def decide(self, state: State, turn: int) -> TurnDecision:
         if self.student is None:
             action = await self.teacher.act(state)
             return TurnDecision(acted_by=ActedBy.TEACHER, action=action, label=action)
-        if not self.teacher_acts(turn):
+        if turn >= self._takeover_end and not self.teacher_acts(turn):
             action, label = await asyncio.gather(self.student.act(state), self._label(state))
+            if label is not None and not np.array_equal(action.tokens, label.tokens):
+                self._takeover_end = turn + 1 + self.takeover_turns
             return TurnDecision(acted_by=ActedBy.STUDENT, action=action, label=label)
         label = await self._label(state)
         if label is None:

@@ -33,7 +33,7 @@ def student_share(dagger: DaggerConfig, beta: float, round_index: int, turns: fl
     """Return the student's share of a round's turns; round 0 is the teacher's.
 
     1 - beta with mixing per turn. With mixing by prefix the student acts in the first k ~ Uniform{0..T} turns, which
-    gives E[min(k, turns)] / turns.
+    gives E[min(k, turns)] / turns. The teacher's turns after errors (``dagger.takeover_turns``) are not counted.
     """
     if round_index == 0:
         return 0.0

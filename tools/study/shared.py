@@ -23,7 +23,7 @@ from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import TEMPORARY_PREFIX, publish_directory, sync_tree, temporary_name
 
 # Groups of settings, by the beginning of their names
-WHO_ACTS = ("dagger.beta.", "dagger.mixing", "dagger.prefix_turns_")  # from round 1 on
+WHO_ACTS = ("dagger.beta.", "dagger.mixing", "dagger.prefix_turns_", "dagger.takeover_turns")  # from round 1 on
 TRAINING = ("dagger.aggregation.", "training.")
 SAMPLING = ("evaluation_sampling.temperature", "evaluation_sampling.top_p")
 EVALUATION = ("evaluation_sampling.", "dagger.evaluat", "dagger.diagnose")

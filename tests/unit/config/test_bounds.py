@@ -134,6 +134,7 @@ BAD = {
     "dagger.beta.warmup_rounds": -1,
     "dagger.prefix_turns_per_round": -1,
     "dagger.prefix_turns_limit": -1,
+    "dagger.takeover_turns": -1,
     "dagger.aggregation.last_rounds": 0,
     "dagger.aggregation.max_labels_per_round": 0,
     "dagger.aggregation.max_sft_labels": 0,

@@ -68,6 +68,21 @@ def test_the_teacher_acts_alone_in_round_zero():
         assert all(acts(turn) for turn in range(40))
 
 
+def test_the_teacher_takes_over_after_an_error():
+    def acting(student_text, takeover_turns, turns=8):
+        student, teacher = Counting(student_text), Counting("t")
+        actor = MixtureTurnPolicy(
+            student=student, teacher=teacher, teacher_acts=lambda turn: turn == 0, takeover_turns=takeover_turns
+        )
+        decisions = [asyncio.run(actor.decide(state(), turn)) for turn in range(turns)]
+        assert all(decision.label.text == "t" for decision in decisions)
+        return "".join(decision.acted_by[0] for decision in decisions)
+
+    assert acting("s", 0) == "tsssssss"
+    assert acting("s", 2) == "tsttstts"
+    assert acting("t", 2) == "tsssssss", "no error, no takeover"
+
+
 def test_the_teacher_labels_every_state_with_one_request():
     student, teacher = Counting("s"), Counting("t")
     actor = MixtureTurnPolicy(student=student, teacher=teacher, teacher_acts=lambda turn: turn % 2 == 0)

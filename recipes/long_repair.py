@@ -78,7 +78,7 @@ def long_repair(bugs: int = BUGS) -> RunConfig:
             sft_tasks=100,
             tasks_per_round=45,
             beta=BetaConfig(schedule="constant", start=0.0),
-            aggregation=AggregationConfig(max_labels_per_round=800, max_sft_labels=2400),
+            aggregation=AggregationConfig(deduplicate=False, max_labels_per_round=800, max_sft_labels=2400),
             evaluation_tasks=40,
         ),
     )

@@ -23,6 +23,7 @@ from megatron_dagger.driver.environments import open_environment
 from megatron_dagger.driver.run_dir import cache_dir
 from megatron_dagger.envs.environment import Environment
 from megatron_dagger.envs.repo_repair.long.expert import next_command
+from megatron_dagger.envs.repo_repair.long.tasks import COMMENT
 from megatron_dagger.observability.progress import track
 from megatron_dagger.recipes import find_recipe
 from megatron_dagger.types import Message
@@ -84,9 +85,8 @@ def play(environment: Environment, task: str, bugs: int, chance: random.Random, 
                 Message(role="assistant", content=command),
                 Message(role="user", content=observation.text),
             ]
-            if observation.text.startswith("in "):
-                parts = observation.text.split()
-                files.append(f"{parts[1].rstrip(':')}/{parts[-1]}")
+            if match := COMMENT.fullmatch(observation.text):
+                files.append(f"{match['folder']}/{match['file']}")
         return env.judge(), turn + 1
 
 

@@ -30,7 +30,7 @@ def slip(right: str, paths: Sequence[str], chance: random.Random) -> str:
             "cd todo",
             "cd nowhere",
             "head -1 ~/todo/list",
-            f"cat ~/todo/{number}.more",
+            f"cat ~/rules/{number}",
             f"sed -n {line}p {file}",
             f"sed -i '{line}s/{wrong}/{other}/' {file}",
             f"sed -i '{line}s/{wrong}/{other}/' {path}",

@@ -31,9 +31,9 @@ def long_texts(tasks: TaskSet) -> Iterator[str]:
     ]
     fixed += ["system\n" + SYSTEM_MESSAGE, "assistant\n", "user\n", "nothing to commit, working tree clean"]
     fixed += ["--- a/", "+++ b/", "Updated 1 path from the index", "On branch main", ": No such file or directory"]
-    fixed += [" rule ", "cat ~/todo/", ".more", "pytest @todo/", ".tests"] * len(FOLDERS)
+    fixed += ["s' by ~/rules/", "cat ~/rules/", "pytest @todo/", ".tests"] * len(FOLDERS)
     for folder in FOLDERS:
-        fixed += [f"cd ~/{folder}", f"cat: {folder}", f" a/{folder}", f"in {folder}: "]
+        fixed += [f"cd ~/{folder}", f"cat: {folder}", f" a/{folder}", f" in ~/{folder}"]
     fixed += [f"/{file}.py\n sed: can't read {file}.py" for file in FILES]
     fixed += [f"s/ {operator} / {operator} /' {file}.py" for operator in sorted(OPERATORS) for file in FILES[:3]]
     for _ in range(REPEATS):

@@ -19,8 +19,8 @@ from megatron_dagger.sandbox.base import CommandResult
 from megatron_dagger.sandbox.local import ProcessSandbox, SandboxPool
 
 SYSTEM_MESSAGE = """\
-Tokens of a Python package are wrong. A line of todo/list says where one is and what it must be, or only the number of
-the rule that it breaks; todo/NUMBER.more says more. todo/LINE.tests lists tests of the token in that line.
+Tokens of a Python package are wrong. A line of todo/list says where one is and what it must be, or only which of the
+rules it breaks. todo/LINE.tests lists tests of the token in that line.
 Reply with one shell command. When all is repaired, tested and committed: submit."""
 OBSERVATION_CHARACTERS = 600
 

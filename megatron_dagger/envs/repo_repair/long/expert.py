@@ -28,7 +28,7 @@ TAKE = "sed -i 1d todo/list && git commit -qam fix"
 RESTART = "git reset -q --hard start && git clean -qfd :/"
 ALL_TESTS = "pytest @todo/all.tests"
 
-_MORE = re.compile(r"cat (?:~/)?todo/(\d+)\.more")
+_RULE = re.compile(r"cat (?:~/)?rules/(\d+)")
 _TEST = re.compile(r"pytest @todo/(\d+)\.tests")
 _COMMIT = re.compile(r"git commit -qam \S+")
 _CD = re.compile(r"cd(?: (\S+))?")
@@ -126,7 +126,7 @@ def _follow(work: Work, command: str, reply: str) -> None:
         work.entered = work.comment is not None and work.folder == work.comment.folder
         return
     work.fresh = False
-    match = _MORE.fullmatch(command)
+    match = _RULE.fullmatch(command)
     if command == READ or (match and work.comment and match[1] == work.comment.rule):
         if comment := Comment.read(reply):
             work.comment, work.fresh, work.entered, work.edited = comment, True, False, False
@@ -200,7 +200,7 @@ def next_command(messages: tuple[Message, ...]) -> str:
             return _at_root(work, f"pytest @todo/{comment.line}.tests")
         return take_back(work.committed) if work.committed else RESTART
     if comment.rule and work.mistaken:
-        return f"cat ~/todo/{comment.rule}.more"
+        return f"cat ~/rules/{comment.rule}"
     if not work.fresh:
         return READ
     return comment.edit if work.entered else f"cd ~/{comment.folder}"

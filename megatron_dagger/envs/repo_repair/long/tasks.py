@@ -1,10 +1,9 @@
 """Compose long repair tasks: K bugs of a package, a comment and a list of tests for each.
 
 The repository of a task has the package with the bugs and a folder ``todo``. Its ``list`` has a comment on each bug,
-one to a line: where the wrong token is and what it must be, or only the number of the rule that it breaks
-(``rules.py``); ``NUMBER.more`` says what that means there. ``LINE.tests`` lists tests that fail because of the bug in
-this line, and ``all.tests`` every test of the task. The tests of each comment pass once its bug and those before it are
-repaired.
+one to a line: where the wrong token is and what it must be, or only which of the ``rules`` it breaks (``rules.py``),
+whose file says what that means there. ``LINE.tests`` lists tests that fail because of the bug in this line, and
+``all.tests`` every test of the task. The tests of each comment pass once its bug and those before it are repaired.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from megatron_dagger.sandbox.local import SandboxPool
 
 logger = logging.getLogger(__name__)
 
-TODO = "todo"
+TODO, RULES = "todo", "rules"
 # Modules with bugs are moved to names drawn for each task and begin with as many comment lines as were drawn, so that a
 # student must read addresses and cannot know them by heart. In a moved module's place remains one that executes the
 # moved code as its own, which it loads as an import does (tools/code_cache.py).
@@ -42,8 +41,9 @@ import importlib.machinery, pathlib
 _code = pathlib.Path(__file__).parents[{up}] / "{place}"
 exec(importlib.machinery.SourceFileLoader(__name__, str(_code)).get_code(__name__))
 """
-COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/ (?P<file>\S+)")
-TERSE_COMMENT = re.compile(r"in (?P<folder>\S+): (?P<line>\d+) rule (?P<rule>\d+) (?P<file>\S+)")
+# Spelled as the commands that follow from them, which a small student then learns to copy soonest
+COMMENT = re.compile(r"'(?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/' (?P<file>\S+) in ~/(?P<folder>\S+)")
+TERSE_COMMENT = re.compile(r"'(?P<line>\d+)s' by ~/rules/(?P<rule>\d+) (?P<file>\S+) in ~/(?P<folder>\S+)")
 TESTS_PER_BUG = 2
 MAX_PASSING_TESTS = 4
 TRIES = 20  # compositions for one task
@@ -86,18 +86,18 @@ def prepare_long_tasks(
 
 
 def comment(path: str, line: int, bug: Bug) -> str:
-    """Return the comment on a bug: its place, and the substitution that repairs it, in the order of sed's arguments.
+    """Return the comment on a bug: the arguments of sed that repair it, and the folder.
 
     ``COMMENT`` reads it.
     """
     folder, _, file = path.rpartition("/")
-    return f"in {folder}: {line:03}s/{bug.wrong}/{bug.right}/ {file}\n"
+    return f"'{line:03}s/{bug.wrong}/{bug.right}/' {file} in ~/{folder}\n"
 
 
 def terse_comment(path: str, line: int, rule: int) -> str:
     """Return the comment on a bug that breaks a rule; ``TERSE_COMMENT`` reads it."""
     folder, _, file = path.rpartition("/")
-    return f"in {folder}: {line:03} rule {rule} {file}\n"
+    return f"'{line:03}s' by ~/{RULES}/{rule} {file} in ~/{folder}\n"
 
 
 def repairs(files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
@@ -105,7 +105,7 @@ def repairs(files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
     modules = dict(files)
     for said in files[f"{TODO}/list"].decode().splitlines():
         if terse := TERSE_COMMENT.fullmatch(said):
-            said = files[f"{TODO}/{terse['rule']}.more"].decode().strip()
+            said = files[f"{RULES}/{terse['rule']}"].decode().strip()
         match = COMMENT.fullmatch(said)
         assert match, said
         path, number = f"{match['folder']}/{match['file']}", int(match["line"]) - 1
@@ -185,10 +185,10 @@ def _task(
     for bug, each in zip(chosen, tests, strict=True):
         place, line = places[bug.path], bug.line + added[bug.path]
         said = comment(place, line, bug)
-        rules = [rule for rule in rules_of(bug.wrong, bug.right) if f"{TODO}/{rule}.more" not in files]
+        rules = [rule for rule in rules_of(bug.wrong, bug.right) if f"{RULES}/{rule}" not in files]
         if rules and chance.random() < terse:
             rule = chance.choice(rules)
-            files[f"{TODO}/{rule}.more"] = said.encode()
+            files[f"{RULES}/{rule}"] = said.encode()
             said = terse_comment(place, line, rule)
         comments += said
         files[f"{TODO}/{line:03}.tests"] = "".join(f"{test}\n" for test in each).encode()

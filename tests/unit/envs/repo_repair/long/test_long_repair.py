@@ -48,13 +48,13 @@ def env(tasks, pool, repositories):
 
 def address(comment):
     """Return a comment's path, line, wrong token and right token."""
-    folder, line, wrong, right, file = re.fullmatch(r"in (\S+): (\d+)s/(.+)/(.+)/ (\S+)\s*", comment).groups()
+    line, wrong, right, file, folder = re.fullmatch(r"'(\d+)s/(.+)/(.+)/' (\S+) in ~/(\S+)\s*", comment).groups()
     return f"{folder}/{file}", int(line), wrong, right
 
 
 def spelled(env, command):
     """Return a command with the first comment's line number in place of FIRST."""
-    return command.replace("FIRST", re.search(r": (\d+)", env.step(READ).text)[1]) if "FIRST" in command else command
+    return command.replace("FIRST", re.match(r"'(\d+)", env.step(READ).text)[1]) if "FIRST" in command else command
 
 
 def say(env, command):
@@ -254,19 +254,19 @@ def test_the_teacher_knows_the_rules_by_heart(terse_env):
     said, solved = play(terse_env)
     assert solved
     assert len(said) == TURNS_PER_BUG * BUGS + 3
-    assert not any("more" in command for command, _ in said)
+    assert not any("rules" in command for command, _ in said)
 
 
 @pytest.mark.parametrize("later", [(), (DIFF,), (DIFF, "cd", "pytest @todo/FIRST.tests"), ("cd", READ)])
 @pytest.mark.parametrize("token", ["nothing", "e"])
 def test_after_a_wrong_guess_the_teacher_reads_on(terse_env, token, later):
     rule = TERSE_COMMENT.fullmatch(terse_env.step(READ).text)["rule"]
-    path, line, *_ = address(terse_env.step(f"cat todo/{rule}.more").text)
+    path, line, *_ = address(terse_env.step(f"cat rules/{rule}").text)
     guess = f"sed -i '{line}s/{token}/e /' {path.rpartition('/')[2]}"
     said, solved = play(terse_env, [str, str, guess, *later])
     assert solved
-    reads = [command for command, _ in said if "more" in command]
-    assert reads == [f"cat ~/todo/{rule}.more"]
+    reads = [command for command, _ in said if "rules" in command]
+    assert reads == [f"cat ~/rules/{rule}"]
 
 
 def test_rules_are_numbers_of_pairs_of_operators():

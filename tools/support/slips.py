@@ -46,10 +46,10 @@ def slip(right: str, paths: Sequence[str], chance: random.Random) -> str:
             "git reset -q --hard start",
             "git reset -q --hard HEAD~1",
             "git commit -qam fix",
-            "sed -i 1d todo/list && git commit -qam fix",
+            "sed -i 1d todo/* && git commit -qam fix",
             "sed -i 1d todo/list",
-            f"pytest @todo/{number}.tests",
-            "pytest @todo/all.tests",
+            "pytest $(head -1 todo/tests)",
+            "pytest @all.tests",
             "ls",
             "fix it",
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_dagger.envs.repo_repair.long.env import SYSTEM_MESSAGE
-from megatron_dagger.envs.repo_repair.long.expert import ALL_TESTS, DIFF, DISCARD, READ, RESTART, TAKE, take_back
+from megatron_dagger.envs.repo_repair.long.expert import ALL_TESTS, DIFF, DISCARD, READ, RESTART, TAKE, TEST, take_back
 from megatron_dagger.envs.repo_repair.long.rules import OPERATORS
 from megatron_dagger.envs.repo_repair.long.tasks import FILES, FOLDERS
 from megatron_dagger.envs.repo_repair.taskset import TaskSet
@@ -31,7 +31,7 @@ def long_texts(tasks: TaskSet) -> Iterator[str]:
     ]
     fixed += ["system\n" + SYSTEM_MESSAGE, "assistant\n", "user\n", "nothing to commit, working tree clean"]
     fixed += ["--- a/", "+++ b/", "Updated 1 path from the index", "On branch main", ": No such file or directory"]
-    fixed += ["s' by ~/rules/", "cat ~/rules/", "pytest @todo/", ".tests"] * len(FOLDERS)
+    fixed += ["s' by ~/rules/", "cat ~/rules/", TEST] * len(FOLDERS)
     for folder in FOLDERS:
         fixed += [f"cd ~/{folder}", f"cat: {folder}", f" a/{folder}", f" in ~/{folder}"]
     fixed += [f"/{file}.py\n sed: can't read {file}.py" for file in FILES]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import re
 import shlex
 
 from megatron_dagger.envs.base import Observation, truncate
@@ -20,7 +21,7 @@ from megatron_dagger.sandbox.local import ProcessSandbox, SandboxPool
 
 SYSTEM_MESSAGE = """\
 Tokens of a Python package are wrong. A line of todo/list says where one is and what it must be, or only which of the
-rules it breaks. todo/LINE.tests lists tests of the token in that line.
+rules it breaks. The same line of todo/tests has its tests.
 Reply with one shell command. When all is repaired, tested and committed: submit."""
 OBSERVATION_CHARACTERS = 600
 
@@ -32,6 +33,7 @@ cd -- %s 2>/dev/null
 trap 'printf "\\0%%s\\0%%s" "$HOME" "$PWD"' EXIT
 eval %s
 """
+_PYTEST_ON_LINE = re.compile(r"pytest \$\((head -1 [\w./~]+)\)")
 _GIT_CONFIG = b"[user]\n\tname = agent\n\temail = agent@localhost\n[gc]\n\tauto = 0\n[advice]\n\tdetachedHead = false\n"
 
 
@@ -60,10 +62,12 @@ class LongRepairEnv(RepairEpisode):
         return SYSTEM_MESSAGE, self.task.problem_statement
 
     def step(self, command: str) -> Observation:
+        sandbox = self._require_sandbox()
+        if match := _PYTEST_ON_LINE.fullmatch(command):  # as the shell does; a plain command needs no new interpreter
+            command = f"pytest {self._shell(sandbox, match[1]).output.strip()}"
         argv = plain_words(command)
         if argv == ["submit"]:
             return Observation(text="submitted", done=True)
-        sandbox = self._require_sandbox()
         if argv and argv[0] == "pytest":
             result = sandbox.run(["pytest", "--cwd", self._cwd, *argv[1:]])
         else:

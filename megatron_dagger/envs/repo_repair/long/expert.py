@@ -24,12 +24,12 @@ from megatron_dagger.types import Message
 READ = "head -1 ~/todo/list"
 DIFF = "git diff | grep ^[-+]"
 DISCARD = "git checkout :/"
-TAKE = "sed -i 1d todo/list && git commit -qam fix"
+TEST = "pytest $(head -1 todo/tests)"
+TAKE = "sed -i 1d todo/* && git commit -qam fix"
 RESTART = "git reset -q --hard start && git clean -qfd :/"
-ALL_TESTS = "pytest @todo/all.tests"
+ALL_TESTS = "pytest @all.tests"
 
 _RULE = re.compile(r"cat (?:~/)?rules/(\d+)")
-_TEST = re.compile(r"pytest @todo/(\d+)\.tests")
 _COMMIT = re.compile(r"git commit -qam \S+")
 _CD = re.compile(r"cd(?: (\S+))?")
 _PASSED = re.compile(r"\d+ passed")
@@ -88,7 +88,7 @@ class Work:
     right: bool = False  # the change is the wanted one
     tested: bool | None = None  # whether the comment's tests passed since the last change; None: they were not run
     committed: int = 0  # times, without a passed test
-    taken: int = 0  # comments off the list, likewise
+    taken: bool = False  # the comment off the list, likewise
     finished: bool | None = None  # whether all tests passed since the last change; None: they were not run
     lost: bool = False  # something happened that only a restart mends
 
@@ -103,7 +103,7 @@ class Work:
     def go_on(self) -> None:
         """Note that the work on a comment is over: the list begins with another one."""
         self.comment, self.edited, self.mistaken, self.tested = None, False, False, None
-        self.committed, self.taken = 0, 0
+        self.committed, self.taken = 0, False
 
 
 def work_after(messages: tuple[Message, ...]) -> Work:
@@ -111,8 +111,6 @@ def work_after(messages: tuple[Message, ...]) -> Work:
     work = Work()
     for command, reply in turns(messages):
         _follow(work, command.strip(), reply)
-        if work.taken == 1 and work.comment and work.tested:
-            work.go_on()
     return work
 
 
@@ -138,8 +136,8 @@ def _follow(work: Work, command: str, reply: str) -> None:
             work.clean()
     elif command == ALL_TESTS:
         work.finished = _PASSED.fullmatch(reply) is not None
-    elif match := _TEST.fullmatch(command):
-        if work.comment and match[1] == work.comment.line:
+    elif command == TEST:
+        if work.folder == "":
             work.tested = _PASSED.fullmatch(reply) is not None
     elif _COMMIT.fullmatch(command):
         if not reply and work.changed is not False:
@@ -149,10 +147,13 @@ def _follow(work: Work, command: str, reply: str) -> None:
             work.clean()
     elif command == TAKE:
         if not reply:
-            work.committed += 1
-            work.taken += 1
             work.clean()
             work.empty = False
+            if work.comment and work.tested:
+                work.go_on()
+            else:
+                work.committed += 1
+                work.taken = True
     elif command == DISCARD:
         if work.changed is not False:
             work.touched()
@@ -161,7 +162,7 @@ def _follow(work: Work, command: str, reply: str) -> None:
     elif work.committed and command == take_back(work.committed) and not reply:
         work.touched()
         work.clean()
-        work.committed, work.taken, work.edited = 0, 0, False
+        work.committed, work.taken, work.edited = 0, False, False
     elif command == RESTART:
         work.touched()
         work.clean()
@@ -185,7 +186,7 @@ def next_command(messages: tuple[Message, ...]) -> str:
         return DIFF
     if work.changed and not work.right:
         return DISCARD
-    if work.taken > 1 or (work.taken and not comment):
+    if work.taken:
         return take_back(work.committed)
     if work.empty:
         if work.finished is None:
@@ -197,7 +198,7 @@ def next_command(messages: tuple[Message, ...]) -> str:
         return _at_root(work, TAKE)
     if work.changed or work.edited or work.committed:
         if work.tested is None:
-            return _at_root(work, f"pytest @todo/{comment.line}.tests")
+            return _at_root(work, TEST)
         return take_back(work.committed) if work.committed else RESTART
     if comment.rule and work.mistaken:
         return f"cat ~/rules/{comment.rule}"

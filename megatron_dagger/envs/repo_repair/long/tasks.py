@@ -2,8 +2,9 @@
 
 The repository of a task has the package with the bugs and a folder ``todo``. Its ``list`` has a comment on each bug,
 one to a line: where the wrong token is and what it must be, or only which of the ``rules`` it breaks (``rules.py``),
-whose file says what that means there. ``LINE.tests`` lists tests that fail because of the bug in this line, and
-``all.tests`` every test of the task. The tests of each comment pass once its bug and those before it are repaired.
+whose file says what that means there. A line of its ``tests`` names the tests that fail because of the same line's bug,
+and ``all.tests`` lists every test of the task. The tests of each comment pass once its bug and those before it are
+repaired.
 """
 
 from __future__ import annotations
@@ -158,8 +159,10 @@ def _task(
     """Return a task without its commit, and the files of its repository."""
     places = _new_places(tree, {bug.path for bug in chosen}, chance)
     fixed = dict(tree.files)
-    added = _added_lines(chosen, chance)
+    added: dict[str, int] = {}  # lines at the top of a module
     for path, place in places.items():
+        last = max(bug.line for bug in chosen if bug.path == path)
+        added[path] = chance.randint(0, LAST_LINE - last)
         fixed[place] = b"#\n" * added[path] + tree.files[path]
         fixed[path] = INCLUDE.format(up=path.count("/"), place=place).encode()
     files = dict(fixed)
@@ -181,7 +184,7 @@ def _task(
         PASS_TO_PASS=json.dumps(passing),
         source_files=tuple(sorted(places.values())),
     )
-    comments = ""
+    comments = named = ""
     for bug, each in zip(chosen, tests, strict=True):
         place, line = places[bug.path], bug.line + added[bug.path]
         said = comment(place, line, bug)
@@ -191,9 +194,9 @@ def _task(
             files[f"{RULES}/{rule}"] = said.encode()
             said = terse_comment(place, line, rule)
         comments += said
-        files[f"{TODO}/{line:03}.tests"] = "".join(f"{test}\n" for test in each).encode()
-    files[f"{TODO}/list"] = comments.encode()
-    files[f"{TODO}/all.tests"] = "".join(f"{test}\n" for test in task.tests).encode()
+        named += f"{' '.join(each)}\n"
+    files[f"{TODO}/list"], files[f"{TODO}/tests"] = comments.encode(), named.encode()
+    files["all.tests"] = "".join(f"{test}\n" for test in task.tests).encode()
     return task, files
 
 
@@ -202,17 +205,6 @@ def _new_places(tree: SourceTree, paths: set[str], chance: random.Random) -> dic
     taken = {path.partition("/")[0] for path in tree.files}
     folders = chance.sample([name for name in FOLDERS if name not in taken], len(paths))
     return {path: f"{folder}/{chance.choice(FILES)}.py" for path, folder in zip(sorted(paths), folders, strict=True)}
-
-
-def _added_lines(bugs: list[Bug], chance: random.Random) -> dict[str, int]:
-    """Return how many lines to add at the top of each module, such that no two bugs are in lines of the same number."""
-    while True:
-        added = {
-            path: chance.randint(0, LAST_LINE - max(bug.line for bug in bugs if bug.path == path))
-            for path in sorted({bug.path for bug in bugs})
-        }
-        if len({bug.line + added[bug.path] for bug in bugs}) == len(bugs):
-            return added
 
 
 def _as_expected(bench: TestBench, tree: SourceTree, task: RepairTask, files: dict[str, bytes]) -> bool:

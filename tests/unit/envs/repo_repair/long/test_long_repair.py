@@ -10,7 +10,16 @@ from megatron_dagger.config import RepoRepairConfig
 from megatron_dagger.envs.repo_repair.episode import tree_diff
 from megatron_dagger.envs.repo_repair.long.bugs import bug_pool
 from megatron_dagger.envs.repo_repair.long.env import LongRepairEnv
-from megatron_dagger.envs.repo_repair.long.expert import DIFF, DISCARD, READ, RESTART, TAKE, next_command, take_back
+from megatron_dagger.envs.repo_repair.long.expert import (
+    DIFF,
+    DISCARD,
+    READ,
+    RESTART,
+    TAKE,
+    TEST,
+    next_command,
+    take_back,
+)
 from megatron_dagger.envs.repo_repair.long.rules import NUMBERS, PIECES, pieces, rules_of
 from megatron_dagger.envs.repo_repair.long.tasks import TERSE_COMMENT, compose, repairs
 from megatron_dagger.envs.repo_repair.repository import read_repository
@@ -52,15 +61,6 @@ def address(comment):
     return f"{folder}/{file}", int(line), wrong, right
 
 
-def spelled(env, command):
-    """Return a command with the first comment's line number in place of FIRST."""
-    return command.replace("FIRST", re.match(r"'(\d+)", env.step(READ).text)[1]) if "FIRST" in command else command
-
-
-def say(env, command):
-    return env.step(spelled(env, command))
-
-
 def play(env, commands=(), *, turns=80):
     """Run ``commands``, then let the teacher finish; return its commands and whether the task is solved."""
     system, problem = env.reset()
@@ -70,7 +70,7 @@ def play(env, commands=(), *, turns=80):
         command = commands[turn] if turn < len(commands) else next_command(tuple(messages))
         if callable(command):
             command = command(next_command(tuple(messages)))
-        observation = say(env, command)
+        observation = env.step(command)
         said.append((command, observation.text))
         messages += [Message(role="assistant", content=command), Message(role="user", content=observation.text)]
         if observation.done:
@@ -84,9 +84,10 @@ def test_tests_of_a_bug_pass_once_it_and_those_before_it_are_repaired(tasks, poo
         files = read_repository(repositories / task.instance_id)
         with pool.lend() as sandbox:
             bench = TestBench(sandbox, {k: v for k, v in files.items() if not k.startswith(".git/")})
-            for said in files["todo/list"].decode().splitlines():
+            comments, named = (files[f"todo/{name}"].decode().splitlines() for name in ("list", "tests"))
+            for said, words in zip(comments, named, strict=True):
                 path, line, wrong, right = address(said)
-                tests = files[f"todo/{line:03}.tests"].decode().split("\n")[:-1]
+                tests = words.split()
                 settings = replace(task, FAIL_TO_PASS=str(tests).replace("'", '"'), PASS_TO_PASS="[]").tool_settings()
                 assert set(bench.run(settings).outcomes.values()) == {"failed"}
                 lines = files[path].decode().splitlines(keepends=True)
@@ -132,12 +133,12 @@ def test_a_replayed_episode_prints_the_same(env):
     commands = [
         "git log --oneline | cat",
         "cd todo",
-        "cat FIRST.tests",
+        "cat tests",
         "git commit -q --allow-empty -m x",
         "git log | head -1",
     ]
     first, _ = play(env, [], turns=1)
-    runs = [[say(env, command).text for command in commands if env.reset() or True] for _ in range(2)]
+    runs = [[env.step(command).text for command in commands if env.reset() or True] for _ in range(2)]
     assert runs[0] == runs[1]
     assert play(env, [], turns=1)[0] == first
 
@@ -145,7 +146,7 @@ def test_a_replayed_episode_prints_the_same(env):
 def test_the_working_directory_lasts(env):
     assert env.step("pwd").text == env.step("cd todo; cd ..; pwd").text
     env.step("cd todo")
-    assert "all.tests" in env.step("ls").text.split()
+    assert env.step("ls").text.split() == ["list", "tests"]
     assert env.step("cd nowhere").text
     assert "list" in env.step("ls").text
     assert env.step("exit 3").text == ""
@@ -159,17 +160,17 @@ def test_the_working_directory_lasts(env):
 
 
 def test_pytest_counts_as_pytest_does(env):
-    assert say(env, "pytest @todo/FIRST.tests").text.endswith("failed")
-    assert "passed" in env.step("pytest @todo/all.tests").text
+    assert env.step(TEST).text.endswith("failed")
+    assert "passed" in env.step("pytest @all.tests").text
     assert env.step("pytest @todo/seven.tests").text == "ERROR: No such file or directory: todo/seven.tests"
     assert env.step("pytest nothing.py").text == "ERROR: file or directory not found: nothing.py"
     assert env.step("pytest").text == "no tests ran"
     path, *_ = address(env.step(READ).text)
     env.step(f"echo '(' >> {path}")
-    assert say(env, "pytest @todo/FIRST.tests").text.endswith("error")
-    assert say(env, "pytest @todo/FIRST.tests | cat").text.endswith("error")  # in a pipe it is the same program
+    assert env.step(TEST).text.endswith("error")
+    assert env.step("pytest $(head -1 todo/tests) | cat").text.endswith("error")  # in a pipe it is the same program
     env.step("cd todo")
-    assert say(env, "pytest @FIRST.tests").text.startswith("ERROR: file or directory not found: tests/")
+    assert env.step("pytest @tests").text.startswith("ERROR: file or directory not found: tests/")
 
 
 def test_changed_tests_do_not_solve_a_task(env):
@@ -195,8 +196,8 @@ WAYS_BACK = {
     "a right edit committed without a test": lambda path, line: [*[str] * 5, "git commit -qam fix"],
     "an edit twice": lambda path, line: [*[str] * 4, f"sed -i '{line}s/^/ /' {path.rpartition('/')[2]}"],
     "another comment": lambda path, line: ["sed -n 2p todo/list"],
-    "the tests before the repair": lambda path, line: ["pytest @todo/FIRST.tests"],
-    "all tests at once": lambda path, line: ["pytest @todo/all.tests"],
+    "the tests before the repair": lambda path, line: [TEST],
+    "all tests at once": lambda path, line: ["pytest @all.tests"],
     "a comment taken off the list": lambda path, line: ["sed -i 1d todo/list"],
     "a comment passed over": lambda path, line: [TAKE],
     "two comments passed over": lambda path, line: [READ, TAKE, TAKE],
@@ -215,7 +216,7 @@ def test_the_teacher_knows_the_way_back(env, name):
 
 
 def test_the_teacher_does_not_repeat_a_verified_repair(env):
-    said, solved = play(env, [*[str] * TURNS_PER_BUG, "cd todo", "cat FIRST.tests", "cd .."])
+    said, solved = play(env, [*[str] * TURNS_PER_BUG, "cd todo", "cat tests", "cd .."])
     assert solved
     assert [command for command, _ in said].count(TAKE) == BUGS - 1
 
@@ -257,7 +258,7 @@ def test_the_teacher_knows_the_rules_by_heart(terse_env):
     assert not any("rules" in command for command, _ in said)
 
 
-@pytest.mark.parametrize("later", [(), (DIFF,), (DIFF, "cd", "pytest @todo/FIRST.tests"), ("cd", READ)])
+@pytest.mark.parametrize("later", [(), (DIFF,), (DIFF, "cd", TEST), ("cd", READ)])
 @pytest.mark.parametrize("token", ["nothing", "e"])
 def test_after_a_wrong_guess_the_teacher_reads_on(terse_env, token, later):
     rule = TERSE_COMMENT.fullmatch(terse_env.step(READ).text)["rule"]

@@ -23,7 +23,7 @@ ROUNDS = 2  # after round 0
 SEED_STEP = 1000
 # Round 0 trains on so many times the labels of a later one, in so many times the steps. Round 1 wants a student that
 # can work: what one that cannot leads to are states that a good student never visits.
-FIRST_ROUND_LABELS, FIRST_ROUND_STEPS = 3, 2
+FIRST_ROUND_LABELS, FIRST_ROUND_STEPS = 4, 3
 # 100 tasks of each horizon; three of the packages have fewer than 16 bugs. None is trained on.
 HELDOUT_PACKAGES = ("jsonpointer", "schema", "simpleeval", "tabulate", "texttable", "unidiff", "xmltodict")
 # Some packages yield too few tasks; students' episodes may be short, and equal states are labelled once.
@@ -47,7 +47,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "dagger.beta.floor=0.25",
     ),
 }
-TURNS_PER_S, STEPS_PER_S, START_S = 15.0, 3.0, 40.0  # on two cores, for the time that a study takes
+TURNS_PER_S, STEPS_PER_S, START_S = 50.0, 4.0, 40.0  # on two cores, for the time that a study takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class Plan:
 
 def teacher_turns(horizon: int) -> int:
     """Return about how many turns the teacher needs for a task."""
-    return 7 * horizon + 2 if horizon else 20
+    return 7 * horizon + 3 if horizon else 20
 
 
 def parse_amounts(horizons: Sequence[int], texts: Sequence[str]) -> dict[int, tuple[int, ...]]:

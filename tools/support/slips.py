@@ -48,7 +48,7 @@ def slip(right: str, paths: Sequence[str], chance: random.Random) -> str:
             "git commit -qam fix",
             "sed -i 1d todo/* && git commit -qam fix",
             "sed -i 1d todo/list",
-            "pytest $(head -1 todo/tests)",
+            "head -1 todo/tests | xargs pytest",
             "pytest @all.tests",
             "ls",
             "fix it",

@@ -33,7 +33,7 @@ cd -- %s 2>/dev/null
 trap 'printf "\\0%%s\\0%%s" "$HOME" "$PWD"' EXIT
 eval %s
 """
-_PYTEST_ON_LINE = re.compile(r"pytest \$\((head -1 [\w./~]+)\)")
+_PYTEST_ON_LINE = re.compile(r"(head -1 [\w./~]+) \| xargs pytest")
 _GIT_CONFIG = b"[user]\n\tname = agent\n\temail = agent@localhost\n[gc]\n\tauto = 0\n[advice]\n\tdetachedHead = false\n"
 
 
@@ -63,9 +63,7 @@ class LongRepairEnv(RepairEpisode):
 
     def step(self, command: str) -> Observation:
         sandbox = self._require_sandbox()
-        if match := _PYTEST_ON_LINE.fullmatch(command):  # as the shell does; a plain command needs no new interpreter
-            command = f"pytest {self._shell(sandbox, match[1]).output.strip()}"
-        argv = plain_words(command)
+        argv = self._pytest_on_line(sandbox, command) or plain_words(command)
         if argv == ["submit"]:
             return Observation(text="submitted", done=True)
         if argv and argv[0] == "pytest":
@@ -76,6 +74,17 @@ class LongRepairEnv(RepairEpisode):
         if result.timed_out:
             text = f"{text}\nerror: timed out".lstrip()
         return Observation(text=truncate(text, OBSERVATION_CHARACTERS))
+
+    def _pytest_on_line(self, sandbox: ProcessSandbox, command: str) -> list[str] | None:
+        """Return the pytest command that ``xargs`` would run, which here needs no new interpreter; None for others."""
+        match = _PYTEST_ON_LINE.fullmatch(command)
+        line = self._shell(sandbox, match[1]) if match else None
+        if line is None or line.exit_code:
+            return None
+        try:
+            return ["pytest", *shlex.split(line.output)]
+        except ValueError:
+            return None
 
     def _shell(self, sandbox: ProcessSandbox, command: str) -> CommandResult:
         """Run a command in the working directory that the last one left, and note the one that it leaves."""

@@ -24,7 +24,7 @@ from megatron_dagger.types import Message
 READ = "head -1 ~/todo/list"
 DIFF = "git diff | grep ^[-+]"
 DISCARD = "git checkout :/"
-TEST = "pytest $(head -1 todo/tests)"
+TEST = "head -1 todo/tests | xargs pytest"
 TAKE = "sed -i 1d todo/* && git commit -qam fix"
 RESTART = "git reset -q --hard start && git clean -qfd :/"
 ALL_TESTS = "pytest @all.tests"

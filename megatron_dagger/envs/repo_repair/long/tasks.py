@@ -13,6 +13,7 @@ import json
 import logging
 import random
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -194,7 +195,7 @@ def _task(
             files[f"{RULES}/{rule}"] = said.encode()
             said = terse_comment(place, line, rule)
         comments += said
-        named += f"{' '.join(each)}\n"
+        named += shlex.join(each) + "\n"
     files[f"{TODO}/list"], files[f"{TODO}/tests"] = comments.encode(), named.encode()
     files["all.tests"] = "".join(f"{test}\n" for test in task.tests).encode()
     return task, files

@@ -209,13 +209,19 @@ def _new_places(tree: SourceTree, paths: set[str], chance: random.Random) -> dic
 
 
 def _as_expected(bench: TestBench, tree: SourceTree, task: RepairTask, files: dict[str, bytes]) -> bool:
-    """Return whether the failing tests fail and the passing ones pass, with the bugs and, all passing, without."""
+    """Return whether the tests fail and pass as they should: with all bugs, and as one after the other is repaired."""
     moved = {path: files[path] for path in files if files[path] != tree.files.get(path)}
     bench.write(moved)
     try:
         run = bench.run(task.tool_settings())
+        if any(run.outcomes.get(test) != "failed" for test in task.fail_to_pass) or not run.passed(task.pass_to_pass):
+            return False
+        for repaired, line in zip(repairs(files), files[f"{TODO}/tests"].decode().splitlines(), strict=True):
+            bench.write(repaired)
+            tests = shlex.split(line)
+            stage = replace(task, FAIL_TO_PASS=json.dumps(tests), PASS_TO_PASS="[]")
+            if not bench.run(stage.tool_settings()).passed(tests):
+                return False
+        return bench.run(task.tool_settings()).passed(task.tests)
     finally:
         bench.write({path: tree.files.get(path) for path in moved})
-    if not all(run.outcomes.get(test) == "failed" for test in task.fail_to_pass) or not run.passed(task.pass_to_pass):
-        return False
-    return bench.run(task.tool_settings()).passed(task.tests)

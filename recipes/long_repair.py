@@ -41,7 +41,7 @@ def long_repair(bugs: int = BUGS) -> RunConfig:
             terse=TERSE,
             train_packages=TRAIN_PACKAGES,
             heldout_packages=HELDOUT_PACKAGES,
-            train_tasks=190,
+            train_tasks=360,
             heldout_tasks=40,
         ),
         model=ModelConfig(
@@ -61,7 +61,7 @@ def long_repair(bugs: int = BUGS) -> RunConfig:
             optimizer=OptimizerConfig(lr=3e-3, warmup_steps=10, weight_decay=0.1),
             epochs=1000,  # max_steps ends a round
             max_steps=200,
-            max_sft_steps=400,  # round 1 wants a student that can work
+            max_sft_steps=600,  # round 1 wants a student that can work
             sequence_length=row_tokens,
             packing="shared_prefix",
             global_batch_tokens=row_tokens,
@@ -75,10 +75,15 @@ def long_repair(bugs: int = BUGS) -> RunConfig:
         evaluation_sampling=sampling,
         dagger=DaggerConfig(
             rounds=2,
-            sft_tasks=100,
-            tasks_per_round=45,
+            sft_tasks=230,
+            tasks_per_round=65,
             beta=BetaConfig(schedule="constant", start=0.0),
-            aggregation=AggregationConfig(deduplicate=False, max_labels_per_round=800, max_sft_labels=2400),
+            takeover_turns=8,  # the way back takes about as many
+            aggregation=AggregationConfig(
+                deduplicate=False,  # all tasks begin in the same state, whose label must not count once in all
+                max_labels_per_round=1600,
+                max_sft_labels=6400,
+            ),
             evaluation_tasks=40,
         ),
     )

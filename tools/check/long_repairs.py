@@ -68,7 +68,7 @@ def check(bugs: int, tasks: int, seed: int) -> dict[str, Any]:
 
 def play(environment: Environment, task: str, bugs: int, chance: random.Random, *, disturbed: bool) -> tuple[bool, int]:
     """Let the teacher work on a task, disturbed by random turns or not; return whether it is solved, and the turns."""
-    first = chance.randrange(7 * bugs) if disturbed else -RANDOM_TURNS
+    first = chance.randrange(5 * bugs) if disturbed else -RANDOM_TURNS
     limit = 3 * (10 * bugs + 10) + RANDOM_TURNS
     with environment.make_env(task) as env:
         system, problem = env.reset()
@@ -86,7 +86,7 @@ def play(environment: Environment, task: str, bugs: int, chance: random.Random, 
                 Message(role="user", content=observation.text),
             ]
             if match := COMMENT.fullmatch(observation.text):
-                files.append(f"{match['folder']}/{match['file']}")
+                files.append(match["path"])
         return env.judge(), turn + 1
 
 

@@ -27,18 +27,19 @@ FIRST_ROUND_LABELS, FIRST_ROUND_STEPS = 4, 3
 # 100 tasks of each horizon; three of the packages have fewer than 16 bugs. None is trained on.
 HELDOUT_PACKAGES = ("jsonpointer", "schema", "simpleeval", "tabulate", "texttable", "unidiff", "xmltodict")
 # Some packages yield too few tasks; students' episodes may be short, and equal states are labelled once.
-SPARE_HELDOUT, SPARE_TASKS, SPARE_SFT_TASKS = 1.4, 1.6, 1.2
+SPARE_HELDOUT, SPARE_TASKS, SPARE_SFT_TASKS = 1.2, 1.2, 1.1
 
 ARMS: dict[str, tuple[str, ...]] = {
-    "sft": ("dagger.beta.schedule=constant", "dagger.beta.start=1.0", "dagger.beta.floor=1.0"),
+    "sft": ("dagger.beta.start=1.0",),
     "dagger": (),
-    "prefix": ("dagger.mixing=prefix",),  # and as many turns as fit the horizon
+    "prefix": ("dagger.mixing=prefix", "dagger.takeover_turns=0"),  # and as many turns as fit the horizon
 }
 # Ablations of the arm dagger. The windows train on fewer labels than the arms do, in as many steps.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "window_last": ("dagger.aggregation.window=last", "dagger.aggregation.last_rounds=2"),
     "window_current": ("dagger.aggregation.window=current",),
-    "beta_half": ("dagger.beta.schedule=constant", "dagger.beta.start=0.5"),
+    "no_takeover": ("dagger.takeover_turns=0",),
+    "beta_half": ("dagger.takeover_turns=0", "dagger.beta.start=0.5"),
     "beta_falling": ("dagger.beta.schedule=linear", "dagger.beta.start=0.5", "dagger.beta.decay=0.5"),
     "beta_floor": (
         "dagger.beta.schedule=linear",
@@ -142,7 +143,7 @@ class Plan:
 
 def teacher_turns(horizon: int) -> int:
     """Return about how many turns the teacher needs for a task."""
-    return 7 * horizon + 3 if horizon else 20
+    return 5 * horizon + 3 if horizon else 20
 
 
 def parse_amounts(horizons: Sequence[int], texts: Sequence[str]) -> dict[int, tuple[int, ...]]:

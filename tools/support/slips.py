@@ -13,7 +13,7 @@ def slip(right: str, paths: Sequence[str], chance: random.Random) -> str:
     """
     path = chance.choice([path for path in paths if "/" in path])
     folder, _, file = path.rpartition("/")
-    line, number = chance.randint(1, 300), chance.randint(100, 999)
+    line = chance.randint(1, 300)
     wrong, other = chance.choice([("<", "<="), ("1", "2"), ("and", "or"), ("True", "False"), ("==", "!="), ("(", "[")])
     digits = [position for position, letter in enumerate(right) if letter.isdigit()]
     position = chance.choice(digits) if digits else 0
@@ -29,8 +29,8 @@ def slip(right: str, paths: Sequence[str], chance: random.Random) -> str:
             "cd",
             "cd todo",
             "cd nowhere",
-            "head -1 ~/todo/list",
-            f"cat ~/rules/{number}",
+            "head -1 todo/list",
+            "head -1 todo/more",
             f"sed -n {line}p {file}",
             f"sed -i '{line}s/{wrong}/{other}/' {file}",
             f"sed -i '{line}s/{wrong}/{other}/' {path}",

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_dagger.envs.repo_repair.long.env import SYSTEM_MESSAGE
-from megatron_dagger.envs.repo_repair.long.expert import ALL_TESTS, DIFF, DISCARD, READ, RESTART, TAKE, TEST, take_back
+from megatron_dagger.envs.repo_repair.long.expert import (
+    ALL_TESTS,
+    DIFF,
+    DISCARD,
+    READ,
+    READ_MORE,
+    RESTART,
+    TAKE,
+    TEST,
+    take_back,
+)
 from megatron_dagger.envs.repo_repair.long.rules import OPERATORS
 from megatron_dagger.envs.repo_repair.long.tasks import FILES, FOLDERS
 from megatron_dagger.envs.repo_repair.taskset import TaskSet
@@ -17,6 +27,8 @@ def long_texts(tasks: TaskSet) -> Iterator[str]:
     """Yield the system message, problem statements, commands and what they print, and lines of code."""
     fixed = [
         READ,
+        READ_MORE,
+        TEST,
         TAKE,
         DIFF,
         DISCARD,
@@ -31,11 +43,10 @@ def long_texts(tasks: TaskSet) -> Iterator[str]:
     ]
     fixed += ["system\n" + SYSTEM_MESSAGE, "assistant\n", "user\n", "nothing to commit, working tree clean"]
     fixed += ["--- a/", "+++ b/", "Updated 1 path from the index", "On branch main", ": No such file or directory"]
-    fixed += ["s' by ~/rules/", "cat ~/rules/", TEST] * len(FOLDERS)
     for folder in FOLDERS:
-        fixed += [f"cd ~/{folder}", f"cat: {folder}", f" a/{folder}", f" in ~/{folder}"]
-    fixed += [f"/{file}.py\n sed: can't read {file}.py" for file in FILES]
-    fixed += [f"s/ {operator} / {operator} /' {file}.py" for operator in sorted(OPERATORS) for file in FILES[:3]]
+        fixed += [f"cd {folder}", f" a/{folder}", f" b/{folder}", f"/' {folder}", f"s' {folder}"]
+    fixed += [f"/{file}.py rule \n sed: can't read /{file}.py" for file in FILES]
+    fixed += [f"s/ {operator} / {operator} /' {folder}" for operator in sorted(OPERATORS) for folder in FOLDERS[:3]]
     for _ in range(REPEATS):
         yield from fixed
     for task in tasks.train:

@@ -20,8 +20,8 @@ from megatron_dagger.sandbox.base import CommandResult
 from megatron_dagger.sandbox.local import ProcessSandbox, SandboxPool
 
 SYSTEM_MESSAGE = """\
-Tokens of a Python package are wrong. A line of todo/list says where one is and what it must be, or only which of the
-rules it breaks. The same line of todo/tests has its tests.
+Tokens of a Python package are wrong. A line of todo/list says where one is and what it must be, or only the number of
+the rule that it breaks. The same line of todo/more says more, that of todo/tests has its tests.
 Reply with one shell command. When all is repaired, tested and committed: submit."""
 OBSERVATION_CHARACTERS = 600
 

@@ -1,13 +1,11 @@
 """The teacher of the long repairs: it works through the comments, checks every step, and knows the way back.
 
-For each comment: read the first one of the list, go to the file's folder, edit the line, look at the diff, go back, run
-the tests, commit with the comment taken off the list. It names folders from the root, so that the same commands are
-right after a comment wherever it is read. It uses only the conversation: from the commands and what they printed it
-infers where the shell is, what has been changed and what has been tested (``Work``), and acts on that. Whatever the
-commands before were, it continues from there: it discards an edit that is not the wanted one and reads the comment
-again, tests what was committed without a test and takes it back if that fails, and where it cannot tell it starts again
-from the task's first commit. It knows the rules that terse comments name; after a wrong guess it looks up what the rule
-means there.
+For each comment: read the first one of the list, edit the line, look at the diff, run the tests, commit with the
+comment taken off the list. It uses only the conversation: from the commands and what they printed it infers where the
+shell is, what has been changed and what has been tested (``Work``), and acts on that. Whatever the commands before
+were, it continues from there: it discards an edit that is not the wanted one and reads the comment again, tests what
+was committed without a test and takes it back if that fails, and where it cannot tell it starts again from the task's
+first commit. It knows the rules that terse comments name; after a wrong guess it reads the longer comment.
 """
 
 from __future__ import annotations
@@ -21,7 +19,8 @@ from megatron_dagger.envs.repo_repair.long.rules import pieces
 from megatron_dagger.envs.repo_repair.long.tasks import COMMENT, TERSE_COMMENT
 from megatron_dagger.types import Message
 
-READ = "head -1 ~/todo/list"
+READ = "head -1 todo/list"
+READ_MORE = "head -1 todo/more"
 DIFF = "git diff | grep ^[-+]"
 DISCARD = "git checkout :/"
 TEST = "head -1 todo/tests | xargs pytest"
@@ -29,7 +28,6 @@ TAKE = "sed -i 1d todo/* && git commit -qam fix"
 RESTART = "git reset -q --hard start && git clean -qfd :/"
 ALL_TESTS = "pytest @all.tests"
 
-_RULE = re.compile(r"cat (?:~/)?rules/(\d+)")
 _COMMIT = re.compile(r"git commit -qam \S+")
 _CD = re.compile(r"cd(?: (\S+))?")
 _PASSED = re.compile(r"\d+ passed")
@@ -41,34 +39,32 @@ _FAILED = re.compile(r"not found|rror|usage|fatal|No such file|sed: ")
 
 @dataclass(frozen=True, slots=True)
 class Comment:
-    """What a comment says: in line ``line`` of ``folder/file`` the first ``wrong`` must be ``right``."""
+    """What a comment says: in line ``line`` of ``path`` the first ``wrong`` must be ``right``."""
 
-    folder: str
-    file: str
+    path: str
     line: str
     wrong: str
     right: str
-    rule: str = ""  # if the comment names only this
+    terse: bool = False
 
     @classmethod
     def read(cls, reply: str) -> Comment | None:
         """Return the comment that was printed; None if it is none."""
         if match := COMMENT.fullmatch(reply):
-            return cls(match["folder"], match["file"], match["line"], match["wrong"], match["right"])
+            return cls(match["path"], match["line"], match["wrong"], match["right"])
         if match := TERSE_COMMENT.fullmatch(reply):
             wrong, right = pieces(int(match["rule"]))
-            return cls(match["folder"], match["file"], match["line"], wrong, right, match["rule"])
+            return cls(match["path"], match["line"], wrong, right, terse=True)
         return None
 
     @property
     def edit(self) -> str:
-        return f"sed -i '{self.line}s/{self.wrong}/{self.right}/' {self.file}"
+        return f"sed -i '{self.line}s/{self.wrong}/{self.right}/' {self.path}"
 
     def explains(self, diff: str) -> bool:
         """Return whether ``diff`` is the wanted change of one line, as far as it shows."""
-        path = f"{self.folder}/{self.file}"
         match diff.split("\n"):
-            case [old, new, before, after] if (old, new) == (f"--- a/{path}", f"+++ b/{path}"):
+            case [old, new, before, after] if (old, new) == (f"--- a/{self.path}", f"+++ b/{self.path}"):
                 return before[:1] == "-" and after == "+" + before[1:].replace(self.wrong, self.right, 1)
         return False
 
@@ -81,7 +77,6 @@ class Work:
     comment: Comment | None = None  # the first of the list, if it was read
     empty: bool = False  # the list was read, and has no comment
     fresh: bool = False  # the comment has just been read
-    entered: bool = False  # and the shell was sent to its folder since
     edited: bool = False  # its edit was made since
     mistaken: bool = False  # another edit was made since
     changed: bool | None = False  # the work tree since the last commit; None: unknown
@@ -121,13 +116,11 @@ def _follow(work: Work, command: str, reply: str) -> None:
             work.folder = ""
         elif not reply:
             work.folder = _moved(work.folder, match[1])
-        work.entered = work.comment is not None and work.folder == work.comment.folder
         return
     work.fresh = False
-    match = _RULE.fullmatch(command)
-    if command == READ or (match and work.comment and match[1] == work.comment.rule):
+    if command in (READ, READ_MORE):
         if comment := Comment.read(reply):
-            work.comment, work.fresh, work.entered, work.edited = comment, True, False, False
+            work.comment, work.fresh, work.edited = comment, True, False
         work.empty = not reply
     elif command == DIFF:
         if reply:
@@ -170,7 +163,7 @@ def _follow(work: Work, command: str, reply: str) -> None:
         work.go_on()
     elif not _HARMLESS.fullmatch(command) and not _FAILED.search(reply):
         work.touched()
-        work.edited = work.comment is not None and command == work.comment.edit and work.folder == work.comment.folder
+        work.edited = work.comment is not None and command == work.comment.edit and work.folder == ""
         work.mistaken = work.mistaken or (work.comment is not None and not work.edited)
         work.folder = None if re.search(r"\bcd\b", command) else work.folder
         work.lost = work.lost or command.startswith("git")
@@ -193,18 +186,16 @@ def next_command(messages: tuple[Message, ...]) -> str:
             return _at_root(work, ALL_TESTS)
         return "submit" if work.finished else RESTART
     if comment is None:
-        return READ
+        return _at_root(work, READ)
     if work.tested:
         return _at_root(work, TAKE)
     if work.changed or work.edited or work.committed:
         if work.tested is None:
             return _at_root(work, TEST)
         return take_back(work.committed) if work.committed else RESTART
-    if comment.rule and work.mistaken:
-        return f"cat ~/rules/{comment.rule}"
-    if not work.fresh:
-        return READ
-    return comment.edit if work.entered else f"cd ~/{comment.folder}"
+    if comment.terse and work.mistaken:
+        return _at_root(work, READ_MORE)
+    return _at_root(work, comment.edit if work.fresh else READ)
 
 
 def take_back(commits: int) -> str:

@@ -1,10 +1,9 @@
 """Compose long repair tasks: K bugs of a package, a comment and a list of tests for each.
 
-The repository of a task has the package with the bugs and a folder ``todo``. Its ``list`` has a comment on each bug,
-one to a line: where the wrong token is and what it must be, or only which of the ``rules`` it breaks (``rules.py``),
-whose file says what that means there. A line of its ``tests`` names the tests that fail because of the same line's bug,
-and ``all.tests`` lists every test of the task. The tests of each comment pass once its bug and those before it are
-repaired.
+The repository of a task has the package with the bugs and a folder ``todo`` of three files with a line for each bug:
+``list`` says where the wrong token is and what it must be, or only the number of the rule that it breaks
+(``rules.py``); ``more`` says it in any case; ``tests`` names tests that fail because of it. ``all.tests`` lists every
+test of the task. The tests of each line pass once its bug and those before it are repaired.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from megatron_dagger.sandbox.local import SandboxPool
 
 logger = logging.getLogger(__name__)
 
-TODO, RULES = "todo", "rules"
+TODO = "todo"
 # Modules with bugs are moved to names drawn for each task and begin with as many comment lines as were drawn, so that a
 # student must read addresses and cannot know them by heart. In a moved module's place remains one that executes the
 # moved code as its own, which it loads as an import does (tools/code_cache.py).
@@ -43,9 +42,9 @@ import importlib.machinery, pathlib
 _code = pathlib.Path(__file__).parents[{up}] / "{place}"
 exec(importlib.machinery.SourceFileLoader(__name__, str(_code)).get_code(__name__))
 """
-# Spelled as the commands that follow from them, which a small student then learns to copy soonest
-COMMENT = re.compile(r"'(?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/' (?P<file>\S+) in ~/(?P<folder>\S+)")
-TERSE_COMMENT = re.compile(r"'(?P<line>\d+)s' by ~/rules/(?P<rule>\d+) (?P<file>\S+) in ~/(?P<folder>\S+)")
+# The arguments of sed, which a small student learns to copy soonest
+COMMENT = re.compile(r"'(?P<line>\d+)s/(?P<wrong>[^/]+)/(?P<right>[^/]+)/' (?P<path>\S+)")
+TERSE_COMMENT = re.compile(r"'(?P<line>\d+)s' (?P<path>\S+) rule (?P<rule>\d+)")
 TESTS_PER_BUG = 2
 MAX_PASSING_TESTS = 4
 TRIES = 20  # compositions for one task
@@ -88,29 +87,22 @@ def prepare_long_tasks(
 
 
 def comment(path: str, line: int, bug: Bug) -> str:
-    """Return the comment on a bug: the arguments of sed that repair it, and the folder.
-
-    ``COMMENT`` reads it.
-    """
-    folder, _, file = path.rpartition("/")
-    return f"'{line:03}s/{bug.wrong}/{bug.right}/' {file} in ~/{folder}\n"
+    """Return the comment on a bug: the arguments of sed that repair it; ``COMMENT`` reads it."""
+    return f"'{line:03}s/{bug.wrong}/{bug.right}/' {path}\n"
 
 
 def terse_comment(path: str, line: int, rule: int) -> str:
     """Return the comment on a bug that breaks a rule; ``TERSE_COMMENT`` reads it."""
-    folder, _, file = path.rpartition("/")
-    return f"'{line:03}s' by ~/{RULES}/{rule} {file} in ~/{folder}\n"
+    return f"'{line:03}s' {path} rule {rule}\n"
 
 
 def repairs(files: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:
     """Yield each module as one repair after the other, in the order of the task's list, leaves it."""
     modules = dict(files)
-    for said in files[f"{TODO}/list"].decode().splitlines():
-        if terse := TERSE_COMMENT.fullmatch(said):
-            said = files[f"{RULES}/{terse['rule']}"].decode().strip()
+    for said in files[f"{TODO}/more"].decode().splitlines():
         match = COMMENT.fullmatch(said)
         assert match, said
-        path, number = f"{match['folder']}/{match['file']}", int(match["line"]) - 1
+        path, number = match["path"], int(match["line"]) - 1
         lines = modules[path].decode().splitlines(keepends=True)
         lines[number] = lines[number].replace(match["wrong"], match["right"], 1)
         modules[path] = "".join(lines).encode()
@@ -185,18 +177,15 @@ def _task(
         PASS_TO_PASS=json.dumps(passing),
         source_files=tuple(sorted(places.values())),
     )
-    comments = named = ""
+    comments = more = named = ""
     for bug, each in zip(chosen, tests, strict=True):
-        place, line = places[bug.path], bug.line + added[bug.path]
+        place, line, rules = places[bug.path], bug.line + added[bug.path], rules_of(bug.wrong, bug.right)
         said = comment(place, line, bug)
-        rules = [rule for rule in rules_of(bug.wrong, bug.right) if f"{RULES}/{rule}" not in files]
-        if rules and chance.random() < terse:
-            rule = chance.choice(rules)
-            files[f"{RULES}/{rule}"] = said.encode()
-            said = terse_comment(place, line, rule)
-        comments += said
+        more += said
+        comments += terse_comment(place, line, chance.choice(rules)) if rules and chance.random() < terse else said
         named += shlex.join(each) + "\n"
-    files[f"{TODO}/list"], files[f"{TODO}/tests"] = comments.encode(), named.encode()
+    for file, content in (("list", comments), ("more", more), ("tests", named)):
+        files[f"{TODO}/{file}"] = content.encode()
     files["all.tests"] = "".join(f"{test}\n" for test in task.tests).encode()
     return task, files
 
@@ -209,19 +198,13 @@ def _new_places(tree: SourceTree, paths: set[str], chance: random.Random) -> dic
 
 
 def _as_expected(bench: TestBench, tree: SourceTree, task: RepairTask, files: dict[str, bytes]) -> bool:
-    """Return whether the tests fail and pass as they should: with all bugs, and as one after the other is repaired."""
+    """Return whether the failing tests fail and the passing ones pass, with the bugs and, all passing, without."""
     moved = {path: files[path] for path in files if files[path] != tree.files.get(path)}
     bench.write(moved)
     try:
         run = bench.run(task.tool_settings())
-        if any(run.outcomes.get(test) != "failed" for test in task.fail_to_pass) or not run.passed(task.pass_to_pass):
-            return False
-        for repaired, line in zip(repairs(files), files[f"{TODO}/tests"].decode().splitlines(), strict=True):
-            bench.write(repaired)
-            tests = shlex.split(line)
-            stage = replace(task, FAIL_TO_PASS=json.dumps(tests), PASS_TO_PASS="[]")
-            if not bench.run(stage.tool_settings()).passed(tests):
-                return False
-        return bench.run(task.tool_settings()).passed(task.tests)
     finally:
         bench.write({path: tree.files.get(path) for path in moved})
+    if not all(run.outcomes.get(test) == "failed" for test in task.fail_to_pass) or not run.passed(task.pass_to_pass):
+        return False
+    return bench.run(task.tool_settings()).passed(task.tests)

@@ -41,7 +41,7 @@ def long_repair(bugs: int = BUGS) -> RunConfig:
             terse=TERSE,
             train_packages=TRAIN_PACKAGES,
             heldout_packages=HELDOUT_PACKAGES,
-            train_tasks=360,
+            train_tasks=440,
             heldout_tasks=40,
         ),
         model=ModelConfig(
@@ -75,10 +75,10 @@ def long_repair(bugs: int = BUGS) -> RunConfig:
         evaluation_sampling=sampling,
         dagger=DaggerConfig(
             rounds=2,
-            sft_tasks=230,
-            tasks_per_round=65,
+            sft_tasks=290,
+            tasks_per_round=75,
             beta=BetaConfig(schedule="constant", start=0.0),
-            takeover_turns=8,  # the way back takes about as many
+            takeover_turns=6,  # the way back takes as many
             aggregation=AggregationConfig(
                 deduplicate=False,  # all tasks begin in the same state, whose label must not count once in all
                 max_labels_per_round=1600,

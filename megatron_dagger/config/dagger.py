@@ -34,7 +34,7 @@ class AggregationConfig:
     window: Literal["all", "last", "current"] = "all"
     last_rounds: int = number(3, gt=0)  # for window=last
     filter: Literal["none", "finished", "solved"] = "none"
-    deduplicate: bool = True  # count the same label after the same tokens once
+    deduplicate: bool = True  # count the same label after the same tokens once, however often the state was visited
     max_labels_per_round: int | None = number(None, gt=0)  # drawn at random from each round's labels; None: all
     max_sft_labels: int | None = number(None, gt=0)  # as many of round 0 instead; None: max_labels_per_round
     disagreement_weight: float = number(1.0, gt=0)  # of a label in the loss, where the student did something else

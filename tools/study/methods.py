@@ -1,18 +1,20 @@
 """Compare ways to learn from a teacher: SFT, DAgger and its prefix form, by horizon, at equal labels and steps.
 
-    .venv/bin/python -m tools.study.methods --quick       the control, one horizon, 2 seeds: half an hour
-    .venv/bin/python -m tools.study.methods               5 seeds, 100 held-out tasks, all horizons: days
-    .venv/bin/python -m tools.study.methods --horizons 1,8 --amounts 800 --variants training.optimizer.lr=1e-3
+    .venv/bin/python -m tools.study.methods --quick       the control, one horizon, 2 seeds: a quarter of an hour
+    .venv/bin/python -m tools.study.methods               5 seeds, 100 held-out tasks, all horizons: a day
+    .venv/bin/python -m tools.study.methods --horizons 2,8 --amounts 1600 --arms sft,dagger --heldout 50 --no-greedy
 
 First comes the positive control (tools/check/positive_control.py), in which DAgger must win. Then come the long repairs
-(recipe long_repair): tasks of K bugs, about 7 K + 2 turns; the horizon 0 is the short kind, one bug to search for. The
+(recipe long_repair): tasks of K bugs, 5 K + 3 turns; the horizon 0 is the short kind, one bug to search for. The
 arms of a (horizon, amount of labels, seed) have the same tasks, initial weights, labels of each round and steps, and
-share round 0. They differ in who acts later: the teacher (sft), one or the other in each turn (dagger), the student
-first and then the teacher (prefix). Each last round is evaluated at temperature 0.7 and greedily.
+share round 0. They differ in who acts later: the teacher (sft), the student, and after its errors the teacher for some
+turns (dagger), or the student first and then the teacher (prefix). Each last round is evaluated at temperature 0.7 and
+greedily.
 
 The tool says before it starts how long it will take and which difference it can see. After every run it writes the
-page OUT/methods.html. Stop it at any time: the same command goes on. More seeds can be added later. The last line is
-``RESULT {json}``; the exit code is 1 if arms were not matched or the control failed.
+page OUT/methods.html. Stop it at any time: the same command goes on. The same command in a second terminal shares the
+work (``--control-seeds 0`` there). More seeds can be added later. The last line is ``RESULT {json}``; the exit code is
+1 if arms were not matched or the control failed.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ from tools.study.summary import BASELINE, Results, numbers, visible_difference
 
 PAGE = "methods.html"
 FULL: dict[str, Any] = {
-    "horizons": HORIZONS, "arms": tuple(ARMS), "amounts": ("500", "1500", "1:130", "1:260"),
+    "horizons": HORIZONS, "arms": tuple(ARMS), "amounts": ("400", "1600"),
     "seeds": 5, "heldout": 100, "steps": 200, "control_seeds": 3,
 }  # fmt: skip
 QUICK: dict[str, Any] = {
-    "horizons": (2,), "arms": ("sft", "dagger"), "amounts": ("400",),
-    "seeds": 2, "heldout": 20, "steps": 100, "control_seeds": 1,
+    "horizons": (2,), "arms": ("sft", "dagger"), "amounts": ("800",),
+    "seeds": 2, "heldout": 20, "steps": 150, "control_seeds": 1,
 }  # fmt: skip
 
 
@@ -143,9 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--amounts", type=_list(str), metavar="[K:]N,...",
-        help="labels of each round after round 0, which has three times as many; N at every horizon or K:N at horizon "
-        "K; at 1 bug there are about 800 different "
-        f"ones a round (default: {_shown(FULL['amounts'])})",
+        help="labels of each round after round 0, which has four times as many; N at every horizon or K:N at "
+        f"horizon K (default: {_shown(FULL['amounts'])})",
     )  # fmt: skip
     parser.add_argument(
         "--arms", type=_list(str), metavar="NAME,...", help=f"sft and others (default: {_shown(FULL['arms'])})"
@@ -157,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, help=f"at least 2 (default: {FULL['seeds']})")
     parser.add_argument("--heldout", type=int, help=f"held-out tasks of each seed (default: {FULL['heldout']})")
     parser.add_argument(
-        "--steps", type=int, help=f"optimizer steps of each round, twice as many in round 0 (default: {FULL['steps']})"
+        "--steps",
+        type=int,
+        help=f"optimizer steps of each round, three times as many in round 0 (default: {FULL['steps']})",
     )
     parser.add_argument("--no-greedy", action="store_false", dest="greedy", help="no greedy evaluations")
     parser.add_argument(

@@ -61,7 +61,7 @@ def long_repair(bugs: int = BUGS) -> RunConfig:
             optimizer=OptimizerConfig(lr=3e-3, warmup_steps=10, weight_decay=0.1),
             epochs=1000,  # max_steps ends a round
             max_steps=200,
-            max_sft_steps=600,  # round 1 wants a student that can work
+            max_sft_steps=1000,  # round 1 wants a student that can work
             sequence_length=row_tokens,
             packing="shared_prefix",
             global_batch_tokens=row_tokens,

@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps",
         type=int,
-        help=f"optimizer steps of each round, three times as many in round 0 (default: {FULL['steps']})",
+        help=f"optimizer steps of each round, five times as many in round 0 (default: {FULL['steps']})",
     )
     parser.add_argument("--no-greedy", action="store_false", dest="greedy", help="no greedy evaluations")
     parser.add_argument(

@@ -71,8 +71,8 @@ class Study:
             )
 
     def run(self) -> Iterator[Outcome]:
-        """Run the pending cells; yield the outcome of each. Raises RuntimeError if a run fails."""
-        for (horizon, seed), cells in groupby(self.pending(), key=lambda cell: (cell.horizon, cell.seed)):
+        """Run the pending group; yield the outcome of each. Raises RuntimeError if a run fails."""
+        for (horizon, seed), group in groupby(self.pending(), key=lambda cell: (cell.horizon, cell.seed)):
             lock = self.out / "locks" / f"k{horizon}-s{seed}"
             lock.parent.mkdir(parents=True, exist_ok=True)
             with ExitStack() as stack:
@@ -80,7 +80,7 @@ class Study:
                     stack.enter_context(exclusive(lock, deadline_s=0.0))
                 except LockedError:  # another process does these
                     continue
-                for cell in cells:
+                for cell in group:
                     if not self._outcome_file(cell).exists():
                         yield self._run(cell)
 

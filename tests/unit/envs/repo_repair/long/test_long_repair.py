@@ -87,9 +87,9 @@ def test_tests_of_a_bug_pass_once_it_and_those_before_it_are_repaired(tasks, poo
         with pool.lend() as sandbox:
             bench = TestBench(sandbox, {k: v for k, v in files.items() if not k.startswith(".git/")})
             comments, named = (files[f"todo/{name}"].decode().splitlines() for name in ("list", "tests"))
-            for said, words in zip(comments, named, strict=True):
+            for said, line_of_tests in zip(comments, named, strict=True):
                 path, line, wrong, right = address(said)
-                tests = shlex.split(words)
+                tests = shlex.split(line_of_tests)
                 settings = replace(task, FAIL_TO_PASS=str(tests).replace("'", '"'), PASS_TO_PASS="[]").tool_settings()
                 assert set(bench.run(settings).outcomes.values()) == {"failed"}
                 lines = files[path].decode().splitlines(keepends=True)

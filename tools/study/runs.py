@@ -71,7 +71,7 @@ class Study:
             )
 
     def run(self) -> Iterator[Outcome]:
-        """Run the pending group; yield the outcome of each. Raises RuntimeError if a run fails."""
+        """Run the pending cells; yield the outcome of each. Raises RuntimeError if a run fails."""
         for (horizon, seed), group in groupby(self.pending(), key=lambda cell: (cell.horizon, cell.seed)):
             lock = self.out / "locks" / f"k{horizon}-s{seed}"
             lock.parent.mkdir(parents=True, exist_ok=True)

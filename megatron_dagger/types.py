@@ -82,6 +82,10 @@ class Action:
     logprobs: np.ndarray | None = None
     weight_version: int = -1
 
+    def equals(self, other: Action) -> bool:
+        """Whether both are the same, token for token."""
+        return np.array_equal(self.tokens, other.tokens)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
@@ -103,7 +107,7 @@ class Turn:
     @property
     def agrees(self) -> bool:
         """Whether the executed action equals the teacher's, token for token."""
-        return self.label is not None and np.array_equal(self.action.tokens, self.label.tokens)
+        return self.label is not None and self.action.equals(self.label)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

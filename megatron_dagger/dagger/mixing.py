@@ -18,8 +18,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from megatron_dagger.config import DaggerConfig
 from megatron_dagger.policies.base import NoAction, Policy
 from megatron_dagger.rollout.episode import EpisodeKey, TurnDecision
@@ -50,7 +48,7 @@ class MixtureTurnPolicy:
             return TurnDecision(acted_by=ActedBy.TEACHER, action=action, label=action)
         if turn >= self._takeover_end and not self.teacher_acts(turn):
             action, label = await asyncio.gather(self.student.act(state), self._label(state))
-            if label is not None and not np.array_equal(action.tokens, label.tokens):
+            if label is not None and not action.equals(label):
                 self._takeover_end = turn + 1 + self.takeover_turns
             return TurnDecision(acted_by=ActedBy.STUDENT, action=action, label=label)
         label = await self._label(state)

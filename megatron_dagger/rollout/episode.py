@@ -171,7 +171,7 @@ class _EpisodeRecord:
         self._observation, self._prompt = text, tokens
 
     def repeats(self, action: Action) -> bool:
-        return bool(self.turns) and np.array_equal(self.turns[-1].action.tokens, action.tokens)
+        return bool(self.turns) and self.turns[-1].action.equals(action)
 
     def act(self, decision: TurnDecision) -> None:
         self.messages.append(Message(role="assistant", content=decision.action.text))

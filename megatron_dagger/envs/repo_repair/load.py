@@ -49,8 +49,7 @@ def load_environment(context: EnvironmentContext) -> Environment:
 
     @functools.lru_cache(maxsize=CACHED_REPOSITORIES)
     def repository(task_id: str) -> dict[str, bytes]:
-        task = by_id[task_id]
-        files = read_repository(tasks.repository(task))
+        files = read_repository(tasks.repository(by_id[task_id]))
         for modules in (files, *(repairs(files) if long else ())):
             compile_modules(modules, compiled)
         return files

@@ -155,8 +155,8 @@ def current_name(cls: Any, name: str) -> str:
 
 def differing(first: Any, second: Any) -> list[str]:
     """Return the dotted names of the settings in which two configs of one class differ."""
-    others = dict(_leaves(to_dict(second)))
-    return [name for name, value in _leaves(to_dict(first)) if name not in others or others[name] != value]
+    others = dict(leaves(to_dict(second)))
+    return [name for name, value in leaves(to_dict(first)) if name not in others or others[name] != value]
 
 
 def load_yaml(cls: type[T], path: Path) -> T:
@@ -218,18 +218,18 @@ def _current_name(cls: Any, name: str) -> str:
     return str(getattr(cls, "RENAMED", {}).get(name, name))
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every setting's dotted name and value."""
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the value of every setting of ``to_dict(config)``."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
 def _suggest_path(name: str, values: Mapping[str, Any]) -> str:
     """Suggest the settings that ``name`` may stand for: by its last part anywhere, or by how it is spelt."""
-    paths = [path for path, _ in _leaves(values)]
+    paths = [path for path, _ in leaves(values)]
     last = name.rpartition(".")[2].strip()
     same = [path for path in paths if path.rpartition(".")[2] == last]
     if not same:

@@ -15,7 +15,9 @@ from megatron_dagger.config.swe import SweConfig
 from megatron_dagger.config.teacher import TeacherConfig
 from megatron_dagger.config.training import TrainingConfig
 
-# Settings that may change during a run: limits of time and money, connections and reporting. They change no result.
+LAYOUT = "training.parallel."
+# Settings that may change during a run, or groups of them, which end with a dot: layout and memory, limits of time and
+# money, connections and reporting. They change no result but in the last digits.
 CHANGEABLE = (
     "wandb_project",
     "teacher.urls",
@@ -27,10 +29,33 @@ CHANGEABLE = (
     "teacher.money_budget",
     "teacher.price_per_million_prompt_tokens",
     "teacher.price_per_million_completion_tokens",
+    LAYOUT,
+    "training.recompute",
+    "training.recompute_modules",
+    "training.checkpoint_interval",
+    "training.threads_per_process",
     "training.deadline_s",
+    "training.collective_timeout_s",
+    "rollout.concurrent_episodes",
+    "rollout.limits.max_seconds",
     "rollout.stage_deadline_s",
+    "rollout.engine.tensor_parallel_size",
+    "rollout.engine.max_num_seqs",
+    "rollout.engine.kv_cache_memory_mib",
+    "rollout.engine.gpu_memory_utilization",
+    "rollout.engine.enforce_eager",
+    "rollout.engine.threads",
     "rollout.engine.start_deadline_s",
     "rollout.engine.request_deadline_s",
+    "swe.docker_url",
+    "swe.image_budget_mib",
+)
+# Settings that may change while no round is half trained: the rounds after the change are trained with them.
+BETWEEN_ROUNDS = (
+    "training.precision",
+    "training.fp8_param_gather",
+    "training.bf16_layers_at_ends",
+    "training.packing",
 )
 
 
@@ -92,7 +117,16 @@ class RunConfig:
 def fixed_differences(existing: RunConfig, config: RunConfig) -> list[str]:
     """Return the names of the settings in which ``config`` differs from ``existing`` and which the run must keep."""
     teachers = bool(existing.teacher.urls) != bool(config.teacher.urls)  # the environment's expert, or a model
-    changeable = set(CHANGEABLE) - ({"teacher.urls"} if teachers else set())
-    if config.dagger.rounds > existing.dagger.rounds:  # no round so far depends on how many there will be
-        changeable.add("dagger.rounds")
-    return [name for name in differing(existing, config) if name not in changeable]
+    more_rounds = config.dagger.rounds > existing.dagger.rounds  # no round so far depends on how many there will be
+
+    def fixed(name: str) -> bool:
+        if name == "teacher.urls" and teachers:
+            return True
+        return not (changeable(name) or name in BETWEEN_ROUNDS or (name == "dagger.rounds" and more_rounds))
+
+    return list(filter(fixed, differing(existing, config)))
+
+
+def changeable(name: str) -> bool:
+    """Return whether the setting ``name`` may change at any time during a run."""
+    return name in CHANGEABLE or any(group.endswith(".") and name.startswith(group) for group in CHANGEABLE)

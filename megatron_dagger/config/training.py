@@ -149,6 +149,7 @@ class TrainingConfig:
     checkpoint_interval: int = number(50, gt=0)  # steps between checkpoints within a round
     threads_per_process: int = number(1, gt=0)  # OpenMP threads, on the CPU
     deadline_s: float = number(7200.0, gt=0)  # a round that takes longer fails
+    collective_timeout_s: float = number(1800.0, gt=0)  # ranks that wait longer for another one fail
 
     def __post_init__(self) -> None:
         check_numbers(self, "training")

@@ -9,21 +9,25 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_dagger.config import ConfigError, RunConfig, differing, dump_yaml, load_yaml, override
-from megatron_dagger.config.base import current_name, parse_value
-from megatron_dagger.config.run import CHANGEABLE, fixed_differences
+from megatron_dagger.config import ConfigError, RunConfig, differing, dump_yaml, load_yaml, override, to_dict
+from megatron_dagger.config.base import current_name, leaves, parse_value, require
+from megatron_dagger.config.run import BETWEEN_ROUNDS, CHANGEABLE, LAYOUT, fixed_differences
+from megatron_dagger.dagger.context import train_dir, train_manifest
 from megatron_dagger.driver.checks import check_run
+from megatron_dagger.observability.metrics import append_line
 from megatron_dagger.store.atomic import write_text
 from megatron_dagger.store.fence import claim
 
 logger = logging.getLogger(__name__)
 
 CONFIG, ORIGIN = "config.yaml", "origin.yaml"
+CHANGES = "changes.jsonl"  # a line for each change of the settings: its time, and each setting's old and new value
 COLLECTED, EVALUATED = "data.zarr", "evaluations.zarr"  # the stores of episodes
 REFERENCES, TAKEOVERS = "references.zarr", "takeovers.zarr"  # the stores of the evaluations' diagnosis
 _LISTED = 5  # settings named in a message
@@ -94,21 +98,38 @@ def create_run(
 
 
 def change_run(run_dir: Path, settings: Sequence[str], *, take_over: bool = False, dry_run: bool = False) -> RunConfig:
-    """Change NAME=VALUE ``settings`` of an existing run, and return its config.
+    """Change NAME=VALUE ``settings`` of an existing run, and return its config; keep a record in CHANGES.
 
     Raises ConfigError for a setting that changes results that exist, LockedError while the run is worked on.
     """
     existing = load_run_config(run_dir)
     config = override(existing, list(settings))
+    differences = differing(existing, config)
     if conflicts := fixed_differences(existing, config):
         raise ConfigError(
             f"{_first_few(conflicts)}: an existing run's results depend on it, so it cannot be changed; start a new "
-            f"run with --recipe. These can be changed: {', '.join(CHANGEABLE)}; dagger.rounds can be raised"
+            f"run with --recipe. These can be changed: {', '.join(CHANGEABLE)}; between rounds "
+            f"{', '.join(BETWEEN_ROUNDS)}; dagger.rounds can be raised"
         )
-    if config != existing and not dry_run:
+    if differences and not dry_run:
         with claim(run_dir, take_over=take_over):
+            _check_no_half_trained_round(run_dir, existing, [name for name in differences if name in BETWEEN_ROUNDS])
+            old, new = (dict(leaves(to_dict(settings_of))) for settings_of in (existing, config))
+            changed = {name: {"from": old[name], "to": new[name]} for name in differences}
+            append_line(run_dir / CHANGES, {"time": time.time(), "settings": changed})
             write_text(run_dir / CONFIG, dump_yaml(config))
     return config
+
+
+def _check_no_half_trained_round(run_dir: Path, config: RunConfig, names: Sequence[str]) -> None:
+    """Raise ConfigError if ``names`` would change within a round's training."""
+    for index in range(config.dagger.rounds + 1) if names else ():
+        half_trained = any(train_dir(run_dir, index).glob("checkpoint-step-*"))
+        require(
+            not half_trained or train_manifest(run_dir, index).exists(),
+            f"{_first_few(names)} can be changed between rounds, and round {index} is half trained: let its training "
+            "end first (`megatron-dagger train RUN --round N`)",
+        )
 
 
 def load_origin(run_dir: Path) -> Origin:
@@ -149,9 +170,15 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 
 def _new_requests(settings: Sequence[str], origin: Origin) -> dict[str, str]:
-    """Return the settings that the run was not created with, by name: those are wishes, the others an old script's."""
+    """Return the settings that the run was not created with, by name: those are wishes, the others an old script's.
+
+    The layout is always a wish: it says which nodes the job has.
+    """
     created = {_parsed(setting) for setting in origin.settings}
-    return {_parsed(setting)[0]: setting for setting in settings if _parsed(setting) not in created}
+    named = {setting: _parsed(setting) for setting in settings}
+    return {
+        name: text for text, (name, value) in named.items() if name.startswith(LAYOUT) or (name, value) not in created
+    }
 
 
 def _affecting(requested: Mapping[str, str], names: Sequence[str]) -> list[str]:

@@ -33,12 +33,13 @@ def slurm() -> run.SlurmExecutor:
     return run.SlurmExecutor(
         account=None,
         job_name_prefix="dagger-",
-        time="04:00:00",
+        time="24:00:00",
         signal="TERM@120",  # seconds before the time limit: the job fails, and is therefore requeued
         retries=3,
         tunnel=run.LocalTunnel(job_dir=""),
         packager=run.Packager(),
-        srun_args=["--export=ALL"],
+        exclusive=True,  # else a stage has one processor on a partition that jobs share
+        srun_args=["--export=ALL", "--wait=0"],  # a stage ends when its slowest task has ended
         additional_parameters={"kill_on_invalid_dep": "yes"},
     )
 

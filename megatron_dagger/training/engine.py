@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -20,6 +21,8 @@ from megatron_dagger.training.batch import MicroBatch, micro_batch
 from megatron_dagger.training.data.packing import PackedRow
 from megatron_dagger.training.forward_step import forward_step
 from megatron_dagger.training.loss import weighted_loss
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,22 @@ class MegatronEngine:
     Must be built inside ``ranks.process_groups``. Raises ConfigError for settings that this machine cannot run.
     """
 
-    def __init__(self, model_config: ModelConfig, training: TrainingConfig, *, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        training: TrainingConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        random_weights: bool = True,
+    ) -> None:
+        """``random_weights=False`` saves the minute that billions of them take; ``load`` must then come first."""
         megatron_config.check_supported(model_config, training)
         self.model_config, self.training, self.device = model_config, training, device
         chunks = model.build(model_config, training, megatron_config.transformer_config(model_config, training))
-        model.initialize_weights(chunks, model_config, seed)
+        if random_weights:
+            logger.info("drawing random weights from seed %d", seed)
+            model.initialize_weights(chunks, model_config, seed)
         self.chunks = optimizer.data_parallel(chunks, training)
         self.optimizer = optimizer.build(self.chunks, training)
         self.moments = Moments.NONE
@@ -113,7 +127,10 @@ class MegatronEngine:
 
     @torch.no_grad()
     def logprobs(self, rows: Sequence[PackedRow]) -> list[np.ndarray] | None:
-        """Return the log-probability of every target, (s,) float32 per row; None on all but the last stage."""
+        """Return the log-probability of every target, (s,) float32 per row; None on all but the last stage.
+
+        Computed without FP8, whose rounding would hide an error in the weights: in BF16 if training is in FP8.
+        """
         logprobs: list[np.ndarray] = []
 
         def keep(batches: Iterator[MicroBatch], chunk: Any) -> Any:
@@ -127,7 +144,8 @@ class MegatronEngine:
 
         for chunk in self.chunks:
             chunk.eval()
-        self._run(rows, 1.0, forward_only=True, labels_only=False, forward_step=keep)
+        with megatron_config.without_fp8(model.bare(chunk).config for chunk in self.chunks):
+            self._run(rows, 1.0, forward_only=True, labels_only=False, forward_step=keep)
         return logprobs if parallel_state.is_pipeline_last_stage() else None
 
     def _set_saved(self, directory: Path) -> None:

@@ -11,7 +11,15 @@ from megatron_dagger.training.data.packing import PackedDataset
 from megatron_dagger.training.job import TrainJob
 
 # Settings that change no loss: a resume may change them.
-_NEUTRAL = ("parallel", "checkpoint_interval", "threads_per_process", "deadline_s", "recompute", "recompute_modules")
+_NEUTRAL = (
+    "parallel",
+    "checkpoint_interval",
+    "threads_per_process",
+    "deadline_s",
+    "collective_timeout_s",
+    "recompute",
+    "recompute_modules",
+)
 
 
 def fingerprint(job: TrainJob, data: PackedDataset) -> str:

@@ -6,6 +6,8 @@ Layers are Transformer Engine's on a GPU in BF16 and FP8, else Megatron's local 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -29,6 +31,19 @@ def attention_kind(training: TrainingConfig) -> Attention:
     if not trainer_support.uses_transformer_engine(training, cuda=torch.cuda.is_available()):
         return "trees"
     return "blocks" if training.packing == "shared_prefix" else "segments"
+
+
+@contextmanager
+def without_fp8(configs: Iterable[TransformerConfig]) -> Iterator[None]:
+    """Compute the block in BF16 where the model's ``configs`` say FP8: Megatron's layers read it in each pass."""
+    saved = [(config, config.fp8) for config in configs]
+    for config, _ in saved:
+        config.fp8 = None
+    try:
+        yield
+    finally:
+        for config, fp8 in saved:
+            config.fp8 = fp8
 
 
 def transformer_config(model: ModelConfig, training: TrainingConfig) -> TransformerConfig:

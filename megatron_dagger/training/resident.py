@@ -61,7 +61,7 @@ def train_rounds(run: ResidentRun) -> None:
     SystemExit(STOPPED) if a signal asked this or another rank to stop.
     """
     job = run.job(0)
-    with Trainer(job.model, job.training, seed=job.seed) as trainer:
+    with Trainer(job.model, job.training, seed=job.seed, random_weights=job.init_checkpoint is None) as trainer:
         _ResidentTrainer(run, trainer, SourceLayout.of_trainer(job.model, job.training.parallel)).train_rounds()
 
 

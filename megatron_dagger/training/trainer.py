@@ -7,12 +7,16 @@ optimizer in memory and trains one round after the other. Both write the same.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
+import torch
+
 from megatron_dagger.config import ModelConfig, TrainingConfig
+from megatron_dagger.gpus import check_torch
 from megatron_dagger.training.engine import MegatronEngine
 from megatron_dagger.training.job import TrainJob
 from megatron_dagger.training.ranks.process_groups import process_groups
@@ -32,7 +36,7 @@ def train_round(job: TrainJob, read_episodes: ReadEpisodes) -> dict[str, Any] | 
     """
     with ThreadPoolExecutor(1, thread_name_prefix="data") as thread:
         loading = thread.submit(load_round_data, job, read_episodes)
-        with Trainer(job.model, job.training, seed=job.seed) as trainer:
+        with Trainer(job.model, job.training, seed=job.seed, random_weights=job.init_checkpoint is None) as trainer:
             ready_s = time.monotonic()
             data = loading.result()
             return trainer.train(job, data, data_wait_s=time.monotonic() - ready_s)
@@ -44,24 +48,28 @@ class Trainer:
     engine: MegatronEngine
     stop: StopSignal
 
-    def __init__(self, model: ModelConfig, training: TrainingConfig, *, seed: int) -> None:
-        self._model, self._training, self._seed = model, training, seed
+    def __init__(self, model: ModelConfig, training: TrainingConfig, *, seed: int, random_weights: bool = True) -> None:
+        """``random_weights=False``: a checkpoint is loaded before the first step."""
+        self._model, self._training, self._seed, self._random_weights = model, training, seed, random_weights
         self._stack = ExitStack()
 
     def __enter__(self) -> Trainer:
         training = self._training
+        check_torch(torch, os.environ, needed=training.precision != "fp32")
         with ExitStack() as stack:
             device = stack.enter_context(
                 process_groups(
                     training.parallel,
                     seed=self._seed,
-                    deadline_s=training.deadline_s,
+                    timeout_s=training.collective_timeout_s,
                     threads=training.threads_per_process,
                 )
             )
             # Not earlier: a rank that waits for the others to join could not answer a signal that is only remembered.
             self.stop = stack.enter_context(StopSignal())
-            self.engine = MegatronEngine(self._model, training, seed=self._seed, device=device)
+            self.engine = MegatronEngine(
+                self._model, training, seed=self._seed, device=device, random_weights=self._random_weights
+            )
             self._stack = stack.pop_all()
         return self
 

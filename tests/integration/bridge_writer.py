@@ -28,7 +28,7 @@ def main(directory: Path) -> None:
     tokens = np.load(directory / "tokens.npy")
     episode = LabelledEpisode(tokens=tokens, labels=(StateLabel(position=1, tokens=tokens[1:]),))
     row = packing.pack([episode], training.sequence_length).row(0)
-    with process_groups(training.parallel, seed=1, deadline_s=120, threads=1) as device:
+    with process_groups(training.parallel, seed=1, timeout_s=120, threads=1) as device:
         for version in range(job["versions"]):
             engine = MegatronEngine(model, training, seed=version, device=device)
             for _ in range(2):

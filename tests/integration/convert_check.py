@@ -25,7 +25,7 @@ from megatron_dagger.weights.transports import WeightSource
 
 def main(directories: list[Path]) -> None:
     training = TrainingConfig(sequence_length=320, global_batch_tokens=320)
-    with process_groups(training.parallel, seed=1, deadline_s=120, threads=1) as device:
+    with process_groups(training.parallel, seed=1, timeout_s=120, threads=1) as device:
         for directory in directories:
             model = open_checkpoint(directory / "hf").model
             engine = MegatronEngine(model, training, seed=1, device=device)

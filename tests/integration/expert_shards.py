@@ -36,7 +36,7 @@ def main() -> None:
 def check(model: ModelConfig, parallel: ParallelConfig) -> None:
     training = TrainingConfig(parallel=parallel, sequence_length=256, global_batch_tokens=512)
     layout, target = SourceLayout.of_trainer(model, parallel), TargetLayout()
-    with process_groups(parallel, seed=1, deadline_s=60, threads=1) as device:
+    with process_groups(parallel, seed=1, timeout_s=60, threads=1) as device:
         engine = MegatronEngine(model, training, seed=5, device=device)
         in_memory = digests.parameter_digests(engine.chunks, model)
         source = WeightSource(kind="shared_memory", address="unused", layout=layout, bucket_mib=1, deadline_s=1)

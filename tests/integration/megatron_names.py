@@ -45,7 +45,7 @@ def check(model: ModelConfig) -> None:
 
 
 def main() -> None:
-    with process_groups(ParallelConfig(), seed=1, deadline_s=60, threads=1):
+    with process_groups(ParallelConfig(), seed=1, timeout_s=60, threads=1):
         for family in FAMILIES:
             for tied in (True, False):
                 check(sample_model(family, tie_embeddings=tied, kv_channels=16))

@@ -106,7 +106,7 @@ def main() -> None:
     for case in map(Path, cases):
         settings = json.loads(case.read_text())
         model, training = build(ModelConfig, settings["model"]), build(TrainingConfig, settings["training"])
-        with process_groups(training.parallel, seed=1, deadline_s=120.0, threads=1):
+        with process_groups(training.parallel, seed=1, timeout_s=120.0, threads=1):
             result = measure(model, training, settings["label_share"])
             path = Path(out) / f"{case.stem}-{torch.distributed.get_rank()}.json"
         path.write_text(json.dumps(result))

@@ -47,6 +47,8 @@ def test_every_stage_writes_its_reports(undisturbed):
     assert (undisturbed / "report.html").stat().st_size > 10_000
     assert len((undisturbed / "metrics.jsonl").read_text().splitlines()) == 6
     assert list((undisturbed / "tensorboard").iterdir())
+    drawn = ["drawing random weights" in log.read_text() for log in sorted(undisturbed.glob("logs/train-*/rank-0.log"))]
+    assert drawn == [True, False], "only where no checkpoint is loaded"
 
 
 def test_an_evaluation_is_diagnosed(undisturbed):

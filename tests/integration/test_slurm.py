@@ -21,6 +21,7 @@ from megatron_dagger.store.lock import LockedError, flocked
 from tests.integration.slurm_runs import ROOT, Run
 from tests.integration.tiny_run import assert_same
 from tools.virtual_slurm.packages import why_unavailable
+from tools.virtual_slurm.settings import WAIT_S
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow, pytest.mark.usefixtures("clean_cluster")]
 BATCH = ("--gpus-per-node=4", "--mem=8000")
@@ -145,8 +146,14 @@ def test_a_single_node_run_survives_cancel_kill_preemption_and_a_lost_node(
     assert_same(run.path, undisturbed)
 
 
-def test_a_two_node_run_survives_a_dead_node_and_preemption(cluster, batch_environment, undisturbed, tmp_path):
-    run = Run(cluster, tmp_path, batch_environment, "slurm/multi_node.sbatch", "dagger.evaluate_rounds=last")
+def test_a_two_node_run_with_a_slow_worker_survives_a_dead_node_and_preemption(
+    cluster, batch_environment, undisturbed, tmp_path
+):
+    processors = tmp_path / "processors"
+    slow = f'[ "$1 $SLURM_PROCID" != "rollout 1" ] || sleep {3 * WAIT_S}'
+    before = f"env -u OMP_NUM_THREADS nproc >>{processors}; {slow}"
+    variables = {**batch_environment, "BEFORE_STEP": before}
+    run = Run(cluster, tmp_path, variables, "slurm/multi_node.sbatch", "dagger.evaluate_rounds=last")
 
     # A node does not start: the job fails and names it, and the next job waits for the node.
     cluster.kill_daemon("n2")
@@ -171,5 +178,6 @@ def test_a_two_node_run_survives_a_dead_node_and_preemption(cluster, batch_envir
     for number in (0, 1):
         assert "2/2 episodes" in (run.path / f"logs/worker-{number}.log").read_text()
         assert f"job {run.job} on n{number + 1}" in text
+    assert set(processors.read_text().split()) == {str(len(os.sched_getaffinity(0)))}, "a step has all processors"
     assert (run.path / "report.html").exists()
     assert not (run.path / "rounds/0002").exists(), "dagger.rounds=1 means rounds 0 and 1"

@@ -60,7 +60,7 @@ def _engine(sequence_length: int) -> Iterator[Any]:
         packing="shared_prefix",
         deadline_s=DEADLINE_S,
     )
-    with process_groups(training.parallel, seed=1, deadline_s=DEADLINE_S, threads=1) as device:
+    with process_groups(training.parallel, seed=1, timeout_s=DEADLINE_S, threads=1) as device:
         yield MegatronEngine(MODEL, training, seed=1, device=device)
 
 

@@ -132,7 +132,7 @@ def _megatron(arguments: argparse.Namespace) -> Iterator[int]:
         seed=1,
         round_index=0,
     )
-    with process_groups(training.parallel, seed=1, deadline_s=DEADLINE_S, threads=arguments.threads) as device:
+    with process_groups(training.parallel, seed=1, timeout_s=DEADLINE_S, threads=arguments.threads) as device:
         engine = MegatronEngine(ModelConfig(), training, seed=1, device=device)
         for step in range(plan.steps):
             rows = plan.rows_of(step)

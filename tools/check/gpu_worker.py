@@ -78,7 +78,7 @@ def speed(variant: Variant, sizes: Sizes) -> dict[str, Any]:
     flops = row_flops(data, sizes.large)
     plan = BatchPlan(rows=len(data.rows), rows_per_step=2, epochs=1e6, max_steps=None, seed=1, round_index=0)
     tokens = total_flops = 0.0
-    with process_groups(training.parallel, seed=1, deadline_s=120.0, threads=1) as device:
+    with process_groups(training.parallel, seed=1, timeout_s=120.0, threads=1) as device:
         engine = MegatronEngine(sizes.large, training, seed=1, device=device)
         for step in range(warmup + sizes.timed_steps):
             if step == warmup:

@@ -61,7 +61,7 @@ def _compare_packings(folder: Path, episodes: Sequence[LabelledEpisode], moe: bo
 
     name = reference_name("single", moe)
     job = TrainJob.load(folder / f"{name}.json")
-    with process_groups(job.training.parallel, seed=1, deadline_s=DEADLINE_S, threads=1) as device:
+    with process_groups(job.training.parallel, seed=1, timeout_s=DEADLINE_S, threads=1) as device:
         engine = MegatronEngine(job.model, job.training, seed=1, device=device)
         engine.load(folder / reference_name("start", moe) / "checkpoint", with_optimizer=False)
         single = packing.pack(episodes, ROW_TOKENS, packing="separate", one_sample_per_row=True)

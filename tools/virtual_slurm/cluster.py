@@ -43,8 +43,9 @@ ENDED = (*FAILED, "COMPLETED")  # a job in any other state (there are many) goes
 
 
 class SlurmCluster:
-    """Nodes n1 and n2 with 4 CPUs and 4 made-up GPUs each. Jobs of the partition ``high`` preempt those of ``main``.
+    """Nodes n1 and n2, each with all of this machine's processors and 4 made-up GPUs.
 
+    A step sees the processors that it was given. Jobs of the partition ``high`` preempt those of ``main``.
     ``accounting`` adds a slurmdbd, which ``sacct`` needs. Entering the block starts the cluster and waits until both
     nodes are idle; it raises SlurmError if that fails. Leaving the block ends all its processes.
     """

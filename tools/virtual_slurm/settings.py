@@ -12,6 +12,7 @@ from tools.virtual_slurm import accounting
 
 NODES = ("n1", "n2")
 GPUS_PER_NODE = 4
+WAIT_S = 2  # from a step's first ended task until SLURM kills the others, unless srun --wait says otherwise
 
 _SLURM_CONF = """\
 ClusterName=virtual
@@ -24,7 +25,7 @@ AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 JobAcctGatherType=jobacct_gather/none
 {accounting}\
 SchedulerType=sched/backfill
@@ -44,10 +45,11 @@ SlurmctldParameters=preempt_send_user_signal
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=5
+WaitTime={wait_s}
 SlurmdTimeout=5
 GresTypes=gpu
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=16000 Gres=gpu:4 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=16000 Gres=gpu:4 State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=16000 Gres=gpu:4
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=16000 Gres=gpu:4
 PartitionName=main Nodes=n[1-2] Default=YES PriorityTier=5 GraceTime=30
 PartitionName=high Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF
 """
@@ -64,7 +66,10 @@ def write_settings(folder: Path, user: str, *, with_accounting: bool) -> None:
     accounting_lines = "AccountingStorageType=accounting_storage/none\n"
     if with_accounting:
         accounting_lines = accounting.write_conf(folder, accounting_port, user)
-    values = {"host": host, "ports": ports, "user": user, "accounting": accounting_lines}
+    cpus = len(os.sched_getaffinity(0))
+    values = {
+        "host": host, "ports": ports, "user": user, "accounting": accounting_lines, "cpus": cpus, "wait_s": WAIT_S,
+    }  # fmt: skip
     conf_path(folder).write_text(_SLURM_CONF.format(folder=folder, **values))
     for number in range(GPUS_PER_NODE):  # SLURM drains a node whose GPUs have no device files
         os.mknod(folder / "dev" / f"gpu{number}", stat.S_IFCHR | 0o600, os.makedev(1, 3))

@@ -24,6 +24,7 @@ import httpx
 from megatron_dagger.config import TeacherConfig
 from megatron_dagger.policies.base import BudgetSpent, NoAction, PolicyError, PolicyGone
 from megatron_dagger.policies.openai.cache import ResponseCache
+from megatron_dagger.policies.openai.proxies import direct_mounts
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ class EndpointPool:
                 limit = self._config.concurrent_requests
                 timeout = httpx.Timeout(self._config.request_timeout_s, pool=None)  # a request waits for its slot only
                 limits = httpx.Limits(max_connections=limit, max_keepalive_connections=limit)
-                self._client = httpx.AsyncClient(timeout=timeout, limits=limits)
+                direct = direct_mounts(server.url for server in self._servers)
+                self._client = httpx.AsyncClient(timeout=timeout, limits=limits, mounts=direct)
                 self._slots, self._closing = asyncio.Semaphore(limit), asyncio.Event()
                 ready: Future[asyncio.AbstractEventLoop] = Future()
                 target = functools.partial(asyncio.run, self._keep_open(ready))

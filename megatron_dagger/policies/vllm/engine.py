@@ -7,6 +7,7 @@ All methods must be called on one thread (``engine_thread``).
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_dagger.config import ModelConfig, VllmEngineConfig, to_dict
+from megatron_dagger.gpus import check_torch
 from megatron_dagger.policies.base import PolicyError
 from megatron_dagger.policies.vllm.preload import import_vllm
 from megatron_dagger.weights.errors import WeightMapError, WeightSyncError
@@ -85,10 +87,12 @@ class VllmEngine:
         import_vllm(config)
         import torch
         from vllm import EngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
         from megatron_dagger.weights.vllm import plugin
 
+        check_torch(torch, os.environ, needed=config.dtype != "float32")
         prefill: dict[str, Any] = {}
         if not torch.cuda.is_available():
             torch.set_num_threads(config.threads)  # of this thread; later vLLM makes it a no-op
@@ -121,7 +125,8 @@ class VllmEngine:
             weight_transfer_config={"backend": plugin.BACKEND},  # type: ignore[arg-type]
             worker_extension_cls=plugin.WORKER_EXTENSION,
         )
-        self._engine = LLMEngine.from_engine_args(args)
+        # vLLM's number of tokens of a step suits the GPU in this context; in the default one it is 2,048 on all.
+        self._engine = LLMEngine.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
         self._model, self._max_model_len = model, config.max_model_len
         self._precision = config.dtype if config.quantization == "none" else config.quantization
         self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"model": to_dict(model)}})

@@ -17,6 +17,8 @@ from megatron_dagger.gpus import has_gpus
 
 _ENVIRONMENT = {  # read when vLLM is imported; variables that are set already keep their values
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core runs in this process
+    # Not fork: this process has threads, whose locks and open files a fork would keep
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",

@@ -8,6 +8,7 @@ each, with NODE_RANK (or SLURM_NODEID), MASTER_ADDR and MASTER_PORT set.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -23,8 +24,10 @@ from megatron_dagger.signals import parent_death_hook
 from megatron_dagger.training.ranks.forkserver import STORE_FD, RankServer, RankServerError
 from megatron_dagger.training.ranks.watch import LaunchError, Rank, StartedRank, stop_ranks, wait_for_ranks
 
+PROCESSORS_PER_RANK = 4  # below, launching kernels and reading data may keep a GPU waiting
 PRELOAD = ("megatron_dagger.training.trainer", "zarr")  # modules that the RankServer imports in advance
 
+logger = logging.getLogger(__name__)
 _server: RankServer | None = None
 _server_lock = threading.Lock()
 
@@ -53,7 +56,10 @@ def launch(
     If a signal handler raises SystemExit, the ranks are sent SIGTERM and may end by themselves first. If a rank ends
     with exit code STOPPED, a signal asked it to: SystemExit(STOPPED) is raised here.
     """
-    check_gpus(parallel, visible_gpus({**os.environ, **(env or {})}))
+    gpus = visible_gpus({**os.environ, **(env or {})})
+    check_gpus(parallel, gpus)
+    if gpus is not None:
+        warn_of_few_processors(parallel, len(os.sched_getaffinity(0)))
     log_dir.mkdir(parents=True, exist_ok=True)
     ranks: list[Rank] = []
     listener = _listen() if parallel.nodes == 1 else None
@@ -94,6 +100,18 @@ def check_gpus(parallel: ParallelConfig, gpus: int | None) -> None:
         )
 
 
+def warn_of_few_processors(parallel: ParallelConfig, processors: int) -> None:
+    """Log a warning if a node's ranks have fewer than PROCESSORS_PER_RANK processors each."""
+    ranks = parallel.world_size // parallel.nodes
+    if processors < PROCESSORS_PER_RANK * ranks:
+        logger.warning(
+            "%d processors for %d ranks of a GPU each: they will wait for them; ask SLURM for all of the node "
+            "(--exclusive, or --cpus-per-task)",
+            processors,
+            ranks,
+        )
+
+
 def _forks() -> bool:
     return sys.platform == "linux" and not any_driver()
 
@@ -129,6 +147,10 @@ def _variables(
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron relies on it for the order of kernels and transfers
+        # Rows of any length would fragment the memory
+        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
+        # To resume a round of fp8_delayed. Only a round's own checkpoint is loaded so, never one from elsewhere.
+        "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1",
     }
     if listener is not None:
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}

@@ -1,7 +1,7 @@
 """This rank's process groups, parallel layout, seeds and device.
 
 The rank comes from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), whoever set them:
-``launch``, torchrun or SLURM, on one host or several. Every collective has a deadline.
+``launch``, torchrun or SLURM, on one host or several. Every collective has a time limit.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _joins = itertools.count()
 
 
 @contextmanager
-def process_groups(parallel: ParallelConfig, *, seed: int, deadline_s: float, threads: int) -> Iterator[torch.device]:
+def process_groups(parallel: ParallelConfig, *, seed: int, timeout_s: float, threads: int) -> Iterator[torch.device]:
     """Initialise torch.distributed and Megatron's parallel state for the block; yield this rank's device.
 
-    ``deadline_s`` limits every collective, ``threads`` are torch's on the CPU. Raises ConfigError if the number of
-    started processes is not ``parallel.world_size``.
+    ``timeout_s`` limits every collective and the wait for the other ranks to start; ``threads`` are torch's on the CPU.
+    Raises ConfigError if the number of started processes is not ``parallel.world_size``.
     """
     cpu = cpu_shim.install()
     compat.quiet()
@@ -44,9 +44,9 @@ def process_groups(parallel: ParallelConfig, *, seed: int, deadline_s: float, th
     else:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    _join(world_size, "gloo" if cpu else "nccl", deadline_s)
+    _join(world_size, "gloo" if cpu else "nccl", timeout_s)
     try:
-        _initialise_megatron(parallel, seed, deadline_s)
+        _initialise_megatron(parallel, seed, timeout_s)
         yield device
     finally:
         _leave()
@@ -57,9 +57,9 @@ def is_rank_zero() -> bool:
     return torch.distributed.get_rank() == 0
 
 
-def _join(world_size: int, backend: str, deadline_s: float) -> None:
+def _join(world_size: int, backend: str, timeout_s: float) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    timeout = datetime.timedelta(seconds=deadline_s)
+    timeout = datetime.timedelta(seconds=timeout_s)
     if not _stores:
         _stores.append(_rendezvous(rank, world_size, timeout))
     store = torch.distributed.PrefixStore(f"join{next(_joins)}", _stores[0])
@@ -80,7 +80,7 @@ def _rendezvous(rank: int, world_size: int, timeout: datetime.timedelta) -> torc
     )
 
 
-def _initialise_megatron(parallel: ParallelConfig, seed: int, deadline_s: float) -> None:
+def _initialise_megatron(parallel: ParallelConfig, seed: int, timeout_s: float) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -92,7 +92,7 @@ def _initialise_megatron(parallel: ParallelConfig, seed: int, deadline_s: float)
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=max(1, round(deadline_s / 60)),
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

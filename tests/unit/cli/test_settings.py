@@ -9,8 +9,10 @@ pytest.importorskip("httpx")
 
 from megatron_dagger.cli.main import main
 from megatron_dagger.config import to_dict
-from megatron_dagger.config.run import CHANGEABLE
-from megatron_dagger.driver.run_dir import load_origin, load_run_config
+from megatron_dagger.config.run import BETWEEN_ROUNDS, CHANGEABLE
+from megatron_dagger.dagger.context import train_dir, train_manifest
+from megatron_dagger.driver.run_dir import CHANGES, load_origin, load_run_config
+from megatron_dagger.observability.metrics import read_lines
 from megatron_dagger.policies.openai.cache import Response, ResponseCache
 from megatron_dagger.policies.openai.endpoint_pool import EndpointPool
 from megatron_dagger.store.aggregated import DataStore
@@ -57,11 +59,45 @@ def test_nothing_is_changed_while_a_process_works_on_the_run(run, capsys):
 
 
 def test_every_changeable_setting_exists(run):
-    config = load_run_config(run)
-    for name in CHANGEABLE:
-        node = to_dict(config)
-        for part in name.split("."):
+    for name in (*CHANGEABLE, *BETWEEN_ROUNDS):
+        node = to_dict(load_run_config(run))
+        for part in name.removesuffix(".").split("."):
             node = node[part]
+        assert isinstance(node, dict) == name.endswith("."), "a group ends with a dot, a setting does not"
+
+
+def test_layout_and_memory_of_a_run_with_results_can_be_changed_and_are_recorded(run):
+    DataStore.create_or_open(run / "data.zarr").append([make_trajectory("task")])
+    layout = ["training.parallel.nodes=2", "training.parallel.tensor_model_parallel_size=1"]
+    assert main(["create", str(run), *layout, "rollout.engine.max_num_seqs=8", "training.recompute=full"]) == 0
+    parallel = load_run_config(run).training.parallel
+    assert (parallel.nodes, parallel.tensor_model_parallel_size, parallel.data_parallel_size) == (2, 1, 2)
+    (change,) = read_lines(run / CHANGES)
+    assert change["settings"]["training.parallel.nodes"] == {"from": 1, "to": 2}
+    assert len(change["settings"]) == 4
+    assert main(["create", str(run), *layout]) == 0
+    assert len(read_lines(run / CHANGES)) == 1, "nothing changed"
+
+
+def test_a_job_says_which_nodes_it_has_however_often_it_changes(run):
+    DataStore.create_or_open(run / "data.zarr").append([make_trajectory("task")])
+    for nodes in (2, 1, 2, 4):
+        job = ["create", str(run), "--recipe", "quickstart", *SETTINGS, f"training.parallel.nodes={nodes}"]
+        assert main(job) == 0
+        assert load_run_config(run).training.parallel.nodes == nodes
+
+
+def test_precision_and_packing_can_be_changed_between_rounds_only(run, capsys):
+    DataStore.create_or_open(run / "data.zarr").append([make_trajectory("task")])
+    half_trained = train_dir(run, 1) / "checkpoint-step-000020"
+    half_trained.mkdir(parents=True)
+    change = ["create", str(run), "training.packing=separate"]
+    assert main(change) == 2
+    assert "training.packing can be changed between rounds, and round 1 is half trained" in capsys.readouterr().err
+    assert load_run_config(run).training.packing == "shared_prefix"
+    train_manifest(run, 1).touch()
+    assert main(change) == 0
+    assert load_run_config(run).training.packing == "separate"
 
 
 def test_the_error_for_a_spent_budget_suggests_raising_it_not_repeating_the_command(run, capsys, monkeypatch):

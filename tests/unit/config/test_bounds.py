@@ -91,6 +91,7 @@ BAD = {
     "training.checkpoint_interval": 0,
     "training.threads_per_process": 0,
     "training.deadline_s": -1.0,
+    "training.collective_timeout_s": 0.0,
     "rollout.sampling.temperature": -0.1,
     "rollout.sampling.top_p": 0.0,
     "rollout.sampling.max_tokens": 0,

@@ -1,6 +1,7 @@
 """Our settings as Megatron-Core's TransformerConfig, whichever release is installed."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,3 +81,15 @@ def test_yarn_is_not_fused():
         True,
     ]
     assert not hasattr(megatron_config.transformer_config(plain, TrainingConfig()), "yarn_rotary_scaling_factor")
+
+
+def test_without_fp8_restores_the_precision_even_after_an_error():
+    config = SimpleNamespace(fp8="e4m3")
+
+    def fail():
+        assert config.fp8 is None
+        raise KeyError
+
+    with pytest.raises(KeyError), megatron_config.without_fp8([config]):
+        fail()
+    assert config.fp8 == "e4m3"

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megatron_dagger.config import VllmEngineConfig
-from megatron_dagger.policies.vllm.preload import import_vllm
+from megatron_dagger.policies.vllm.preload import import_vllm, set_environment
 
 STOPPED_WHILE_IMPORTING = """
 import sys, time
@@ -50,3 +50,12 @@ def test_a_process_that_stops_does_not_wait_for_the_whole_import_and_keeps_its_e
         check=False,
     )
     assert done.returncode == 75, done.stderr
+
+
+def test_the_engines_workers_are_spawned_because_this_process_has_threads(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("VLLM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
+    set_environment(VllmEngineConfig())
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "0", "the user's value"

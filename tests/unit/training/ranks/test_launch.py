@@ -11,7 +11,7 @@ import pytest
 
 from megatron_dagger.config import ConfigError, ParallelConfig
 from megatron_dagger.training.ranks import launch as launch_module
-from megatron_dagger.training.ranks.launch import LaunchError, check_gpus
+from megatron_dagger.training.ranks.launch import LaunchError, check_gpus, warn_of_few_processors
 from tests.support.waiting import wait_until
 from tests.unit.training.ranks.rank_programs import REPOSITORY, alive, forked, run
 
@@ -132,6 +132,12 @@ def test_several_hosts_need_an_address(tmp_path, monkeypatch):
         run(tmp_path, "", parallel=ParallelConfig(world_size=4, nodes=2))
     with pytest.raises(ConfigError, match=r"nodes=3 does not divide training\.parallel\.world_size=4"):
         ParallelConfig(world_size=4, nodes=3)  # so a launch needs no check of its own
+
+
+@pytest.mark.parametrize(("processors", "warned"), [(1, True), (31, True), (32, False), (192, False)])
+def test_few_processors_for_the_ranks_of_a_node_are_warned_of(caplog, processors, warned):
+    warn_of_few_processors(ParallelConfig(world_size=16, nodes=2), processors)
+    assert (f"{processors} processors for 8 ranks" in caplog.text) == warned
 
 
 STOPPABLE = (

@@ -70,7 +70,7 @@ class LimitsConfig:
     max_tokens: int = number(4096, gt=0)  # of the whole conversation
     max_repeats: int = number(6, gt=0)  # of the same reply in a row
     max_format_errors: int = number(5, gt=0)  # replies in a row without a valid action
-    max_seconds: float = number(300.0, gt=0)  # of the whole episode
+    max_seconds: float = number(300.0, gt=0)  # of turns; not the sandbox's start or the wait for a teacher that is down
 
     def __post_init__(self) -> None:
         check_numbers(self, "rollout.limits")

@@ -19,6 +19,7 @@ import numpy as np
 from megatron_dagger.config import LimitsConfig
 from megatron_dagger.envs.base import Env, Observation
 from megatron_dagger.policies.base import PolicyError, PolicyGone
+from megatron_dagger.policies.clock import start_clock
 from megatron_dagger.rollout.chat import ChatRenderer
 from megatron_dagger.sandbox.base import EnvironmentBroken
 from megatron_dagger.types import ActedBy, Action, Message, State, StopReason, Trajectory, Turn
@@ -88,7 +89,7 @@ class EpisodeRunner:
         env: Env | None = None
         try:
             env = await self._in_thread(make_env)
-            reason = await self._run_turns(env, policy, key, record, started + self.limits.max_seconds)
+            reason = await self._run_turns(env, policy, key, record)
             solved = await self._in_thread(env.judge)
             details |= env.report()
         except EnvironmentBroken as error:
@@ -114,16 +115,15 @@ class EpisodeRunner:
             details=details,
         )
 
-    async def _run_turns(
-        self, env: Env, policy: TurnPolicy, key: EpisodeKey, record: _EpisodeRecord, deadline: float
-    ) -> StopReason:
+    async def _run_turns(self, env: Env, policy: TurnPolicy, key: EpisodeKey, record: _EpisodeRecord) -> StopReason:
         system, task = await self._in_thread(env.reset)
+        clock = start_clock()  # after reset, which may pull an image
         record.open(system, task, self.renderer.opening(system, task))
         format_errors = repeats = 0
         for turn in range(self.limits.max_turns):
             if len(record.tokens) + self.max_action_tokens > self.limits.max_tokens:
                 return StopReason.CONTEXT_LIMIT
-            if time.monotonic() > deadline:
+            if clock.elapsed_s() > self.limits.max_seconds:
                 return StopReason.TIME_LIMIT
             state = State(messages=tuple(record.messages), tokens=record.tokens, seed=key.seed(turn))
             decision = await policy.decide(state, turn)

@@ -23,6 +23,7 @@ import httpx
 
 from megatron_dagger.config import TeacherConfig
 from megatron_dagger.policies.base import BudgetSpent, NoAction, PolicyError, PolicyGone
+from megatron_dagger.policies.clock import exclude
 from megatron_dagger.policies.openai.cache import ResponseCache
 from megatron_dagger.policies.openai.proxies import direct_mounts
 
@@ -68,7 +69,10 @@ class EndpointPool:
         ``parse`` raises it; BudgetSpent if a budget is used up.
         """
         loop = self._running_loop()
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._request(path, body, parse), loop))
+        running = asyncio.run_coroutine_threadsafe(self._request(path, body, parse), loop)
+        result, waited_s = await asyncio.wrap_future(running)
+        exclude(waited_s)
+        return result
 
     def close(self) -> None:
         """Close all connections. Running requests are cancelled. May be called twice."""
@@ -108,10 +112,13 @@ class EndpointPool:
             ready.set_result(asyncio.get_running_loop())
             await self._closing.wait()
 
-    async def _request(self, path: str, body: dict[str, Any], parse: Parse[T]) -> T:
+    async def _request(self, path: str, body: dict[str, Any], parse: Parse[T]) -> tuple[T, float]:
+        """Return the result, and the seconds until the request was sent to the server that answered it."""
+        asked = time.monotonic()
         async with self._slots:
             self._check_budget()
-            return await self._request_until_answered(path, body, parse)
+            result, sent = await self._request_until_answered(path, body, parse)
+        return result, sent - asked
 
     def _check_budget(self) -> None:
         config, prompt, completion = self._config, self._cache.prompt_tokens, self._cache.completion_tokens
@@ -129,7 +136,8 @@ class EndpointPool:
                 f"{_how_to_raise('teacher.money_budget')}"
             )
 
-    async def _request_until_answered(self, path: str, body: dict[str, Any], parse: Parse[T]) -> T:
+    async def _request_until_answered(self, path: str, body: dict[str, Any], parse: Parse[T]) -> tuple[T, float]:
+        """Return the result, and when the request was sent that was answered, on the monotonic clock."""
         end = time.monotonic() + self._config.patience_s
         problem = "no request was sent"
         while (now := time.monotonic()) < end:
@@ -138,13 +146,14 @@ class EndpointPool:
                 await asyncio.sleep(min(server.closed_until, end) - now)
                 continue
             server.waiting += 1
+            sent = time.monotonic()
             failures, max_pause_s = server.failures, _MAX_PAUSE_S
             try:
                 response = await self._client.post(f"{server.url}/{path}", json=body, headers=self._headers())
                 if response.status_code not in _RETRIED:
                     result = parse(server.url, _json(server.url, response))
                     server.failures, self._last_success = 0, time.monotonic()
-                    return result
+                    return result, sent
                 problem = f"{server.url} answered {response.status_code}"
             except httpx.TransportError as error:
                 problem = f"{server.url}: {type(error).__name__} {error}".rstrip()

@@ -1,6 +1,7 @@
 """Running an episode: tokens and turns as they are recorded, the limits that end it, and failures."""
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -64,8 +65,8 @@ class FailingPolicy:
         raise self.error
 
 
-def run(renderer, policy, **limits):
-    env = EchoEnv()
+def run(renderer, policy, *, env=None, **limits):
+    env = env or EchoEnv()
     with ThreadPoolExecutor(1) as threads:
         runner = EpisodeRunner(renderer=renderer, limits=LimitsConfig(**limits), max_action_tokens=8, threads=threads)
         try:
@@ -102,6 +103,17 @@ def test_the_turns_hold_the_conversation_token_by_token(renderer):
 def test_a_limit_ends_an_episode_cleanly(renderer, texts, limits, reason):
     episode = run(renderer, replay(renderer, *texts), **limits)
     assert (episode.stop_reason, episode.stop_reason.is_clean) == (reason, True)
+
+
+def test_the_time_limit_does_not_count_the_start_of_the_environment(renderer):
+    class SlowToStart(EchoEnv):
+        def reset(self):
+            time.sleep(0.3)
+            return super().reset()
+
+    episode = run(renderer, replay(renderer, "a", "submit"), env=SlowToStart(), max_seconds=0.25)
+    assert episode.stop_reason is StopReason.SUBMITTED
+    assert episode.duration_s > 0.3
 
 
 def test_a_reply_that_is_cut_off_is_a_format_error_and_never_reaches_the_environment(renderer):

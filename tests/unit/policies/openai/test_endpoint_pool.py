@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("httpx")
 
 from megatron_dagger.policies.base import BudgetSpent, NoAction, PolicyError, PolicyGone
+from megatron_dagger.policies.clock import start_clock
 from tests.unit.policies.openai.teachers import act, state, teacher
 from tools.support.chat_server import chat_server
 
@@ -105,6 +106,33 @@ def test_a_teacher_that_restarts_is_awaited_and_soon_found_by_all_requests(tmp_p
     finally:
         done.set()
         thread.join()
+
+
+def test_an_episodes_clock_does_not_count_the_wait_for_a_teacher_that_starts(tmp_path):
+    async def episode(policy):
+        clock, began = start_clock(), time.monotonic()
+        await asyncio.gather(policy.act(state("x")))  # asked in a child task, as a label is
+        return clock.elapsed_s(), time.monotonic() - began
+
+    with chat_server(lambda request: "a") as server:
+        port = server.server_address[1]
+
+    def start():
+        time.sleep(1.5)
+        with chat_server(lambda request: "a", port):
+            done.wait(20)
+
+    done = threading.Event()
+    thread = threading.Thread(target=start)
+    thread.start()
+    try:
+        with teacher(tmp_path, server, patience_s=20.0) as policy:
+            counted_s, waited_s = asyncio.run(episode(policy))
+    finally:
+        done.set()
+        thread.join()
+    assert waited_s > 1.4
+    assert counted_s < waited_s - 1.0
 
 
 def test_a_teacher_that_does_not_return_is_an_error_after_the_patience(tmp_path):

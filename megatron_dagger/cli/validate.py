@@ -47,7 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
     swe = override(_base(arguments.recipe), [setting.removeprefix("swe.") for setting in arguments.settings])
     require(bool(swe.train), "validate: name the tasks with swe.train and swe.train_dataset, or with --recipe")
     train, heldout = load_tasks(swe)
-    tasks = heldout if arguments.heldout else train
+    tasks = [task.with_image_of(swe.image_prefix) for task in (heldout if arguments.heldout else train)]
     source = swe.heldout if arguments.heldout and swe.heldout else swe.train
     subject = {"source": source, "heldout": arguments.heldout, "repeats": arguments.repeats}
     path: Path = arguments.report

@@ -48,6 +48,7 @@ CHANGEABLE = (
     "rollout.engine.start_deadline_s",
     "rollout.engine.request_deadline_s",
     "swe.docker_url",
+    "swe.image_prefix",
     "swe.image_budget_mib",
 )
 # Settings that may change while no round is half trained: the rounds after the change are trained with them.

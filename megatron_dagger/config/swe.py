@@ -31,6 +31,7 @@ class SweConfig:
     heldout_seed: int = 0  # selects heldout_of_train; not the run's seed, so runs with several seeds compare
     whole_repositories: bool = False  # keep every task of an evaluated repository out of training
     docker_url: str | None = None  # None: DOCKER_HOST, or the usual socket
+    image_prefix: str = ""  # a registry with the same images, such as mirror.lan:5000/hub; empty: the tasks' own
     image_budget_mib: int = number(200_000, gt=0)  # of the daemon's disk
     cpus: float = number(4.0, gt=0)  # of one container, like the limits below
     memory_mib: int = number(16_384, gt=0)

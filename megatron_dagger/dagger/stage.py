@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_dagger.config import LimitsConfig, SamplingConfig, build
 from megatron_dagger.dagger.collect import run_episodes
 from megatron_dagger.dagger.context import RunContext, Score, train_dir, train_manifest
-from megatron_dagger.dagger.worker import Worker, all_finished, recorded_by_workers, wait_for_workers
+from megatron_dagger.dagger.worker import Worker, finished_tasks, recorded_by_workers, wait_for_workers
 from megatron_dagger.policies.base import Policy
 from megatron_dagger.rollout.episode import EpisodeKey, TurnPolicy
 from megatron_dagger.store.atomic import read_json, write_json
@@ -85,8 +85,12 @@ async def run_stage(context: RunContext, stage: Stage, worker: Worker | None = N
 
 async def _play(context: RunContext, stage: Stage, tasks: Sequence[str]) -> int:
     """Run the episodes of ``tasks`` that are not finished; return how many tries broke."""
-    if all_finished(stage.store, stage.round_index, tasks):
+    finished = finished_tasks(stage.store, stage.round_index)
+    waiting = [task for task in tasks if task not in finished]
+    if not waiting:
         return 0
+    # Before the engine starts: an environment that cannot be opened fails at once
+    context.prefetch(waiting[: context.config.rollout.concurrent_episodes])
     student = None
     if stage.weight_version >= 0:
         sync(context, stage.weight_version)

@@ -1,11 +1,16 @@
 """Images of containers: pulled, prefetched from a registry, evicted under a disk budget."""
 
 import io
+import json
 import shutil
 import socket
 import subprocess
 import tarfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -91,6 +96,64 @@ def registry(tmp_path):
 def listens(port):
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def refusing(registry):
+    """The address of the same registry through a server that refuses its first three requests, and those requests."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            if len(requests) <= 3:
+                body = json.dumps({"errors": [{"code": "TOOMANYREQUESTS", "message": "pull rate limit"}]}).encode()
+                self.answer(429, {"Content-Type": "application/json"}, body)
+                return
+            asked = {name: value for name, value in self.headers.items() if name in ("Accept", "Range")}
+            try:
+                with urlopen(Request(f"http://{registry}{self.path}", headers=asked, method=self.command)) as response:
+                    self.answer(response.status, response.headers, response.read())
+            except HTTPError as error:
+                self.answer(error.code, error.headers, error.read())
+
+        do_HEAD = do_GET
+
+        def answer(self, status, headers, body):
+            self.send_response(status)
+            for name, value in headers.items():
+                if name not in ("Date", "Content-Length"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", headers.get("Content-Length") or str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            """Log nothing."""
+
+    requests = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}", requests
+        server.shutdown()
+        thread.join()
+
+
+def test_a_registry_that_refuses_for_a_while_is_waited_for(docker_host, registry, refusing, monkeypatch, caplog):
+    monkeypatch.setattr(images, "REFUSED_PAUSE_S", 0.2)
+    monkeypatch.setattr(images, "PULL_ATTEMPTS", 1)
+    address, requests = refusing
+    client, local = docker_host.client, small_image(docker_host, 21)
+    client.api.tag(local, f"{registry}/refused:1")
+    assert "error" not in client.api.push(f"{registry}/refused:1")
+    for tag in (local, f"{registry}/refused:1"):
+        client.api.remove_image(tag)
+    with ImageStore(docker_host) as store, store.hold(f"{address}/refused:1"):
+        assert images.has_image(docker_host, f"{address}/refused:1")
+    assert len(requests) > 3
+    assert "docker login, or swe.image_prefix for a mirror" in caplog.text
+    client.api.remove_image(f"{address}/refused:1")
 
 
 def test_images_are_prefetched_from_a_registry_unless_the_budget_is_exceeded(docker_host, registry):

@@ -1,42 +1,75 @@
-"""The environment of software-engineering tasks, each in a Docker container of its own."""
+"""The environment of software-engineering tasks, each in a Docker container of its own.
+
+A run's first stage reads the data sets and keeps the tasks in the run, and containers are opened when the first episode
+needs one: training needs neither Docker nor the network.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_dagger.config import ConfigError, SweConfig
+from megatron_dagger.config import ConfigError, SweConfig, build, to_dict
 from megatron_dagger.config.base import require
 from megatron_dagger.envs.base import Env
 from megatron_dagger.envs.environment import Environment, EnvironmentContext
 from megatron_dagger.envs.swe.containers import open_containers
 from megatron_dagger.envs.swe.datasets import read_tasks
 from megatron_dagger.envs.swe.env import SweEnv
+from megatron_dagger.envs.swe.judge import OpenSandbox
 from megatron_dagger.envs.swe.responses import read_tool_call
 from megatron_dagger.envs.swe.task import EvaluationSet, SweTask, TrainingTasks, held_out
 from megatron_dagger.envs.swe.validation import valid_tasks
+from megatron_dagger.sandbox.docker.images import ImageStore
+from megatron_dagger.store.atomic import write_text
 
 logger = logging.getLogger(__name__)
 
+TASKS, TRAIN, HELDOUT = "tasks", "train.jsonl", "heldout.jsonl"  # in a run
+
 
 def load_environment(context: EnvironmentContext) -> Environment:
-    """Read the tasks that ``config.swe`` names and connect to the Docker daemon.
+    """Return the tasks that the run keeps, or else those that ``config.swe`` names.
 
-    Raises ConfigError if the data sets yield no task, EnvironmentBroken if the daemon cannot be reached.
+    ``make_env`` and ``prefetch`` raise EnvironmentBroken if the Docker daemon cannot be reached. Raises ConfigError if
+    the data sets yield no task.
     """
     swe = context.config.swe
-    train, heldout = load_tasks(swe)
-    by_id = {task.instance_id: task for task in (*train, *heldout)}
-    images, open_sandbox = open_containers(swe, context.run_dir, context.stack)
+    kept = [context.run_dir / TASKS / name for name in (TRAIN, HELDOUT)]
+    train, heldout = map(read_kept, kept) if all(path.exists() for path in kept) else load_tasks(swe)
+    by_id = {task.instance_id: task.with_image_of(swe.image_prefix) for task in (*train, *heldout)}
+    opening = threading.Lock()
+
+    @functools.cache
+    def connected() -> tuple[ImageStore, OpenSandbox]:
+        return open_containers(swe, context.run_dir, context.stack)
+
+    def containers() -> tuple[ImageStore, OpenSandbox]:
+        with opening:
+            return connected()
 
     def make_env(task_id: str) -> Env:
+        _, open_sandbox = containers()
         return SweEnv(by_id[task_id], open_sandbox, observation_characters=swe.observation_characters)
+
+    def prefetch(task_ids: Sequence[str]) -> None:
+        images, _ = containers()
+        images.prefetch(by_id[task_id].image for task_id in task_ids)
+
+    def prepare(folder: Path) -> None:
+        keep(folder / TRAIN, train)
+        keep(folder / HELDOUT, heldout)
 
     return Environment(
         train_tasks=tuple(task.instance_id for task in train),
         heldout_tasks=tuple(task.instance_id for task in heldout),
         make_env=make_env,
-        prefetch=lambda task_ids: images.prefetch(by_id[task_id].image for task_id in task_ids),
+        prefetch=prefetch,
+        prepare=prepare,
         read=read_tool_call,
         threads=context.config.rollout.concurrent_episodes,
     )
@@ -65,3 +98,19 @@ def load_tasks(swe: SweConfig) -> tuple[list[SweTask], list[SweTask]]:
     if not allowed:
         raise ConfigError(f"swe.train={swe.train}: every task conflicts with the evaluation set; train on other tasks")
     return list(allowed), heldout
+
+
+def keep(path: Path, tasks: Iterable[SweTask]) -> None:
+    """Write tasks to a jsonl file, atomically."""
+    write_text(path, "".join(json.dumps(to_dict(task)) + "\n" for task in tasks))
+
+
+def read_kept(path: Path) -> list[SweTask]:
+    """Return the tasks that ``keep`` wrote. Raises ConfigError that names the first bad line."""
+    tasks = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
+        try:
+            tasks.append(build(SweTask, json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}:{number} is not a task ({error}); delete the file to read it anew") from error
+    return tasks

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 from megatron_dagger.config.base import ConfigError
@@ -40,6 +40,14 @@ class SweTask:
     hidden: tuple[str, ...] = ()  # files that only the judge may see, absolute or relative to ``workdir``
     startup: str = CONDA_IF_PRESENT  # run in the agent's shell before its first command
     workdir: str = WORKDIR
+
+    def with_image_of(self, registry: str) -> SweTask:
+        """Return the task with its image at ``registry``, a mirror's address with any path; empty: where it is."""
+        if not registry:
+            return self
+        first, slash, rest = self.image.partition("/")
+        named = slash and ("." in first or ":" in first or first == "localhost")  # Docker's own rule
+        return replace(self, image=f"{registry.rstrip('/')}/{rest if named else self.image}")
 
     def not_for_the_harness(self) -> str:
         """Return why SWE-bench's harness cannot grade the task by image, patch and script alone; empty if it can."""

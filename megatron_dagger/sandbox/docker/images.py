@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,9 @@ from megatron_dagger.sandbox.docker.daemon import DockerHost, broken_as, is_miss
 
 PULL_ATTEMPTS = 3
 FIRST_PAUSE_S = 2.0  # between attempts, doubled each time
+REFUSED_PAUSE_S = 60.0  # if the registry asks to wait
+REFUSED_PATIENCE_S = 3600.0
+_REFUSED = re.compile(r"toomanyrequests|too many requests|rate limit|\b429\b", re.IGNORECASE)
 DISK_USE_WAIT_S, DISK_USE_PAUSE_S = 120.0, 0.2
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,7 @@ class ImageStore:
         self._budget_bytes = disk_budget_mib << 20
         self._threads = ThreadPoolExecutor(concurrent_pulls, thread_name_prefix="pull")
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         self._pulls: dict[str, Future[None]] = {}
         self._used: dict[str, float] = {}
         self._held: dict[str, int] = {}
@@ -61,6 +66,7 @@ class ImageStore:
 
     def close(self) -> None:
         """Start no more pulls; the daemon finishes those in progress."""
+        self._closed.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -83,18 +89,23 @@ class ImageStore:
     def _fetch(self, image: str, ahead: bool) -> None:
         if has_image(self._host, image) or (ahead and self._layers_bytes() > self._budget_bytes):
             return
-        pause_s = FIRST_PAUSE_S
-        for attempt in range(1, PULL_ATTEMPTS + 1):
+        pauses = [FIRST_PAUSE_S * 2**attempt for attempt in range(PULL_ATTEMPTS - 1)]
+        end = time.monotonic() + REFUSED_PATIENCE_S
+        while True:
             try:
                 with broken_as(f"image {image} is missing and cannot be pulled"):
                     self._host.client.images.pull(*_name_and_tag(image))
                 break
             except EnvironmentBroken as error:
-                if is_missing(error) or attempt == PULL_ATTEMPTS:
+                refused = _REFUSED.search(str(error)) and time.monotonic() < end
+                if is_missing(error) or not (refused or pauses):
                     raise
-                logger.warning("%s; trying again in %.0f s", error, pause_s)
-                time.sleep(pause_s)
-                pause_s *= 2
+                pause_s = REFUSED_PAUSE_S if refused else pauses.pop(0)
+                advice = " (docker login, or swe.image_prefix for a mirror)" if refused else ""
+                logger.warning("%s; trying again in %.0f s%s", error, pause_s, advice)
+                self._closed.wait(pause_s)
+                if self._closed.is_set():
+                    raise
         self.evict()
 
     def evict(self) -> list[str]:

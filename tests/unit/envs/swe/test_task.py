@@ -50,3 +50,19 @@ def test_the_published_count_of_swegym_is_held_out():
     )
     train, refused = TrainingTasks.allowed(tasks, never=EvaluationSet(heldout))
     assert (len(heldout), len(train), set(refused)) == (100, 2338, {task.instance_id for task in heldout})
+
+
+@pytest.mark.parametrize(
+    ("image", "registry", "expected"),
+    [
+        ("org/image:tag", "", "org/image:tag"),
+        ("org/image:tag", "mirror.lan:5000", "mirror.lan:5000/org/image:tag"),
+        ("docker.io/org/image", "mirror.lan:5000/hub/", "mirror.lan:5000/hub/org/image"),
+        ("ghcr.io/org/image@sha256:0a", "mirror", "mirror/org/image@sha256:0a"),
+        ("localhost:5000/image", "mirror", "mirror/image"),
+        ("image:tag", "mirror", "mirror/image:tag"),
+    ],
+)
+def test_an_image_can_be_taken_from_a_mirror(image, registry, expected):
+    task = dataclasses.replace(swebench_task(BENCH), image=image)
+    assert task.with_image_of(registry).image == expected

@@ -43,14 +43,18 @@ def student_share(dagger: DaggerConfig, beta: float, round_index: int, turns: fl
     return sum(min(k, turns) for k in range(longest + 1)) / (longest + 1) / turns
 
 
-def row_tokens(training: TrainingConfig, assumed: Assumptions, episode: MeanEpisode, share: float) -> float:
-    """Return the tokens that one episode takes in packed rows: its trunk, and each label that differs from it.
+def tree_tokens(assumed: Assumptions, episode: MeanEpisode, share: float) -> float:
+    """Return the tokens of one episode's tree: its trunk, and each label that differs from it."""
+    return episode.tokens + episode.branches(share, assumed) * episode.reply
 
-    Such a label is a branch or, with ``training.packing=separate``, a sample with a copy of its prefix, which is half
-    the episode on average.
+
+def row_tokens(training: TrainingConfig, assumed: Assumptions, episode: MeanEpisode, share: float) -> float:
+    """Return the tokens that one episode takes in packed rows: those of its tree.
+
+    With ``training.packing=separate`` each branch has a copy of its prefix, which is half the episode on average.
     """
     prefix = 0.0 if training.packing == "shared_prefix" else episode.tokens / 2
-    return episode.tokens + episode.branches(share, assumed) * (prefix + episode.reply)
+    return tree_tokens(assumed, episode, share) + episode.branches(share, assumed) * prefix
 
 
 def mean_sample(training: TrainingConfig, assumed: Assumptions, episode: MeanEpisode, share: float) -> float:

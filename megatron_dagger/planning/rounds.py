@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_dagger.config import RunConfig
 from megatron_dagger.planning.assumptions import Assumptions
-from megatron_dagger.planning.episodes import MeanEpisode, mean_sample, row_tokens, student_share
+from megatron_dagger.planning.episodes import MeanEpisode, mean_sample, row_tokens, student_share, tree_tokens
 from megatron_dagger.planning.gpus import Gpu
 from megatron_dagger.planning.speed import RolloutSpeed, training_speed
 
@@ -44,14 +44,14 @@ def round_times(
     dagger, training = config.dagger, config.training
     shares = [student_share(dagger, beta, index, episode.turns) for index, beta in enumerate(betas)]
     tasks = [dagger.sft_tasks] + [dagger.tasks_per_round] * dagger.rounds
-    data = [
-        _labels_kept(config, index, count * episode.turns) * count * row_tokens(training, assumed, episode, share)
-        for index, (share, count) in enumerate(zip(shares, tasks, strict=True))
-    ]
+    episodes = [_labels_kept(config, index, n * episode.turns) * n for index, n in enumerate(tasks)]
     rounds = []
     for index, share in enumerate(shares):
-        steps = _steps(config, index, sum(data[_first_round(config, index) : index + 1]))
-        trained = float(steps) * training.global_batch_tokens
+        used = range(_first_round(config, index), index + 1)
+        trees = sum(episodes[i] * tree_tokens(assumed, episode, shares[i]) for i in used)
+        rows = sum(episodes[i] * row_tokens(training, assumed, episode, shares[i]) for i in used)
+        steps = _steps(config, index, trees)
+        trained = steps * training.global_batch_tokens * rows / trees
         speed = training_speed(config, gpu, assumed, mean_sample(training, assumed, episode, share))
         rounds.append(
             RoundTime(
@@ -84,7 +84,7 @@ def _first_round(config: RunConfig, index: int) -> int:
 
 
 def _steps(config: RunConfig, index: int, tokens: float) -> int:
-    """Return the steps of ``epochs`` passes over the rows, the last step filled up, as in ``training.data.batches``."""
+    """Return the steps of ``epochs`` passes over ``tokens`` of trees, however they are packed (``training.data``)."""
     training = config.training
     rows = max(1, math.ceil(tokens / training.sequence_length))
     steps = math.ceil(rows * training.epochs * training.sequence_length / training.global_batch_tokens)

@@ -24,7 +24,7 @@ from megatron_dagger.config import to_dict
 from megatron_dagger.signals import STOPPED
 from megatron_dagger.store import atomic
 from megatron_dagger.training import checkpoint, compat, digests
-from megatron_dagger.training.data.batches import BatchPlan, distribute_rows, row_lengths
+from megatron_dagger.training.data.batches import BatchPlan, distribute_rows, fill_up, row_lengths
 from megatron_dagger.training.data.flops import row_flops
 from megatron_dagger.training.data.packing import PackedDataset, pack
 from megatron_dagger.training.engine import MegatronEngine
@@ -47,8 +47,8 @@ class TrainingRound:
         self.job, self.data, self.engine, self.stop = job, data, engine, stop
         self.output_dir = Path(job.output_dir)
         self.plan = BatchPlan(
-            rows=len(data.rows),
-            rows_per_step=job.training.micro_batches * job.training.parallel.data_parallel_size,
+            groups=len(data.groups),
+            groups_per_step=job.training.micro_batches * job.training.parallel.data_parallel_size,
             epochs=job.training.epochs,
             max_steps=job.training.steps_limit(job.round_index),
             seed=job.seed,
@@ -124,7 +124,7 @@ class TrainingRound:
 
     def _step(self, step: int, metrics: StepMetrics | None) -> None:
         training, began = self.job.training, time.monotonic()
-        rows = self.plan.rows_of(step)
+        rows = fill_up(self.data.rows_of(self.plan.groups_of(step)), training)
         shares = distribute_rows(rows, self.costs, training.parallel.data_parallel_size)
         lengths = [row_lengths(np.where(s >= 0, self.data.row_tokens[s], 0), training) for s in shares]
         rank = parallel_state.get_data_parallel_rank()

@@ -125,8 +125,8 @@ def _megatron(arguments: argparse.Namespace) -> Iterator[int]:
     compat.quiet()
     data, training = _data(arguments), _training(arguments)
     plan = batches.BatchPlan(
-        rows=len(data.rows),
-        rows_per_step=training.micro_batches,
+        groups=len(data.groups),
+        groups_per_step=training.micro_batches,
         epochs=training.epochs,
         max_steps=None,
         seed=1,
@@ -135,7 +135,7 @@ def _megatron(arguments: argparse.Namespace) -> Iterator[int]:
     with process_groups(training.parallel, seed=1, timeout_s=DEADLINE_S, threads=arguments.threads) as device:
         engine = MegatronEngine(ModelConfig(), training, seed=1, device=device)
         for step in range(plan.steps):
-            rows = plan.rows_of(step)
+            rows = data.rows_of(plan.groups_of(step))
             engine.step(
                 [
                     data.row(i, n)

@@ -76,7 +76,7 @@ def speed(variant: Variant, sizes: Sizes) -> dict[str, Any]:
     episodes = labelled_episodes.make(48, seed=4, vocab_size=sizes.large.vocab_size, longest=sizes.large_tokens)
     data = packing.pack(episodes, training.sequence_length, packing=training.packing)
     flops = row_flops(data, sizes.large)
-    plan = BatchPlan(rows=len(data.rows), rows_per_step=2, epochs=1e6, max_steps=None, seed=1, round_index=0)
+    plan = BatchPlan(groups=len(data.groups), groups_per_step=2, epochs=1e6, max_steps=None, seed=1, round_index=0)
     tokens = total_flops = 0.0
     with process_groups(training.parallel, seed=1, timeout_s=120.0, threads=1) as device:
         engine = MegatronEngine(sizes.large, training, seed=1, device=device)
@@ -84,7 +84,7 @@ def speed(variant: Variant, sizes: Sizes) -> dict[str, Any]:
             if step == warmup:
                 _synchronise()
                 began = time.monotonic()
-            chosen = plan.rows_of(step)
+            chosen = data.rows_of(plan.groups_of(step))
             lengths = row_lengths(data.row_tokens[chosen], training)
             rows = [data.row(int(index), length) for index, length in zip(chosen, lengths, strict=True)]
             engine.step(rows, normaliser=float(data.row_weights[chosen].sum()), learning_rate=1e-5)

@@ -1,4 +1,4 @@
-"""The rows of each optimizer step: a pure function of (seed, round, step), which makes a resume exact.
+"""The groups of rows of each optimizer step: a pure function of (seed, round, step), which makes a resume exact.
 
 How a step's rows are divided among data-parallel ranks changes no loss, only how long ranks wait for each other.
 """
@@ -14,19 +14,19 @@ import numpy as np
 from megatron_dagger.config import TrainingConfig
 from megatron_dagger.training.data.packing import padded_length
 
-EMPTY_ROW = -1  # fills up the last batch; has no label token and so no gradient
+EMPTY_ROW = -1  # fills up a step; has no label token and so no gradient
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """The rows of every optimizer step of a round.
+    """The groups of rows of every optimizer step of a round.
 
     Each pass over the data has its own order. Passes follow each other without a gap: a batch may hold the end of
     one pass and the start of the next.
     """
 
-    rows: int
-    rows_per_step: int  # over all data-parallel ranks
+    groups: int
+    groups_per_step: int  # over all data-parallel ranks
     epochs: float
     max_steps: int | None
     seed: int
@@ -35,19 +35,34 @@ class BatchPlan:
     @property
     def steps(self) -> int:
         """The number of optimizer steps, at least 1."""
-        steps = math.ceil(max(1, round(self.rows * self.epochs)) / self.rows_per_step)
+        steps = math.ceil(self._groups_in_all / self.groups_per_step)
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
-    def rows_of(self, step: int) -> np.ndarray:
-        """Return the row indices of ``step``, (rows_per_step,) int64; EMPTY_ROW after the end of the round's data."""
-        end = max(1, round(self.rows * self.epochs))
-        chosen = np.full(self.rows_per_step, EMPTY_ROW, np.int64)
-        for place in range(self.rows_per_step):
-            at = step * self.rows_per_step + place
-            if at < end:
-                epoch, index = divmod(at, self.rows)
-                chosen[place] = _order(self.rows, self.seed, self.round_index, epoch)[index]
-        return chosen
+    @property
+    def _groups_in_all(self) -> int:
+        return max(1, round(self.groups * self.epochs))
+
+    def groups_of(self, step: int) -> np.ndarray:
+        """Return the indices of the groups of ``step``, at most (groups_per_step,) int64."""
+        first = step * self.groups_per_step
+        places = range(first, min(first + self.groups_per_step, self._groups_in_all))
+        return np.array([self._group_at(place) for place in places], np.int64)
+
+    def _group_at(self, place: int) -> int:
+        epoch, index = divmod(place, self.groups)
+        return int(_order(self.groups, self.seed, self.round_index, epoch)[index])
+
+
+def fill_up(rows: np.ndarray, training: TrainingConfig) -> np.ndarray:
+    """Return a step's rows and as many EMPTY_ROWs as let every data-parallel rank have equally many.
+
+    Megatron's interleaved schedule also needs a multiple of the pipeline's stages for each rank.
+    """
+    parallel = training.parallel
+    virtual = (parallel.virtual_pipeline_model_parallel_size or 1) > 1
+    multiple = parallel.data_parallel_size * (parallel.pipeline_model_parallel_size if virtual else 1)
+    missing = -len(rows) % multiple if len(rows) else multiple
+    return np.concatenate([rows, np.full(missing, EMPTY_ROW, np.int64)])
 
 
 def distribute_rows(rows: np.ndarray, costs: np.ndarray, ranks: int) -> list[np.ndarray]:
@@ -79,5 +94,5 @@ def row_lengths(tokens: np.ndarray, training: TrainingConfig) -> list[int]:
 
 
 @lru_cache(maxsize=4)
-def _order(rows: int, seed: int, round_index: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, round_index, epoch]).permutation(rows)
+def _order(groups: int, seed: int, round_index: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, round_index, epoch]).permutation(groups)

@@ -1,6 +1,8 @@
 """From labelled episodes to packed rows of trees (see ``samples``). Pure numpy, no engine.
 
-Invariants: trees of one row do not attend to each other; the same episodes give the same rows.
+Invariants: trees of one row do not attend to each other; the same episodes give the same rows. Rows come in groups,
+which are trained in the same step. A group has the labels of one row of trees, however they are packed: so a label has
+the same weight in the same step with either packing.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import numpy as np
 
 from megatron_dagger.config import Packing
 from megatron_dagger.training.data.bin_packing import pack_bins
-from megatron_dagger.training.data.samples import Sample, build_samples
+from megatron_dagger.training.data.samples import Sample, build_samples, separated
 from megatron_dagger.types import LabelledEpisode
 
 logger = logging.getLogger(__name__)
@@ -43,10 +45,11 @@ class PackedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedDataset:
-    """Samples and the rows that they are packed into, each a tuple of sample indices."""
+    """Samples, the rows that they are packed into, each a tuple of sample indices, and the groups of rows, likewise."""
 
     samples: tuple[Sample, ...]
     rows: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
     sequence_length: int
     too_long: int  # labels dropped because their sample would exceed sequence_length
     cut: int  # episodes that lost a label for that reason
@@ -60,6 +63,10 @@ class PackedDataset:
     def labels(self) -> int:
         """The number of labels that are trained on."""
         return sum(len(sample.spans) + len(sample.branches) for sample in self.samples)
+
+    def rows_of(self, groups: np.ndarray) -> np.ndarray:
+        """Return the indices of the rows of ``groups``, (rows,) int64."""
+        return np.array([row for group in groups for row in self.groups[group]], np.int64)
 
     @cached_property
     def row_label_tokens(self) -> np.ndarray:
@@ -152,13 +159,15 @@ def pack(
 ) -> PackedDataset:
     """Build samples from ``episodes`` and pack them into rows of ``sequence_length`` tokens.
 
-    Labels that fit into no row are dropped, counted and logged. Raises what ``build_samples`` raises.
+    ``packing="separate"`` makes a sample of each branch, and packs those of each row of trees into rows of their own.
+    ``one_sample_per_row`` is for comparisons. Labels that fit into no row are dropped, counted and logged. Raises what
+    ``build_samples`` raises.
     """
-    samples: list[Sample] = []
+    trees: list[Sample] = []
     too_long = cut = 0
     for episode in episodes:
-        episode_samples, dropped = build_samples(episode, sequence_length, packing)
-        samples += episode_samples
+        episode_trees, dropped = build_samples(episode, sequence_length)
+        trees += episode_trees
         too_long += dropped
         cut += dropped > 0
     if too_long:
@@ -168,8 +177,26 @@ def pack(
             cut,
             sequence_length,
         )
-    lengths = [sample.length for sample in samples]
-    rows = [(i,) for i in range(len(samples))] if one_sample_per_row else pack_bins(lengths, sequence_length)
+
+    def bins(items: Sequence[Sample]) -> list[tuple[int, ...]]:
+        if one_sample_per_row:
+            return [(index,) for index in range(len(items))]
+        return pack_bins([item.length for item in items], sequence_length)
+
+    samples, rows = trees, bins(trees)
+    groups: list[tuple[int, ...]] = [(index,) for index in range(len(rows))]
+    if packing == "separate":
+        rows_of_trees, samples, rows, groups = rows, [], [], []
+        for row in rows_of_trees:
+            parts = [part for index in row for part in separated(trees[index])]
+            own = [tuple(len(samples) + index for index in members) for members in bins(parts)]
+            groups.append(tuple(range(len(rows), len(rows) + len(own))))
+            samples, rows = samples + parts, rows + own
     return PackedDataset(
-        samples=tuple(samples), rows=tuple(rows), sequence_length=sequence_length, too_long=too_long, cut=cut
+        samples=tuple(samples),
+        rows=tuple(rows),
+        groups=tuple(groups),
+        sequence_length=sequence_length,
+        too_long=too_long,
+        cut=cut,
     )

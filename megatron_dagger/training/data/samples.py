@@ -3,8 +3,8 @@
 The trunk of a tree is the executed episode. A label that the episode did not follow is a branch, which leaves the
 trunk at the state that was labelled. A branch attends to the trunk before that state and to itself, and its positions
 continue from there. All labels of an episode thus share one computation of their prefix: the cost grows with the
-tokens written, not with labels times prefix. With ``packing="separate"`` each branch becomes a sample of its own, with
-a copy of its prefix, for attention kernels that know only plain segments.
+tokens written, not with labels times prefix. ``separated`` makes each branch a sample of its own, with a copy of its
+prefix, for attention kernels that know only plain segments.
 
 Invariant: every label token is a target exactly once, after exactly the tokens at which the label was given.
 """
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_dagger.config import Packing
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 
@@ -69,9 +68,7 @@ class Sample:
         return weights
 
 
-def build_samples(
-    episode: LabelledEpisode, sequence_length: int, packing: Packing = "shared_prefix"
-) -> tuple[list[Sample], int]:
+def build_samples(episode: LabelledEpisode, sequence_length: int) -> tuple[list[Sample], int]:
     """Return the samples of one episode, and the number of labels that are too long for any.
 
     An episode of more than ``sequence_length`` tokens is cut after the last turn whose label fits. Branches that do
@@ -93,8 +90,6 @@ def build_samples(
             dropped += 1
         elif size:
             (trunk if _is_on_trunk(episode, label) else branches).append(label)
-    if packing == "separate":
-        return [*_tree(episode, trunk, []), *(_segment(episode, label) for label in branches)], dropped
     samples: list[Sample] = []
     branches.sort(key=lambda label: label.position)
     while trunk or branches:
@@ -102,6 +97,13 @@ def build_samples(
         samples += _tree(episode, trunk, fitting)
         trunk = []
     return samples, dropped
+
+
+def separated(sample: Sample) -> list[Sample]:
+    """Return samples without branches that have the labels of ``sample``: its trunk, if it has any, and each branch."""
+    stop = max((stop for _, stop, _ in sample.spans), default=0)
+    trunk = [Sample(trunk=sample.trunk[:stop], spans=sample.spans)] if stop else []
+    return [*trunk, *(_segment(sample.trunk, branch) for branch in sample.branches)]
 
 
 def _split_fitting(
@@ -132,9 +134,9 @@ def _tree(episode: LabelledEpisode, trunk: Sequence[StateLabel], branches: Seque
     return [Sample(trunk=episode.tokens[:end], spans=spans, branches=tuple(branches))] if end else []
 
 
-def _segment(episode: LabelledEpisode, label: StateLabel) -> Sample:
+def _segment(trunk: np.ndarray, label: StateLabel) -> Sample:
     """Return a sample without branches: the label after a copy of its prefix."""
-    tokens = np.concatenate([episode.tokens[: label.position], label.tokens])
+    tokens = np.concatenate([trunk[: label.position], label.tokens])
     return Sample(trunk=tokens, spans=((label.position, len(tokens), label.weight),))
 
 

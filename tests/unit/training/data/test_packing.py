@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from megatron_dagger.training.data.batches import BatchPlan
 from megatron_dagger.training.data.packing import pack, padded_length
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
@@ -87,6 +88,30 @@ def test_episodes_of_any_length_are_cut_at_a_turn_never_in_a_label(labelled, pac
     assert data.labels == sum(len(label.tokens) > 0 for episode in fitting for label in episode.labels)
     turns = {at for e in labelled for label in e.labels for at in (label.position, label.position + len(label.tokens))}
     assert {len(sample.trunk) for sample in data.samples} <= turns
+
+
+def label_shares(labelled, packing, seed):
+    """Return each step's label tokens, by their context and target, with their share of the step's loss."""
+    data = pack(labelled, CAPACITY, packing=packing)
+    plan = BatchPlan(groups=len(data.groups), groups_per_step=2, epochs=2.0, max_steps=None, seed=seed, round_index=0)
+    steps = []
+    for step in range(plan.steps):
+        rows = data.rows_of(plan.groups_of(step))
+        own = replace(data, rows=tuple(data.rows[row] for row in rows), groups=())
+        total = data.row_weights[rows].sum()
+        steps.append([(context, target, weight / total) for context, target, weight in predictions(own)])
+    return steps
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(st.lists(episodes(longest=120), min_size=1, max_size=6), st.integers(0, 9))
+def test_a_label_has_the_same_weight_in_the_same_step_with_either_packing(labelled, seed):
+    hypothesis.assume(pack(labelled, CAPACITY).rows)
+    shared, separate = (label_shares(labelled, packing, seed) for packing in ("shared_prefix", "separate"))
+    assert len(shared) == len(separate)
+    for ours, theirs in zip(shared, separate, strict=True):
+        assert [item[:2] for item in ours] == [item[:2] for item in theirs]
+        np.testing.assert_allclose([item[2] for item in ours], [item[2] for item in theirs], rtol=1e-9)
 
 
 def test_labels_share_their_prefix():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_dagger.training.data.samples import build_samples
+from megatron_dagger.training.data.samples import build_samples, separated
 from megatron_dagger.types import LabelledEpisode, StateLabel
 
 
@@ -21,8 +21,8 @@ def test_a_label_that_runs_past_the_episodes_end_is_a_branch():
     episode = LabelledEpisode(tokens=tokens, labels=(label,))
     (sample,), _ = build_samples(episode, 48)
     assert (list(sample.trunk), sample.branches, sample.length) == ([0, 1, 2, 3], (label,), 6)
-    (sample,), _ = build_samples(episode, 48, "separate")
-    assert (list(sample.trunk), sample.branches) == ([0, 1, 2, 3, 4, 5, 6], ())
+    (alone,) = separated(sample)
+    assert (list(alone.trunk), alone.branches) == ([0, 1, 2, 3, 4, 5, 6], ())
 
 
 def test_two_labels_of_the_same_tokens_add_their_weights():

@@ -14,8 +14,10 @@ from megatron_dagger.recipes.long_repair import long_repair
 from megatron_dagger.recipes.positive_control import positive_control
 from megatron_dagger.recipes.quickstart import quickstart
 from megatron_dagger.recipes.qwen3 import (
+    qwen3_4b_fp8_swegym_8h100,
     qwen3_4b_swegym_4x8h100,
     qwen3_4b_swegym_8h100,
+    qwen3_8b_fp8_swegym_8h100,
     qwen3_8b_swegym_4x8h100,
     qwen3_8b_swegym_8h100,
     qwen3_30b_a3b_swegym_4x8h100,
@@ -31,6 +33,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         smollm2_135m_repair_1gpu,
         qwen3_4b_swegym_8h100,
         qwen3_8b_swegym_8h100,
+        qwen3_4b_fp8_swegym_8h100,
+        qwen3_8b_fp8_swegym_8h100,
         qwen3_4b_swegym_4x8h100,
         qwen3_8b_swegym_4x8h100,
         qwen3_30b_a3b_swegym_4x8h100,

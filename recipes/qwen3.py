@@ -2,15 +2,19 @@
 
 SWE-Gym with 100 tasks held out, 64k tokens and 100 turns, 5 rounds of 512 tasks, 3 passes over the data, lr 3e-6
 constant without warm-up, batches of about 16 episodes; the student samples at temperature 0.7 and top-p 0.9 and is
-evaluated greedily; containers have 4 processors and 16 GB. The teacher, Qwen3-Coder-30B-A3B-Instruct, is an endpoint
-at ``teacher.urls``. On 8 GPUs it is served on four of them while a round is collected, with the student on the other
-four (``slurm/single_node_with_teacher.sbatch``); for four nodes it is served elsewhere (``slurm/multi_node.sbatch``).
+evaluated greedily; containers have 4 processors and 16 GB. A round trains on the labels of all rounds so far, as the
+paper says; its released code trains on the round's own (``dagger.aggregation.window=current``).
+
+The teacher, Qwen3-Coder-30B-A3B-Instruct, is an endpoint at ``teacher.urls``. On 8 GPUs it is served on four of them
+while a round is collected, with the student on the other four (``slurm/single_node_with_teacher.sbatch``); for four
+nodes it is served elsewhere (``slurm/multi_node.sbatch``).
 
 The layouts fit H100s according to ``megatron-dagger plan``; none of them has run on one.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from megatron_dagger.config import (
@@ -20,7 +24,6 @@ from megatron_dagger.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    Precision,
     RolloutConfig,
     RunConfig,
     SamplingConfig,
@@ -79,7 +82,7 @@ QWEN3_30B_A3B = ModelConfig(  # Qwen3-30B-A3B-Instruct-2507
 
 
 def qwen3_4b_swegym_8h100() -> RunConfig:
-    """Qwen3-4B-Instruct-2507 on SWE-Gym; 64k tokens, FP8, one node of 8 H100s.
+    """Qwen3-4B-Instruct-2507 on SWE-Gym; 64k tokens, one node of 8 H100s.
 
     First run ``megatron-dagger convert hf-to-megatron Qwen3-4B-Instruct-2507 checkpoints/qwen3_4b_instruct_2507
     --tensor-parallel 8 --dtype bfloat16``, or name another checkpoint with ``init_checkpoint=PATH``.
@@ -88,7 +91,7 @@ def qwen3_4b_swegym_8h100() -> RunConfig:
 
 
 def qwen3_8b_swegym_8h100() -> RunConfig:
-    """Qwen3-8B on SWE-Gym; 64k tokens, FP8, one node of 8 H100s.
+    """Qwen3-8B on SWE-Gym; 64k tokens, one node of 8 H100s.
 
     Set ``rope_theta`` to 5000000 and ``max_position_embeddings`` to 65536 in its config.json, then run
     ``megatron-dagger convert hf-to-megatron Qwen3-8B checkpoints/qwen3_8b --tensor-parallel 8 --dtype bfloat16``,
@@ -97,8 +100,18 @@ def qwen3_8b_swegym_8h100() -> RunConfig:
     return _recipe("qwen3_8b_swegym_8h100", QWEN3_8B, "checkpoints/qwen3_8b", _parallel(nodes=1))
 
 
+def qwen3_4b_fp8_swegym_8h100() -> RunConfig:
+    """Qwen3-4B-Instruct-2507 on SWE-Gym as ``qwen3_4b_swegym_8h100``, trained in FP8; one node of 8 H100s."""
+    return _in_fp8(qwen3_4b_swegym_8h100())
+
+
+def qwen3_8b_fp8_swegym_8h100() -> RunConfig:
+    """Qwen3-8B on SWE-Gym as ``qwen3_8b_swegym_8h100``, trained in FP8; one node of 8 H100s."""
+    return _in_fp8(qwen3_8b_swegym_8h100())
+
+
 def qwen3_4b_swegym_4x8h100() -> RunConfig:
-    """Qwen3-4B-Instruct-2507 on SWE-Gym; 64k tokens, FP8, four nodes of 8 H100s.
+    """Qwen3-4B-Instruct-2507 on SWE-Gym; 64k tokens, four nodes of 8 H100s.
 
     Make the checkpoint as for ``qwen3_4b_swegym_8h100``. Each node that collects has its own engine.
     """
@@ -106,7 +119,7 @@ def qwen3_4b_swegym_4x8h100() -> RunConfig:
 
 
 def qwen3_8b_swegym_4x8h100() -> RunConfig:
-    """Qwen3-8B on SWE-Gym; 64k tokens, FP8, four nodes of 8 H100s.
+    """Qwen3-8B on SWE-Gym; 64k tokens, four nodes of 8 H100s.
 
     Make the checkpoint as for ``qwen3_8b_swegym_8h100``. Each node that collects has its own engine.
     """
@@ -114,7 +127,7 @@ def qwen3_8b_swegym_4x8h100() -> RunConfig:
 
 
 def qwen3_30b_a3b_swegym_4x8h100() -> RunConfig:
-    """Qwen3-30B-A3B-Instruct-2507 on SWE-Gym; 64k tokens, BF16, experts over 8 GPUs, four nodes of 8 H100s.
+    """Qwen3-30B-A3B-Instruct-2507 on SWE-Gym; 64k tokens, experts over 8 GPUs, four nodes of 8 H100s.
 
     First run ``megatron-dagger convert hf-to-megatron Qwen3-30B-A3B-Instruct-2507
     checkpoints/qwen3_30b_a3b_instruct_2507 --tensor-parallel 4 --dtype bfloat16``, or name another checkpoint with
@@ -126,9 +139,14 @@ def qwen3_30b_a3b_swegym_4x8h100() -> RunConfig:
         QWEN3_30B_A3B,
         "checkpoints/qwen3_30b_a3b_instruct_2507",
         parallel,
-        precision="bf16",
         recompute="full",
     )
+
+
+def _in_fp8(recipe: RunConfig) -> RunConfig:
+    """Return the recipe with an FP8 scale per tensor: blocks of 128 do not divide the 4B's 9728 / TP8."""
+    name = recipe.name.replace("_swegym", "_fp8_swegym")
+    return replace(recipe, name=name, training=replace(recipe.training, precision="fp8_tensorwise"))
 
 
 def _parallel(*, nodes: int, tensor: int = 8, experts: int = 1) -> ParallelConfig:
@@ -147,7 +165,6 @@ def _recipe(
     init_checkpoint: str,
     parallel: ParallelConfig,
     *,
-    precision: Precision = "fp8_tensorwise",  # blocks of 128 do not divide 9728 / TP8
     recompute: Literal["none", "full"] = "none",
 ) -> RunConfig:
     return RunConfig(
@@ -158,7 +175,7 @@ def _recipe(
         training=TrainingConfig(
             parallel=parallel,
             optimizer=OptimizerConfig(lr=3e-6, decay="constant", warmup_steps=0),
-            precision=precision,
+            precision="bf16",
             epochs=3,
             sequence_length=TOKENS,
             packing="separate",

@@ -40,6 +40,7 @@ def test_the_checkpoint_must_be_of_the_model(config):
 
 def test_on_a_machine_without_gpus_fp8_is_refused_here_only(config, monkeypatch):
     monkeypatch.setattr(checks, "has_gpus", lambda environ: False)
+    config = override(config, ["training.precision=fp8_tensorwise"])
     with pytest.raises(ConfigError, match="needs a GPU"):
         check_run(config, here=True)
     check_run(config)

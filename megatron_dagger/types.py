@@ -30,6 +30,7 @@ class StopReason(StrEnum):
     TIME_LIMIT = "time_limit"  # the episode's wall-clock budget
     REPEAT_LIMIT = "repeat_limit"  # the same reply too many times in a row
     FORMAT_LIMIT = "format_limit"  # too many replies in a row that hold no command
+    NO_ACTION = "no_action"  # the acting teacher had none for a state after the first
     ENVIRONMENT_ERROR = "environment_error"  # the sandbox failed: never data
     OUT_OF_MEMORY = "out_of_memory"  # the sandbox exceeded its memory limit: never data
     POLICY_ERROR = "policy_error"  # the engine or the teacher failed: never data

@@ -33,7 +33,7 @@ class MixtureTurnPolicy:
     """Who acts in an episode: the teacher where ``teacher_acts`` says so, else the student; the teacher labels all.
 
     The teacher acts in the ``takeover_turns`` turns after an error of the student as well. ``student`` is None in
-    round 0, where the teacher acts in every turn and its NoAction propagates.
+    round 0, where the teacher acts in every turn and its NoAction ends the episode.
     """
 
     student: Policy | None

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_dagger.config import LimitsConfig
 from megatron_dagger.envs.base import Env, Observation
-from megatron_dagger.policies.base import PolicyError, PolicyGone
+from megatron_dagger.policies.base import NoAction, PolicyError, PolicyGone
 from megatron_dagger.policies.clock import start_clock
 from megatron_dagger.rollout.chat import ChatRenderer
 from megatron_dagger.sandbox.base import EnvironmentBroken
@@ -101,6 +101,8 @@ class EpisodeRunner:
         finally:
             if env is not None:
                 await self._in_thread(env.close)
+        if record.no_action:
+            details["no_action"] = record.no_action
         if record.format_errors:
             details["format_errors"] = record.format_errors
         return Trajectory(
@@ -126,7 +128,13 @@ class EpisodeRunner:
             if clock.elapsed_s() > self.limits.max_seconds:
                 return StopReason.TIME_LIMIT
             state = State(messages=tuple(record.messages), tokens=record.tokens, seed=key.seed(turn))
-            decision = await policy.decide(state, turn)
+            try:
+                decision = await policy.decide(state, turn)
+            except NoAction as error:
+                if not turn:
+                    raise
+                record.no_action = str(error)
+                return StopReason.NO_ACTION  # the turns before are data
             repeats = repeats + 1 if record.repeats(decision.action) else 1
             record.act(decision)
             if repeats >= self.limits.max_repeats:
@@ -158,6 +166,7 @@ class _EpisodeRecord:
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     turns: list[Turn] = field(default_factory=list)
     format_errors: int = 0
+    no_action: str = ""  # why there was none
     _observation: str = ""
     _prompt: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 

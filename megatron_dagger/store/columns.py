@@ -46,7 +46,7 @@ ACTED_BY = (ActedBy.STUDENT, ActedBy.TEACHER)
 # The codes on the disk are positions in these tuples: append only.
 STOP_REASONS = (
     StopReason.SUBMITTED, StopReason.TURN_LIMIT, StopReason.CONTEXT_LIMIT,
-    StopReason.TIME_LIMIT, StopReason.FORMAT_LIMIT, StopReason.REPEAT_LIMIT,
+    StopReason.TIME_LIMIT, StopReason.FORMAT_LIMIT, StopReason.REPEAT_LIMIT, StopReason.NO_ACTION,
 )  # fmt: skip
 TURN = {name: i for i, name in enumerate(TURN_COLUMNS)}
 EPISODE = {name: i for i, name in enumerate(EPISODE_COLUMNS)}

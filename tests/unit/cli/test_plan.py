@@ -61,7 +61,10 @@ def test_a_recipe_that_does_not_fit_is_refused_with_the_reason_and_settings_that
         (["quickstart", "--assume", "expert_load=0.5"], "expert_load must be at least 1"),
         (["qwen3_30b_a3b_swegym_4x8h100", "rollout.engine.quantization=fp8"], "is for dense models"),
         (["qwen3_4b_fp8_swegym_8h100", "--gpu", "a100"], "a100 has no FP8"),
-        (["qwen3_4b_fp8_swegym_8h100", "training.bf16_layers_at_ends=40"], "must lie between 0 and a stage's 36 layers"),
+        (
+            ["qwen3_4b_fp8_swegym_8h100", "training.bf16_layers_at_ends=40"],
+            "must lie between 0 and a stage's 36 layers",
+        ),
         (["qwen3_4b_swegym_8h100", "rollout.engine.tensor_parallel_size=3"], "does not divide"),
         (["smollm2_135m_repair_1gpu", "rollout.engine.tensor_parallel_size=3"], "one node"),
     ],

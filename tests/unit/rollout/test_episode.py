@@ -11,7 +11,7 @@ import pytest
 from megatron_dagger.config import LimitsConfig
 from megatron_dagger.dagger.mixing import SoloTurnPolicy
 from megatron_dagger.envs.base import Observation
-from megatron_dagger.policies.base import PolicyError, PolicyGone
+from megatron_dagger.policies.base import NoAction, PolicyError, PolicyGone
 from megatron_dagger.rollout.chat import ChatRenderer
 from megatron_dagger.rollout.episode import FORMAT_ERROR, EpisodeKey, EpisodeRunner
 from megatron_dagger.rollout.tokenizer import train_tokenizer
@@ -133,6 +133,20 @@ def test_a_failure_breaks_the_episode_and_never_counts_as_solved(renderer):
     assert episode.details["error"] == "the sandbox died"
     episode = run(renderer, FailingPolicy(PolicyError("no answer")))
     assert (episode.stop_reason, episode.details["error"]) == (StopReason.POLICY_ERROR, "no answer")
+
+
+def test_a_state_without_an_action_ends_the_episode_and_keeps_the_turns_before(renderer):
+    class OneAction(FailingPolicy):
+        async def act(self, state):
+            return (
+                Action(text="a", tokens=renderer.action("a")) if len(state.messages) == 2 else await super().act(state)
+            )
+
+    episode = run(renderer, OneAction(NoAction("four answers without one")))
+    assert (episode.stop_reason, episode.stop_reason.is_clean, len(episode.turns)) == (StopReason.NO_ACTION, True, 1)
+    assert episode.details["no_action"] == "four answers without one"
+    episode = run(renderer, FailingPolicy(NoAction("none at all")))
+    assert episode.stop_reason is StopReason.POLICY_ERROR, "without a turn there is nothing to keep"
 
 
 def test_a_policy_that_is_gone_raises_instead_of_ending_the_episode(renderer):

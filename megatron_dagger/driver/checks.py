@@ -33,8 +33,7 @@ def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) 
         _check_data_sets(config)
     elif not config.road.stops:
         _check_packages(config.repo_repair)
-    if gpu != ANY_GPU and config.training.precision != "fp32":
-        _check_memory(config, gpu or DEFAULT_GPU, one_process=here)
+    check_memory(config, gpu, one_process=here)
 
 
 def _check_trainer(config: RunConfig, *, cuda: bool | None) -> None:
@@ -100,8 +99,11 @@ def _check_packages(tasks: RepoRepairConfig) -> None:
                 raise ConfigError(f"repo_repair.{setting}: {error}") from None
 
 
-def _check_memory(config: RunConfig, gpu_name: str, *, one_process: bool) -> None:
-    gpu, assumed = GPUS[gpu_name], Assumptions()
+def check_memory(config: RunConfig, gpu_name: str | None, *, one_process: bool) -> None:
+    """Raise ConfigError unless trainer and engine fit GPUs of a kind, at the same time in ``one_process``."""
+    if gpu_name == ANY_GPU or config.training.precision == "fp32":
+        return
+    gpu, assumed = GPUS[gpu_name or DEFAULT_GPU], Assumptions()
     memory = memory_of(config, gpu, assumed)
     problems = memory.problems()
     if not problems:

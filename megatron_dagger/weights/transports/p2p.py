@@ -7,10 +7,12 @@ the next.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 import socket
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,8 @@ class _Group:
 
     def _join(self, store: dist.Store, rank: int, size: int, host: str, device: torch.device) -> Any:
         if device.type == "cuda":
-            return dist.ProcessGroupNCCL(store, rank, size, self.deadline)
+            with _variable("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):  # else a failed transfer ends the trainer's process
+                return dist.ProcessGroupNCCL(store, rank, size, self.deadline)
         if host not in _LOOPBACK:
             return dist.ProcessGroupGloo(store, rank, size, self.deadline)
         options = dist.ProcessGroupGloo._Options()  # the host name, which is the default, may not resolve
@@ -181,3 +184,17 @@ def free_address(host: str = "127.0.0.1") -> str:
 
 def _short(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for the block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

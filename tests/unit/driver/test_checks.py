@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_dagger.cli.main import main
 from megatron_dagger.config import ConfigError, RunConfig, override
 from megatron_dagger.driver import checks
 from megatron_dagger.driver.checks import check_run
+from megatron_dagger.driver.run_dir import create_run
 from megatron_dagger.recipes import find_recipe
 
 
@@ -31,6 +33,12 @@ def test_one_process_must_hold_trainer_and_engine(config, monkeypatch):
     with pytest.raises(ConfigError, match="trainer and engine do not fit h100 GPUs at the same time"):
         check_run(config, here=True)
     check_run(config, here=True, gpu="any")
+
+
+def test_a_run_that_was_created_for_separate_stages_is_not_run_in_one_process(config, tmp_path, capsys):
+    create_run(config, tmp_path / "run")
+    assert main(["run", str(tmp_path / "run")]) == 2
+    assert "trainer and engine do not fit h100 GPUs at the same time" in capsys.readouterr().err
 
 
 def test_the_checkpoint_must_be_of_the_model(config):

@@ -38,7 +38,7 @@ def check_torch(torch: ModuleType, environ: Mapping[str, str], *, needed: bool, 
         return
     problem = (
         f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and cannot use them: the driver "
-        f"({_driver_version()}) may be too old for it, or a GPU may have failed (see nvidia-smi)"
+        f"({driver_version()}) may be too old for it, or a GPU may have failed (see nvidia-smi)"
         if torch.version.cuda
         else f"torch {torch.__version__} is built for the CPU: use an environment with CUDA (slurm/README.md)"
     )
@@ -50,7 +50,8 @@ def any_driver(devices: Path = _DEVICES) -> bool:
     return any((devices / name).exists() for name in (_NVIDIA, *_OTHER_DRIVERS))
 
 
-def _driver_version() -> str:
+def driver_version() -> str:
+    """Return the version of NVIDIA's driver, in words."""
     try:
         match = re.search(r"(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
     except OSError:

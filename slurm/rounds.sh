@@ -1,7 +1,8 @@
 # Functions that the sbatch files share: run a step, and run the rounds of a run as steps. Source this file with `.`.
 #
 # SLURM starts a copy of the sbatch file, so this file is found from the job's working directory: the repository's root.
-# serve_teacher needs SERVE and PAUSE, run_rounds needs NODES (the nodes that collect and train).
+# serve_teacher needs SERVE and PAUSE, run_rounds needs NODES (the nodes that collect and train). DOCTOR_SKIPS names
+# checks to leave out, such as that of a teacher that the job starts later.
 
 . slurm/site.sh || return              # VENV, PATH, SRUN
 
@@ -34,6 +35,10 @@ continue_or_exit() {                   # depending on the last command's code an
     [ "$code $stopping" = "0 no" ] || exit $code
 }
 
+examine() {                            # arguments: a step that examines its nodes (DOCTOR=no leaves it out)
+    [ "$DOCTOR" = no ] || step "$@" --skip "$DOCTOR_SKIPS"
+}
+
 serve_teacher() {                      # arguments: srun options; keeps SERVE running on each of its nodes until the job ends
     local serve='while :; do "$@"; echo "$SLURMD_NODENAME: the server ended with code $?" >&2; sleep '$PAUSE'; done'
     "${SRUN[@]}" "$@" bash -c "$serve" serve $SERVE &
@@ -62,6 +67,7 @@ run_rounds() {                         # arguments: those of `megatron-dagger cr
     rounds=$("${SRUN[@]}" "${one[@]}" megatron-dagger create "$@" "training.parallel.nodes=$NODES")
     code=$?
     continue_or_exit
+    examine "${all[@]}" megatron-dagger doctor "$run"
     for round in $rounds; do
         collect "$run" "$round"
         step "${all[@]}" megatron-dagger train "$run" --round "$round"  # ranks on all nodes

@@ -3,6 +3,7 @@
 VENV=${VENV:-$PWD/.venv}               # the environment with the engines (tools/setup)
 export PATH="$VENV/bin:$PATH"
 SRUN=(srun --kill-on-bad-exit=1 --wait=0)                 # starts a step, which ends when its slowest task has ended
+DOCTOR=${DOCTOR:-yes}                  # no: start without examining the nodes first
 # In a container (pyxis and enroot), with the environment in the image instead of VENV:
 # SRUN+=(--container-image=IMAGE --container-mounts="$PWD" --container-workdir="$PWD")
 # export MEGATRON_DAGGER_CACHE=$SCRATCH/megatron-dagger   # packages and tasks, kept between runs

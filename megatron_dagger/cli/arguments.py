@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_dagger.config import RunConfig
+from megatron_dagger.config import ConfigError, RunConfig, override
 from megatron_dagger.planning import GPUS
 from megatron_dagger.planning.gpus import ANY_GPU, DEFAULT_GPU
 
@@ -127,6 +127,23 @@ def _run_dir(text: str) -> Path:
     if Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text} is a file, not a run directory")
     return Path(text)
+
+
+def recipe_or_run(arguments: Sequence[str], recipe: str | None) -> tuple[str, RunConfig]:
+    """Return the name and the config of the one recipe or run among ``arguments``, the others of which are settings.
+
+    Raises ConfigError unless there is just one, ``recipe`` included.
+    """
+    from megatron_dagger.driver.run_dir import CONFIG, load_run_config
+
+    settings = [argument for argument in arguments if "=" in argument]
+    names = [argument for argument in arguments if "=" not in argument] + ([recipe] if recipe else [])
+    if len(names) != 1:
+        raise ConfigError(f"name one recipe or run directory, not {len(names)} ({' '.join(names) or 'none'})")
+    [name] = names
+    if Path(name, CONFIG).is_file():
+        return name, override(load_run_config(Path(name)), settings)
+    return name, override(recipe_config(name), settings)
 
 
 def recipe_config(name: str) -> RunConfig:

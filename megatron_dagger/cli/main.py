@@ -21,7 +21,7 @@ logger = logging.getLogger("megatron_dagger.cli.main")  # the same name when thi
 GROUPS = {
     "run": ("run", "create", "rollout", "train", "evaluate"),
     "inspect": ("status", "report", "show", "replay", "export"),
-    "prepare": ("recipes", "plan", "validate", "convert"),
+    "prepare": ("recipes", "plan", "doctor", "validate", "convert"),
     "grade": ("grade",),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
@@ -47,6 +47,7 @@ examples:
   megatron-dagger status runs/first                       show its progress, also while it runs
   megatron-dagger show runs/first --failed                read an episode, turn by turn
   megatron-dagger plan qwen3_8b_swegym_8h100              memory, rates and hours on GPUs, before you queue it
+  megatron-dagger doctor qwen3_8b_swegym_8h100            what this machine lacks for it, and the way out
 
 A killed run resumes when its command is repeated. Settings are changed by NAME=VALUE, such as dagger.rounds=5 or
 training.optimizer.lr=1e-3; `megatron-dagger run RUN --recipe NAME --dry-run` prints all of them.

@@ -12,14 +12,12 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dagger.cli.arguments import recipe_config
-from megatron_dagger.config import ConfigError, ModelConfig, RunConfig, build, override, to_dict
+from megatron_dagger.cli.arguments import recipe_or_run
+from megatron_dagger.config import ConfigError, ModelConfig, RunConfig, build, to_dict
 from megatron_dagger.config.base import parse_value
 from megatron_dagger.dagger.beta import beta
-from megatron_dagger.driver.run_dir import load_run_config
 from megatron_dagger.planning import GPUS, Assumptions, Change, Gpu, RunPlan, nearest_that_fits, plan_run
 from megatron_dagger.planning.gpus import DEFAULT_GPU
 from megatron_dagger.planning.memory import GIB
@@ -55,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Return 0 if the recipe fits, 1 (after the reason and the nearest settings that do) if not."""
-    name, config = _subject(arguments)
+    name, config = recipe_or_run(arguments.subject, arguments.recipe)
     gpu, assumed = GPUS[arguments.gpu], _assumptions(arguments.assume)
     if config.training.precision == "fp32":
         sys.stderr.write(f"note: {name} trains in fp32, which is for the CPU; these are the numbers of an {gpu.name}\n")
@@ -72,19 +70,6 @@ def main(arguments: argparse.Namespace) -> int:
     sys.stderr.writelines(f"  {problem}\n" for problem in plan.problems)
     sys.stderr.write(f"  {_advice(change)}\n")
     return 1
-
-
-def _subject(arguments: argparse.Namespace) -> tuple[str, RunConfig]:
-    """Return the name and the config of the recipe or run to plan."""
-    names = [argument for argument in arguments.subject if "=" not in argument]
-    settings = [argument for argument in arguments.subject if "=" in argument]
-    names += [arguments.recipe] if arguments.recipe else []
-    if len(names) != 1:
-        raise ConfigError(f"name one recipe or run directory to plan, not {len(names)} ({' '.join(names) or 'none'})")
-    [name] = names
-    if Path(name, "config.yaml").is_file():
-        return name, override(load_run_config(Path(name)), settings)
-    return name, override(recipe_config(name), settings)
 
 
 def report(

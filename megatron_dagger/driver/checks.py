@@ -28,11 +28,11 @@ def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) 
     default: h100); not checked in fp32, which is for the CPU.
     """
     _check_trainer(config, cuda=has_gpus(os.environ) if here else None)
-    _check_init_checkpoint(config)
+    check_init_checkpoint(config)
     if config.swe.train:
         _check_data_sets(config)
     elif not config.road.stops:
-        _check_packages(config.repo_repair)
+        check_packages(config.repo_repair)
     check_memory(config, gpu, one_process=here)
 
 
@@ -48,7 +48,8 @@ def _check_trainer(config: RunConfig, *, cuda: bool | None) -> None:
         check_supported(config.model, config.training, cuda=False)
 
 
-def _check_init_checkpoint(config: RunConfig) -> None:
+def check_init_checkpoint(config: RunConfig) -> None:
+    """Raise ConfigError unless ``init_checkpoint``, if there is one, is a checkpoint of the run's model."""
     if config.init_checkpoint is None:
         return
     folder = Path(config.init_checkpoint)
@@ -87,7 +88,8 @@ def _check_data_sets(config: RunConfig) -> None:
     )
 
 
-def _check_packages(tasks: RepoRepairConfig) -> None:
+def check_packages(tasks: RepoRepairConfig) -> None:
+    """Raise ConfigError if a package is not one that repair tasks are made of."""
     for setting in ("train_packages", "heldout_packages"):
         for name in getattr(tasks, setting):
             try:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_dagger.config import ConfigError, RunConfig
+from megatron_dagger.config import ConfigError, RunConfig, TeacherConfig
 from megatron_dagger.dagger.context import RunContext, Score, Student, train_manifest
 from megatron_dagger.dagger.worker import Worker
 from megatron_dagger.driver.environments import open_environment
@@ -112,8 +112,7 @@ def make_teacher(
 ) -> tuple[Policy, Score | None]:
     """Return the teacher, and the function that scores the student's tokens with it (None unless configured).
 
-    The teacher is the environment's own expert or a language model behind endpoints. The endpoints may change from
-    job to job, so the environment variable TEACHER_URLS overrides the settings. Raises ConfigError if there is no
+    The teacher is the environment's own expert or a language model behind endpoints. Raises ConfigError if there is no
     teacher.
     """
     if not config.teacher.urls:
@@ -127,12 +126,20 @@ def make_teacher(
 
     cache = ResponseCache(run_dir / "teacher")
     stack.callback(cache.close)
-    urls = tuple(os.environ.get(TEACHER_URLS, "").split())
-    teacher = replace(config.teacher, urls=urls) if urls else config.teacher
+    teacher = teacher_config(config)
     pool = stack.enter_context(EndpointPool(teacher, cache))
     policy = EndpointPolicy(teacher, pool, cache, read=environment.read, encode=renderer.action)
     scores = TeacherScores(teacher, pool, cache, decode=renderer.text)
     return policy, scores.score if config.teacher.score_student_turns else None
+
+
+def teacher_config(config: RunConfig) -> TeacherConfig:
+    """Return the teacher's settings, with the addresses of the environment variable TEACHER_URLS if it is set.
+
+    Addresses may change from job to job.
+    """
+    urls = tuple(os.environ.get(TEACHER_URLS, "").split())
+    return replace(config.teacher, urls=urls) if urls else config.teacher
 
 
 def prepare_student(config: RunConfig, run_dir: Path, environment: Environment) -> Path:

@@ -97,7 +97,7 @@ def cluster():
 def batch_environment(cache, tmp_path_factory):
     """Environment variables for jobs: VENV with our command line, and addresses for two nodes that are one host.
 
-    Our command line first runs the shell code of the variable BEFORE_STEP.
+    Our command line first runs the shell code of the variable BEFORE_STEP. Nodes are examined with DOCTOR=yes only.
     """
     from tests.integration.slurm_runs import ROOT
     from tests.integration.tiny_run import environment
@@ -108,7 +108,7 @@ def batch_environment(cache, tmp_path_factory):
     script.write_text(f'#!/bin/sh\neval "$BEFORE_STEP"\nexec {sys.executable} -m megatron_dagger.cli.main "$@"\n')
     script.chmod(0o755)
     network = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    return {**environment(cache), "VENV": str(folder), "PYTHONPATH": str(ROOT), **network}
+    return {**environment(cache), "VENV": str(folder), "PYTHONPATH": str(ROOT), "DOCTOR": "no", **network}
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_a_two_node_run_with_a_slow_worker_survives_a_dead_node_and_preemption(
     processors = tmp_path / "processors"
     slow = f'[ "$1 $SLURM_PROCID" != "rollout 1" ] || sleep {3 * WAIT_S}'
     before = f"env -u OMP_NUM_THREADS nproc >>{processors}; {slow}"
-    variables = {**batch_environment, "BEFORE_STEP": before}
+    variables = {**batch_environment, "BEFORE_STEP": before, "DOCTOR": "yes"}
     run = Run(cluster, tmp_path, variables, "slurm/multi_node.sbatch", "dagger.evaluate_rounds=last")
 
     # A node does not start: the job fails and names it, and the next job waits for the node.
@@ -179,5 +179,7 @@ def test_a_two_node_run_with_a_slow_worker_survives_a_dead_node_and_preemption(
         assert "2/2 episodes" in (run.path / f"logs/worker-{number}.log").read_text()
         assert f"job {run.job} on n{number + 1}" in text
     assert set(processors.read_text().split()) == {str(len(os.sched_getaffinity(0)))}, "a step has all processors"
+    assert "ok       ranks          2 on 2 nodes by gloo" in run.log.read_text(), "the nodes were examined first"
+    assert not list(tmp_path.glob(f".doctor-{run.job}-*"))
     assert (run.path / "report.html").exists()
     assert not (run.path / "rounds/0002").exists(), "dagger.rounds=1 means rounds 0 and 1"

@@ -27,76 +27,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_dagger.config import RepoRepairConfig, RunConfig, dump_yaml
+from megatron_dagger.config import dump_yaml
 from megatron_dagger.dagger.context import round_dir
-from megatron_dagger.driver.run_dir import cache_dir, create_run
-from megatron_dagger.envs.repo_repair.taskset import prepare_tasks
-from megatron_dagger.envs.repo_repair.testing import repair_sandbox
 from megatron_dagger.observability.logs import DRIVER, log_file
 from megatron_dagger.observability.metrics import STAGES, read_lines, read_metrics
-from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.rundir import MANIFESTS
-from megatron_dagger.recipes import find_recipe
-from megatron_dagger.sandbox.local import SandboxPool
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.store.atomic import read_json
 from tools.virtual_slurm.cluster import SlurmCluster
 from tools.virtual_slurm.packages import SlurmError, install
-from tools.virtual_slurm.settings import adapt_to_cluster
+from tools.virtual_slurm.runs import DEADLINE_S, SlurmRuns, make_tasks, tiny_config
 
-ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 900.0
 ROUNDS = (0, 1)
-TASKS = RepoRepairConfig(
-    source="stdlib",
-    train_packages=("textwrap", "graphlib"),
-    heldout_packages=("colorsys",),
-    train_tasks=8,
-    heldout_tasks=3,
-)
 
 
-def tiny_config() -> RunConfig:
-    """Return two rounds of the quickstart on a few tasks, trained by two ranks."""
-    recipe = find_recipe("quickstart")()
-    training = replace(
-        recipe.training,
-        parallel=replace(recipe.training.parallel, world_size=2, tensor_model_parallel_size=1),
-        max_steps=20,
-    )
-    dagger = replace(recipe.dagger, rounds=ROUNDS[-1], sft_tasks=4, tasks_per_round=4, evaluation_tasks=3)
-    return replace(recipe, repo_repair=TASKS, training=training, dagger=dagger)
-
-
-class Bench:
-    """A cluster, a folder for the runs, and the environment variables of their jobs."""
-
-    def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
-        self.cluster, self.folder = cluster, folder
-        program = folder / "bin" / "megatron-dagger"
-        program.parent.mkdir()
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m megatron_dagger.cli.main "$@"\n')
-        program.chmod(0o755)
-        self.environment = {
-            "VENV": str(folder),
-            "PYTHONPATH": str(ROOT),
-            "MEGATRON_DAGGER_CACHE": str(cache_dir()),
-            "SERVE": "sleep infinity",
-            "MASTER_ADDR": "127.0.0.1",  # the nodes' names are this host's only
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
-
-    def submit(self, name: str, file: str = "single_node.sbatch", *argv: str) -> tuple[str, Path]:
-        """Submit the whole run ``name`` with further arguments ``argv``; return its job and its directory."""
-        run = self.folder / name
-        create_run(tiny_config(), run)
-        options = (f"--chdir={ROOT}", f"--output={run}.log")
-        script = adapt_to_cluster(ROOT / "slurm" / file, self.folder)
-        return self.cluster.submit(*options, str(script), str(run), *argv, env=self.environment), run
+class Bench(SlurmRuns):
+    """The measured runs."""
 
     def by_stages(self) -> dict[str, Any]:
         """Measure the job that runs stage by stage, undisturbed."""
@@ -119,17 +68,17 @@ class Bench:
         values = {"two_rounds_s": wall, "idle_share": idle / wall, **{f"{k}_s": v for k, v in items.items()}}
         return {f"resident_{name}": value for name, value in values.items()}
 
-    def _undisturbed(self, name: str, *submitted: str) -> tuple[float, float, float, Path]:
+    def _undisturbed(self, name: str, file: str = "single_node.sbatch", *argv: str) -> tuple[float, float, float, Path]:
         """Run a job to its end; return its seconds, its idle seconds, the time of submission, and the run."""
         began = time.time()
-        job, run = self.submit(name, *submitted)
-        self.cluster.wait_for(job, "COMPLETED", deadline_s=DEADLINE_S)
+        job, run = self.submit(name, file, *argv)
+        self.finish(job)
         wall = time.time() - began
         return wall, wall - covered_seconds(stage_spans(run)) + engine_seconds(run), began, run
 
     def preempted(self) -> dict[str, Any]:
         """Measure how long a preemption takes, until the nodes are free and until the run trains again."""
-        job, run = self.submit("preempted")
+        job, run = self.submit("preempted", "single_node.sbatch")
         steps = run / "rounds/0000/train/metrics.jsonl"
         self._wait(lambda: len(read_lines(steps)) >= 3, "three steps", job)
         began = time.monotonic()
@@ -140,7 +89,7 @@ class Bench:
         saved = len(read_lines(steps))
         self._wait(lambda: len(read_lines(steps)) > saved, "the next step", job)
         productive = time.monotonic() - began
-        self.cluster.wait_for(job, "COMPLETED", deadline_s=DEADLINE_S)
+        self.finish(job)
         return {"preempt_to_productive_s": productive, "preempt_to_free_nodes_s": freed}
 
     def compare(self) -> dict[str, int]:
@@ -201,19 +150,13 @@ def seconds_by_item(run: Path, submitted: float) -> dict[str, float]:
     }
 
 
-def prepare(config: RunConfig) -> None:
-    """Make the tasks, so that every run finds them in the cache."""
-    with SandboxPool(repair_sandbox) as pool:
-        prepare_tasks(config.repo_repair, config.seed, cache_dir(), pool, track)
-
-
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the jobs and the cluster, and removes the folder
     try:
         install()
-        prepare(tiny_config())
+        make_tasks(tiny_config())
         with tempfile.TemporaryDirectory(prefix="bench-slurm-") as folder, SlurmCluster() as cluster:
             bench = Bench(cluster, Path(folder))
             result = {**bench.by_stages(), **bench.resident(), **bench.preempted(), **bench.compare()}

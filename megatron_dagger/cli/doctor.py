@@ -1,0 +1,134 @@
+"""Examine this machine for a recipe or a run: what will not work, and the way out.
+
+  megatron-dagger doctor qwen3_8b_swegym_8h100
+  megatron-dagger doctor runs/mine --skip teacher --json
+  megatron-dagger doctor runs/mine --recipe quickstart dagger.rounds=5     as run is called: a run not yet created
+
+It takes two minutes at most and leaves nothing behind. The sbatch files run it first, on every node of the job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dagger.cli.arguments import recipe_config, recipe_or_run
+from megatron_dagger.config import ConfigError, RunConfig, override
+from megatron_dagger.driver.preemption import stop_on_signals
+
+if TYPE_CHECKING:
+    from megatron_dagger.driver.doctor import Finding
+
+CHECK_DEADLINE_S = 60.0
+LONG_DEADLINES_S = {"ranks": 110.0, "sandbox": 110.0}  # starting processes on all nodes; pulling an image
+SHARED_WAIT_S = 30.0  # until another node has made the folder that they share
+STALE_S = 600.0  # older folders are those of killed processes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", metavar="NAME", help="the recipe, if the run does not exist yet")
+    parser.add_argument(
+        "subject", nargs="*", metavar="RECIPE|RUN|NAME=VALUE", help="a recipe or a run directory; settings"
+    )
+    parser.add_argument("--skip", metavar="CHECK,...", default="", help="checks to leave out, such as teacher")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    for option in ("--take-over", "--dry-run"):  # of run, whose arguments a job passes on
+        parser.add_argument(option, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--gpu", help=argparse.SUPPRESS)
+
+
+@stop_on_signals()
+def main(arguments: argparse.Namespace) -> int:
+    """Return 0 if no check found a problem, else 1."""
+    from megatron_dagger.driver.doctor import CHECKS, Examination, examine
+    from megatron_dagger.driver.doctor.checks import FIRST_NODE_ONLY
+    from megatron_dagger.driver.run_dir import cache_dir
+    from megatron_dagger.training.ranks.launch import node_rank
+
+    name, run_dir, config = _subject(arguments)
+    skip = set(filter(None, arguments.skip.split(",")))
+    if unknown := sorted(skip - CHECKS.keys()):
+        raise ConfigError(f"--skip {','.join(unknown)}: choose from {', '.join(CHECKS)}")
+    node = node_rank(config.training.parallel)
+    skip |= FIRST_NODE_ONLY if node else set()
+    findings: dict[str, Finding] = {}
+    with ExitStack() as stack:
+        examination = Examination(
+            config=config,
+            run_dir=run_dir,
+            work_dir=_work_dir(run_dir, node, stack),
+            cache_dir=cache_dir(),
+            stack=stack,
+            node=node,
+        )
+        for check, function in CHECKS.items():
+            if check in skip:
+                continue
+            deadline_s = LONG_DEADLINES_S.get(check, CHECK_DEADLINE_S)
+            findings[check] = examine(examination, check, function, deadline_s=deadline_s)
+            if not arguments.json:
+                _print(check, findings[check], prefix=f"{socket.gethostname()}: " if node else "")
+    problems, host = examination.problems, socket.gethostname()
+    if arguments.json:
+        checks = {check: asdict(finding) for check, finding in findings.items()}
+        print(json.dumps({"subject": name, "host": host, "ok": not problems, "checks": checks}, indent=1))
+    elif problems:
+        sys.stderr.write(f"error: {name} will not work on {host}: {', '.join(problems)}\n")
+    sys.stdout.flush()
+    if examination.hanging:
+        os._exit(1)  # not even threads of its own keep this process
+    return int(bool(problems))
+
+
+def _subject(arguments: argparse.Namespace) -> tuple[str, Path, RunConfig]:
+    """Return the subject's name, its run directory, and its config."""
+    from megatron_dagger.driver.run_dir import CONFIG
+
+    names = [word for word in arguments.subject if "=" not in word]
+    if arguments.recipe and len(names) == 1 and not Path(names[0], CONFIG).is_file():
+        settings = [word for word in arguments.subject if "=" in word]
+        return names[0], Path(names[0]), override(recipe_config(arguments.recipe), settings)
+    recipe = arguments.recipe if not names else None  # of an existing run its own settings count
+    name, config = recipe_or_run(arguments.subject, recipe)
+    is_run = Path(name, CONFIG).is_file()
+    return name, Path(name) if is_run else Path("runs", name), config
+
+
+def _work_dir(run_dir: Path, node: int, stack: ExitStack) -> Path:
+    """Return a folder beside the run that the nodes of a job share; the first node makes and removes it."""
+    from megatron_dagger.driver.doctor.machine import existing_parent
+
+    parent = existing_parent(run_dir.resolve().parent)
+    for stale in parent.glob(".doctor-*"):
+        if time.time() - stale.stat().st_mtime > STALE_S:
+            shutil.rmtree(stale, ignore_errors=True)
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".doctor-", dir=parent)))
+    folder = parent / f".doctor-{job}-{os.environ.get('SLURM_STEP_ID', '0')}"
+    if node == 0:
+        folder.mkdir()
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        return folder
+    end = time.monotonic() + SHARED_WAIT_S
+    while not folder.exists():
+        if time.monotonic() > end:
+            raise ConfigError(f"{parent} is not shared: this node does not see {folder.name}, which the first one made")
+        time.sleep(0.2)
+    return folder
+
+
+def _print(check: str, finding: Finding, *, prefix: str) -> None:
+    print(f"{prefix}{finding.status:8} {check.replace('_', ' '):14} {finding.text}", flush=True)
+    if finding.advice:
+        print(f"{prefix}{'':24}-> {finding.advice}", flush=True)

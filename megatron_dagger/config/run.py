@@ -62,7 +62,7 @@ BETWEEN_ROUNDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a run depends on. The same config and seed give the same run."""
+    """Everything a run depends on. On the CPU the same config and seed give the same run."""
 
     RENAMED: ClassVar = {"tasks": "repo_repair"}
 

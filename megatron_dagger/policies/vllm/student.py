@@ -96,7 +96,7 @@ class VllmStudent:
         return SampledStudent(student=self, sampling=sampling)
 
     async def sample(self, state: State, sampling: SamplingConfig) -> Action:
-        """Sample one turn. The same state, seed and weights give the same tokens, whatever else is being served.
+        """Sample one turn. On the CPU the same state, seed and weights give the same tokens, whatever is being served.
 
         A turn ends with the end-of-turn token, or without one after ``sampling.max_tokens`` tokens or when the
         conversation reaches ``max_model_len``. Log-probs are the model's own (temperature 1, no top-p).

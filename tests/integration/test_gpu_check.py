@@ -12,7 +12,7 @@ from megatron_dagger.config.trainer_support import check_supported
 from tools.check import gpu, gpu_cases
 
 BROKEN = "speed-nosuch"
-CHECKS = ("attention", BROKEN, "bridge", "curve-bf16_recompute", "speed-bf16_separate")
+CHECKS = ("attention", BROKEN, "bridge", "ranks", "serve-bf16", "curve-bf16_recompute", "speed-bf16_separate")
 
 
 @pytest.mark.slow
@@ -21,12 +21,14 @@ def test_a_dry_run_runs_every_kind_of_check_and_a_failure_does_not_stop_the_othe
     monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--checks", ",".join(CHECKS)])
     assert gpu.main() == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:6]] == [*CHECKS], "in the order of CHECKS"
+    assert [line.split()[0] for line in lines[1:8]] == [*CHECKS], "in the order of CHECKS"
     result = json.loads(lines[-1].removeprefix("RESULT "))
     assert (result["failed"], result["not_run"]) == ([BROKEN], [])
     assert result["checks"][BROKEN]["error"] == "KeyError: 'nosuch'"
     assert 0 < result["checks"]["curve-bf16_recompute"]["difference"] < 0.02
     assert result["checks"]["bridge"]["gb_per_s"] > 0
+    assert result["checks"]["ranks"]["ranks"] == 2
+    assert result["checks"]["serve-bf16"]["load_in_place_s"] > 0
 
 
 def test_the_sizes_are_unchanged_after_json():

@@ -3,6 +3,9 @@
 - attention: output and gradients of attention by compiled block masks, against attention without them.
 - bridge: all weights of a model through CUDA IPC to another process, compared; the transfer's rate against a copy in
   memory, and the rate of the digests.
+- ranks: a rank on each GPU, which add up by NCCL.
+- serve-*: vLLM serves the checkpoints that a trainer wrote in BF16 and FP8, with CUDA graphs, and takes the next
+  weights in place; digests and canary are compared.
 - curve-*: a small model trained by the trainer of real runs in fp32, BF16, FP8 and with their options, saved and
   resumed; its losses against those in fp32 on the CPU, from the same seed on the same rows.
 - speed-*: a model of Qwen3's shape: tokens per second, the share of the GPU's peak (model FLOPs without recomputation),
@@ -13,6 +16,7 @@ run. It needs Transformer Engine.
 
     .venv/bin/python -m tools.check.gpu                          all checks
     .venv/bin/python -m tools.check.gpu --checks attention,bridge
+    .venv/bin/python -m tools.check.gpu --model 4b-64k --checks speed-bf16,speed-bf16_separate
     .venv/bin/python -m tools.check.gpu --dry-run                the same code on the CPU with tiny models, a minute
 
 Each check prints a line when it ends. The last line is ``RESULT {json}``; the exit code is 1 if a check failed.
@@ -42,7 +46,7 @@ from tools.check.gpu_worker import POISONED
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTENTION_LIMIT = 0.02  # relative to the largest value, in BF16
-NAMES = ["attention", "bridge", *(f"curve-{name}" for name in VARIANTS)]
+NAMES = ["attention", "bridge", "ranks", "serve-bf16", "serve-fp8_tensorwise", *(f"curve-{name}" for name in VARIANTS)]
 NAMES += [f"speed-{name}" for name, variant in VARIANTS.items() if variant.speed]
 
 
@@ -142,7 +146,12 @@ class Worker:
     def __init__(self, folder: Path, names: Iterable[str], *, cpu: bool) -> None:
         names = list(names)
         self._log = folder / f"{names[0]}.log"
-        environment = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        environment = {
+            **os.environ,
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+            "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1",
+        }
         environment.pop("TORCHDYNAMO_DISABLE", None)  # it would keep FlexAttention from being compiled
         if cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""

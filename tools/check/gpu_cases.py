@@ -124,6 +124,7 @@ SIZES = {
 SIZES["4b"] = replace(  # with these settings it fits 80 GB, according to the planner
     SIZES["1.7b"], large=QWEN3_4B, large_settings={"recompute": "full", "optimizer": {"moments": "bf16"}}
 )
+SIZES["4b-64k"] = replace(SIZES["4b"], large_tokens=65_536, timed_steps=2, attention_tokens=65_536)
 TINY = replace(SMALL, num_layers=2, hidden_size=64, ffn_hidden_size=64, num_query_groups=2, kv_channels=32)
 DRY = replace(
     SIZES["1.7b"],

@@ -155,6 +155,20 @@ def attention(sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def ranks(folder: Path) -> dict[str, Any]:
+    """Let a rank on each GPU add up by NCCL (on the CPU two, by gloo), started as a training starts them."""
+    import torch
+
+    from megatron_dagger.config import ParallelConfig, to_dict
+    from megatron_dagger.driver.doctor.ranks import PROGRAM
+    from megatron_dagger.training.ranks.launch import launch
+
+    parallel = ParallelConfig(world_size=torch.cuda.device_count() or 2)
+    launch([PROGRAM, json.dumps(to_dict(parallel)), str(folder)], parallel, folder / "ranks", 120.0)
+    answer: dict[str, Any] = json.loads((folder / "answer.json").read_text())
+    return {"ranks": parallel.world_size, "gib_per_s": answer["gib_per_s"]}
+
+
 def _graphs() -> int:
     from torch._dynamo.utils import counters
 
@@ -185,6 +199,12 @@ def run(folder: Path, name: str, sizes: Sizes) -> dict[str, Any]:
         from tools.check import gpu_weights
 
         return gpu_weights.check(folder, sizes.large)
+    if kind == "serve":
+        from tools.check import gpu_serve
+
+        return gpu_serve.check(folder, VARIANTS[rest], sizes)
+    if kind == "ranks":
+        return ranks(folder)
     if kind == "speed":
         return speed(VARIANTS[rest], sizes)
     return curve(folder, name, REFERENCES[name] if kind == "reference" else VARIANTS[rest], sizes)

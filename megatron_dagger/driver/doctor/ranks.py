@@ -19,6 +19,7 @@ from megatron_dagger.driver.doctor.machine import needs_gpus
 from megatron_dagger.gpus import visible_gpus
 from megatron_dagger.store.lock import LockedError, flocked
 
+PROGRAM = "megatron_dagger.driver.doctor.ranks"  # this module, as each rank runs it
 LAUNCH_DEADLINE_S = 100.0
 COLLECTIVE_TIMEOUT_S = 60.0
 GPU_BYTES, CPU_BYTES = 256 << 20, 8 << 20  # of the sum that is timed
@@ -36,7 +37,7 @@ def ranks(examination: Examination) -> Finding:
         return skipped(f"needs a job of {parallel.nodes} nodes, with MASTER_ADDR and MASTER_PORT")
     folder = examination.work_dir / "ranks"
     folder.mkdir(exist_ok=True)
-    program = ["megatron_dagger.driver.doctor.ranks", json.dumps(to_dict(parallel)), str(folder)]
+    program = [PROGRAM, json.dumps(to_dict(parallel)), str(folder)]
     logs = folder / f"logs-{examination.node}"
     try:
         launch(program, parallel, logs, LAUNCH_DEADLINE_S)

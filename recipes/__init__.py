@@ -22,14 +22,16 @@ from megatron_dagger.recipes.qwen3 import (
     qwen3_8b_swegym_8h100,
     qwen3_30b_a3b_swegym_4x8h100,
 )
+from megatron_dagger.recipes.short_repair import short_repair
 from megatron_dagger.recipes.smollm2 import smollm2_135m_repair_1gpu
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     recipe.__name__: recipe
     for recipe in (
         quickstart,
-        positive_control,
+        short_repair,
         long_repair,
+        positive_control,
         smollm2_135m_repair_1gpu,
         qwen3_4b_swegym_8h100,
         qwen3_8b_swegym_8h100,

@@ -1,68 +1,31 @@
-"""The whole method in minutes on two CPU cores: a small Qwen3 learns to repair real packages."""
+"""The whole method in minutes on two CPU cores: a small Qwen3 learns to repair packages, and to recover from errors.
+
+Three in ten comments on a mistake name only the rule that it breaks, which no student of this size knows by heart: it
+must guess, see from the longer comment that the guess was wrong, and take it back. The teacher never guesses wrong, so
+its episodes show none of that. ``tools/quickstart`` also runs the SFT arm (tools/study/sft_arm.py).
+"""
 
 from __future__ import annotations
 
-from megatron_dagger.config import (
-    BetaConfig,
-    DaggerConfig,
-    LimitsConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    RepoRepairConfig,
-    RolloutConfig,
-    RunConfig,
-    SamplingConfig,
-    TrainingConfig,
-    VllmEngineConfig,
-)
+from dataclasses import replace
 
-TOKENS = 2048
+from megatron_dagger.config import RunConfig, override
+from megatron_dagger.recipes.long_repair import long_repair
+
+BUGS = 2
+TRAIN_PACKAGES = ("boltons", "cachetools", "humanize", "parse", "toolz", "voluptuous")
 
 
 def quickstart() -> RunConfig:
-    """A 0.5M-parameter Qwen3 repairs pure-Python packages; CPU, TP2 x PP2, minutes."""
-    return RunConfig(
-        name="quickstart",
-        repo_repair=RepoRepairConfig(
-            train_packages=("boltons", "deepmerge", "humanize", "munch", "parse", "toolz", "webcolors"),
-            heldout_packages=("inflection", "jsonpointer", "pytimeparse", "roman", "schema", "unidiff"),
-            train_tasks=96,
-            heldout_tasks=40,
-        ),
-        model=ModelConfig(
-            num_layers=2,
-            hidden_size=128,
-            ffn_hidden_size=256,
-            num_attention_heads=4,
-            num_query_groups=4,
-            kv_channels=32,
-            vocab_size=1024,
-            max_position_embeddings=TOKENS,
-            rotary_base=10_000,
-            init_std=0.07,  # near 1 / sqrt(hidden_size); with 0.02 a model this narrow learns half as fast
-        ),
-        training=TrainingConfig(
-            parallel=ParallelConfig(world_size=4, tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
-            optimizer=OptimizerConfig(lr=3e-3, warmup_steps=10, weight_decay=0.1),
-            epochs=8,
-            max_steps=140,
-            sequence_length=TOKENS,
-            packing="shared_prefix",
-            global_batch_tokens=2 * TOKENS,
-        ),
-        rollout=RolloutConfig(
-            sampling=SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=24),
-            engine=VllmEngineConfig(max_model_len=TOKENS, max_num_seqs=64, kv_cache_memory_mib=128),
-            limits=LimitsConfig(max_turns=48, max_tokens=TOKENS),
-            concurrent_episodes=12,
-        ),
-        evaluation_sampling=SamplingConfig(temperature=0.0, top_p=1.0, max_tokens=24),
-        dagger=DaggerConfig(
-            rounds=2,
-            sft_tasks=52,
-            tasks_per_round=44,
-            beta=BetaConfig(schedule="linear", start=0.3, decay=0.2),
-            evaluation_tasks=40,
-        ),
-    )
+    """A 0.5M-parameter Qwen3 makes two repairs in a row in pure-Python packages; one CPU process, minutes."""
+    recipe = long_repair(BUGS)
+    repairs = replace(recipe.repo_repair, terse=0.3, train_packages=TRAIN_PACKAGES, train_tasks=160, heldout_tasks=40)
+    settings = [
+        "dagger.sft_tasks=160",
+        "dagger.tasks_per_round=48",
+        "dagger.aggregation.max_sft_labels=2000",
+        "dagger.aggregation.max_labels_per_round=600",
+        "training.max_sft_steps=600",
+        "training.max_steps=150",
+    ]
+    return override(replace(recipe, name="quickstart", repo_repair=repairs), settings)

@@ -36,8 +36,8 @@ pytestmark = [
 
 
 def launch(folder, environment, *arguments, expected=0):
-    """Launch a quickstart run and return the launcher's output."""
-    command = ["-m", "megatron_dagger.launch", "--yes", "config=quickstart", "directory=run", *arguments]
+    """Launch a run and return the launcher's output."""
+    command = ["-m", "megatron_dagger.launch", "--yes", "config=short_repair", "directory=run", *arguments]
     settings = (f"config.{setting}" for setting in SETTINGS)
     return run_python(folder, *command, *settings, environment=environment, expected=expected, timeout=500)
 
@@ -60,10 +60,10 @@ def test_a_round_of_jobs_on_slurm_and_one_that_fails(cluster, cache, tmp_path):
         assert "1/1 episodes" in (run / f"logs/worker-{number}.log").read_text()
     assert " on n1" in status(run)
     experiment = (PYTHON.with_name("nemo"), "experiment")
-    output = run_python(tmp_path, *experiment, "status", "quickstart", environment=environment)
+    output = run_python(tmp_path, *experiment, "status", "short_repair", environment=environment)
     assert output.count("Status: SUCCEEDED") == 4, output
     assert "round 0 collect: 1/1 episodes" in run_python(
-        tmp_path, *experiment, "logs", "quickstart", "0", environment=environment
+        tmp_path, *experiment, "logs", "short_repair", "0", environment=environment
     )
 
     output = launch(tmp_path, environment, *SLURM, program("false"), "run.executor.retries=0", expected=1)

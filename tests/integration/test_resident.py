@@ -11,7 +11,7 @@ import pytest
 
 from megatron_dagger.config import override
 from megatron_dagger.driver.run_dir import create_run
-from megatron_dagger.recipes.quickstart import quickstart
+from megatron_dagger.recipes.short_repair import short_repair
 from tests.integration.tiny_run import (
     DEADLINE_S,
     SETTINGS,
@@ -41,7 +41,7 @@ def started(run, log, environment, command, *options):
 def test_weights_come_from_the_trainers_memory_in_all_rounds_and_a_killed_worker_resumes(undisturbed, cache, tmp_path):
     run, env = tmp_path / "run", {**environment(cache), "GLOO_SOCKET_IFNAME": "lo"}
     logs = {name: tmp_path / f"{name}.log" for name in ("trainer", "first", "second")}
-    create_run(override(quickstart(), SETTINGS), run)
+    create_run(override(short_repair(), SETTINGS), run)
 
     def wait(condition, *processes):
         deadline = time.monotonic() + DEADLINE_S

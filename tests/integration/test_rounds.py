@@ -16,7 +16,7 @@ from megatron_dagger.config import override
 from megatron_dagger.driver.context import TEACHER_URLS
 from megatron_dagger.driver.run_dir import create_run
 from megatron_dagger.evaluation.drift import states_off_path
-from megatron_dagger.recipes.quickstart import quickstart
+from megatron_dagger.recipes.short_repair import short_repair
 from megatron_dagger.store.aggregated import DataStore
 from tests.integration.tiny_run import (
     DEADLINE_S,
@@ -173,7 +173,7 @@ def test_a_teacher_endpoint_gives_the_same_round_as_the_expert(undisturbed, cach
     stage = [sys.executable, "-m", "megatron_dagger.cli.main", "rollout", str(run), "--round", "0"]
     with chat_server(expert) as server:
         settings = [*SETTINGS, "teacher.urls=[http://localhost:9/v1]", "teacher.model=expert"]
-        create_run(override(quickstart(), settings), run)
+        create_run(override(short_repair(), settings), run)
         done = subprocess.run(
             stage,
             env=environment(cache) | {TEACHER_URLS: server.url},

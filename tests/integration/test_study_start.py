@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 def test_a_run_that_continues_from_anothers_round_0_ends_the_same(undisturbed, cache, tmp_path):
     run = undisturbed.parent / tmp_path.name
-    start_from(undisturbed, Shared(trained=1, collected=1, references=True), run, "quickstart", SETTINGS)
+    start_from(undisturbed, Shared(trained=1, collected=1, references=True), run, "short_repair", SETTINGS)
     done = subprocess.run(
         command(run), env=environment(cache), capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )

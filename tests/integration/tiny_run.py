@@ -41,7 +41,7 @@ SETTINGS = [
     "dagger.tasks_per_round=4",
     "dagger.evaluation_tasks=3",
 ]
-ARGUMENTS = ["--recipe", "quickstart", *SETTINGS]
+ARGUMENTS = ["--recipe", "short_repair", *SETTINGS]
 DEADLINE_S = 400
 
 

@@ -246,8 +246,8 @@ async def prepare(config: RunConfig, run_dir: Path) -> None:
 
 
 def small_config(tasks: str) -> RunConfig:
-    """Return the quickstart recipe with round 0 only. Its student already behaves like a trained one."""
-    recipe = find_recipe("quickstart")()
+    """Return the recipe short_repair with round 0 only. Its student already behaves like a trained one."""
+    recipe = find_recipe("short_repair")()
     packages = (
         recipe.repo_repair
         if tasks == "packages"

@@ -1,6 +1,6 @@
 """Run a call of the command line in a prepared directory and compare its outcome with what is expected.
 
-The directory has a run, ``q``: the quickstart recipe with two rounds, of which round 1 is trained.
+The directory has a run, ``q``: the recipe short_repair with two rounds, of which round 1 is trained.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _directory() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            _call(("create", "q", "--recipe", "quickstart", "dagger.rounds=2"))
+            _call(("create", "q", "--recipe", "short_repair", "dagger.rounds=2"))
             train = Path("q/rounds/0001/train")
             train.mkdir(parents=True)
             (train / "manifest.json").write_text("{}")

@@ -30,7 +30,7 @@ COMMAND_CASES = (
     Case(
         name="no episodes yet",
         argv=("show", "m"),
-        before=(("create", "m", "--recipe", "quickstart"),),
+        before=(("create", "m", "--recipe", "short_repair"),),
         code=2,
         says=("m has no collected episodes yet",),
     ),
@@ -38,7 +38,7 @@ COMMAND_CASES = (
     Case(
         name="no evaluation yet",
         argv=("export", "m", "--out", "x", "--evaluation"),
-        before=(("create", "m", "--recipe", "quickstart"),),
+        before=(("create", "m", "--recipe", "short_repair"),),
         code=2,
         says=("m has no evaluated episodes yet",),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tools.check.cli_case import Case, right, wrong
 
-NEW_RUN = ("run", "n", "--recipe", "quickstart")
+NEW_RUN = ("run", "n", "--recipe", "short_repair")
 CONTEXT_PARALLEL = ("training.parallel.context_parallel_size=2", "training.parallel.world_size=8")
 SWE = ("swe.train=rows.jsonl", "swe.heldout=rows.jsonl", "teacher.urls=[http://x/v1]", "teacher.model=m")
 
@@ -25,8 +25,8 @@ RUN_CASES = (
     ),
     Case(
         name="a run without an episode can be created again with other settings",
-        argv=("create", "m", "--recipe", "quickstart", "seed=2"),
-        before=(("create", "m", "--recipe", "quickstart", "seed=1"),),
+        argv=("create", "m", "--recipe", "short_repair", "seed=2"),
+        before=(("create", "m", "--recipe", "short_repair", "seed=1"),),
         code=0,
         says=("0 1 2",),
     ),
@@ -68,7 +68,7 @@ RUN_CASES = (
     ),
     wrong(
         "a checkpoint of another model is refused",
-        ("create", "n", "--recipe", "quickstart", "init_checkpoint=checkpoint"),
+        ("create", "n", "--recipe", "short_repair", "init_checkpoint=checkpoint"),
         "is of another model: model.num_layers=36, not ",
         absent=("n",),
     ),
@@ -82,7 +82,7 @@ RUN_CASES = (
     # one way to name a recipe, and the usage of the right command
     right("plan takes --recipe", ("plan", "--recipe", "qwen3_8b_swegym_8h100"), "turns/s"),
     right("plan takes a run directory", ("plan", "q"), "note: q trains in fp32"),
-    wrong("two recipes are refused", ("plan", "quickstart", "--recipe", "quickstart"), "name one recipe"),
+    wrong("two recipes are refused", ("plan", "quickstart", "--recipe", "short_repair"), "name one recipe"),
     wrong(
         "a recipe in place of a run is explained",
         ("run", "quickstart"),
@@ -138,29 +138,29 @@ RUN_CASES = (
     ),
     Case(
         name="an old script runs on after the rounds were raised",
-        argv=("create", "q", "--recipe", "quickstart", "dagger.rounds=2"),
+        argv=("create", "q", "--recipe", "short_repair", "dagger.rounds=2"),
         before=(("create", "q", "dagger.rounds=4"),),
         code=0,
         settings=("  rounds: 4",),
     ),
     Case(
         name="a group of settings changes an existing run",
-        argv=("create", "q", "--recipe", "quickstart", "dagger={rounds: 4}"),
+        argv=("create", "q", "--recipe", "short_repair", "dagger={rounds: 4}"),
         code=0,
         settings=("  rounds: 4",),
     ),
     wrong("rounds cannot be lowered", ("create", "q", "dagger.rounds=1"), "dagger.rounds"),
     Case(
         name="a changed budget of a repeated command wins",
-        argv=("create", "q", "--recipe", "quickstart", "teacher.token_budget=9"),
+        argv=("create", "q", "--recipe", "short_repair", "teacher.token_budget=9"),
         code=0,
         settings=("  token_budget: 9",),
     ),
     Case(
         name="an old script does not lower a raised budget",
-        argv=("create", "b", "--recipe", "quickstart", "teacher.token_budget=5"),
+        argv=("create", "b", "--recipe", "short_repair", "teacher.token_budget=5"),
         before=(
-            ("create", "b", "--recipe", "quickstart", "teacher.token_budget=5"),
+            ("create", "b", "--recipe", "short_repair", "teacher.token_budget=5"),
             ("create", "b", "teacher.token_budget=50"),
         ),
         code=0,
@@ -171,7 +171,7 @@ RUN_CASES = (
         name="another recipe for a run is refused in one line",
         argv=("run", "q", "--recipe", "smollm2_135m_repair_1gpu"),
         code=2,
-        says=("q was created by recipe quickstart and has other settings", "more)"),
+        says=("q was created by recipe short_repair and has other settings", "more)"),
     ),
     # rounds
     wrong("evaluate beyond the run", ("evaluate", "q", "--round", "7"), "round 7: this run has rounds 0 to 2"),
@@ -197,11 +197,13 @@ RUN_CASES = (
     ),
     right(
         "old names of settings are read",
-        ("create", "n", "--recipe", "quickstart", "--dry-run", "tasks.train_tasks=17"),
+        ("create", "n", "--recipe", "short_repair", "--dry-run", "tasks.train_tasks=17"),
         "train_tasks: 17",
     ),
     wrong(
-        "a mapping in place of a value", ("create", "n", "--recipe", "quickstart", "seed={a: 1}"), "seed: expected int"
+        "a mapping in place of a value",
+        ("create", "n", "--recipe", "short_repair", "seed={a: 1}"),
+        "seed: expected int",
     ),
     wrong("an unknown recipe", ("create", "n", "--recipe", "quikstart"), "did you mean quickstart?"),
     Case(

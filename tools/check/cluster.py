@@ -160,7 +160,7 @@ def _spread(episodes: list[LabelledEpisode], config: RunConfig, packing: Any) ->
 def doctor(runs: SlurmRuns) -> dict[str, Any]:
     """Time the doctor on a run that works here, and on a recipe that lacks everything."""
     seconds = []
-    for subject, code in ((runs.folder / "uneven", 0), ("qwen3_8b_swegym_8h100", 1)):
+    for subject, code in ((runs.folder / "alone", 0), ("qwen3_8b_swegym_8h100", 1)):
         began = time.monotonic()
         done = subprocess.run(
             [runs.folder / "bin/megatron-dagger", "doctor", subject, "swe.docker_url=unix:///nowhere.sock"],
@@ -169,8 +169,8 @@ def doctor(runs: SlurmRuns) -> dict[str, Any]:
         seconds.append(time.monotonic() - began)
         if done.returncode != code:
             raise RuntimeError(f"the doctor found {subject} to be other than it is")
-    if left := list(runs.folder.glob(".doctor*")):
-        raise RuntimeError(f"the doctor left {left}")
+    if remaining := list(runs.folder.glob(".doctor*")):
+        raise RuntimeError(f"the doctor did not remove {remaining}")
     return {"doctor_s": max(seconds)}
 
 

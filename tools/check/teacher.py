@@ -58,7 +58,7 @@ def main() -> int:
     arguments = parser.parse_args()
     heldout = arguments.tasks // 3
     tasks = RepoRepairConfig(train_tasks=arguments.tasks - heldout, heldout_tasks=heldout)
-    config = replace(find_recipe("quickstart")(), repo_repair=tasks)
+    config = replace(find_recipe("short_repair")(), repo_repair=tasks)
     with tempfile.TemporaryDirectory(prefix="check-teacher-") as folder:
         create_run(config, Path(folder))
         with open_run_context(config, Path(folder)) as context:

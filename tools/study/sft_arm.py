@@ -2,8 +2,7 @@
 
     .venv/bin/python -m tools.study.sft_arm runs/quickstart        writes runs/quickstart-sft; can be resumed
 
-It continues from the run's round 0, which both arms share, and evaluates its last round. ``tools.figures --sft`` draws
-both.
+It continues from the run's round 0, which both arms share. ``tools.figures --sft`` draws both.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tools.study.plan import ARMS
 from tools.study.runs import run_program
 from tools.study.shared import shared, start_from
 
-CHEAP = ("dagger.evaluate_rounds=last", "dagger.diagnose=false")
+CHEAP = ("dagger.diagnose=false",)
 
 
 def main() -> int:

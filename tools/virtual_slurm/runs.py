@@ -29,8 +29,8 @@ TASKS = RepoRepairConfig(
 
 
 def tiny_config() -> RunConfig:
-    """Return two rounds of the quickstart on a few tasks, trained by two ranks."""
-    recipe = find_recipe("quickstart")()
+    """Return two rounds of short_repair on a few tasks, trained by two ranks."""
+    recipe = find_recipe("short_repair")()
     training = replace(
         recipe.training,
         parallel=replace(recipe.training.parallel, world_size=2, tensor_model_parallel_size=1),

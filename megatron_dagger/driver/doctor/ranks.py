@@ -33,7 +33,7 @@ def ranks(examination: Examination) -> Finding:
     parallel = examination.config.training.parallel
     if needs_gpus(examination) and visible_gpus(os.environ) is None:
         return skipped("no GPU is visible on this host")
-    if parallel.nodes > 1 and "MASTER_ADDR" not in os.environ:
+    if parallel.nodes > 1 and not os.environ.keys() >= {"MASTER_ADDR", "MASTER_PORT"}:
         return skipped(f"needs a job of {parallel.nodes} nodes, with MASTER_ADDR and MASTER_PORT")
     folder = examination.work_dir / "ranks"
     folder.mkdir(exist_ok=True)

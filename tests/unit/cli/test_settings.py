@@ -24,7 +24,7 @@ SETTINGS = ["teacher.urls=[http://x/v1]", "teacher.model=m", "teacher.token_budg
 
 @pytest.fixture
 def run(tmp_path):
-    assert main(["create", str(tmp_path / "run"), "--recipe", "quickstart", *SETTINGS]) == 0
+    assert main(["create", str(tmp_path / "run"), "--recipe", "short_repair", *SETTINGS]) == 0
     return tmp_path / "run"
 
 
@@ -34,7 +34,7 @@ def test_a_budget_can_be_raised_and_the_original_command_does_not_lower_it(run, 
     assert load_run_config(run).teacher.token_budget == 5, "a dry run changes nothing"
     assert main(["create", str(run), "teacher.token_budget=50"]) == 0
     assert load_run_config(run).teacher.token_budget == 50
-    assert main(["create", str(run), "--recipe", "quickstart", *SETTINGS]) == 0
+    assert main(["create", str(run), "--recipe", "short_repair", *SETTINGS]) == 0
     assert load_run_config(run).teacher.token_budget == 50
 
 
@@ -46,7 +46,7 @@ def test_settings_that_results_depend_on_cannot_be_changed(run, capsys, setting)
         assert main(argv) == 2
         name = setting.partition("=")[0]
         assert f"error: {name}: an existing run's results depend on it" in capsys.readouterr().err
-    assert main(["create", str(run), "--recipe", "quickstart", *SETTINGS, setting]) == 2
+    assert main(["create", str(run), "--recipe", "short_repair", *SETTINGS, setting]) == 2
     assert f"other settings ({name})" in capsys.readouterr().err
     assert (run / "config.yaml").read_bytes() == before
 
@@ -82,7 +82,7 @@ def test_layout_and_memory_of_a_run_with_results_can_be_changed_and_are_recorded
 def test_a_job_says_which_nodes_it_has_however_often_it_changes(run):
     DataStore.create_or_open(run / "data.zarr").append([make_trajectory("task")])
     for nodes in (2, 1, 2, 4):
-        job = ["create", str(run), "--recipe", "quickstart", *SETTINGS, f"training.parallel.nodes={nodes}"]
+        job = ["create", str(run), "--recipe", "short_repair", *SETTINGS, f"training.parallel.nodes={nodes}"]
         assert main(job) == 0
         assert load_run_config(run).training.parallel.nodes == nodes
 
@@ -119,7 +119,7 @@ def test_the_error_for_a_spent_budget_suggests_raising_it_not_repeating_the_comm
 def test_a_run_without_an_episode_is_replaced_completely(run):
     for name in ("tasks", "student"):
         (run / name).mkdir()
-    assert main(["create", str(run), "--recipe", "quickstart", "seed=5"]) == 0
+    assert main(["create", str(run), "--recipe", "short_repair", "seed=5"]) == 0
     assert load_run_config(run).seed == 5
     assert not (run / "tasks").exists()
     assert not (run / "student").exists()

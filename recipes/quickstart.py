@@ -19,12 +19,12 @@ TRAIN_PACKAGES = ("boltons", "cachetools", "humanize", "parse", "toolz", "volupt
 def quickstart() -> RunConfig:
     """A 0.5M-parameter Qwen3 makes two repairs in a row in pure-Python packages; one CPU process, minutes."""
     recipe = long_repair(BUGS)
-    repairs = replace(recipe.repo_repair, terse=0.3, train_packages=TRAIN_PACKAGES, train_tasks=160, heldout_tasks=40)
+    repairs = replace(recipe.repo_repair, terse=0.3, train_packages=TRAIN_PACKAGES, train_tasks=200, heldout_tasks=40)
     settings = [
-        "dagger.sft_tasks=160",
-        "dagger.tasks_per_round=48",
-        "dagger.aggregation.max_sft_labels=2000",
-        "dagger.aggregation.max_labels_per_round=600",
+        "dagger.sft_tasks=110",
+        "dagger.tasks_per_round=45",  # not of round 0: in a repeated task the student knows the rules
+        "dagger.aggregation.max_sft_labels=1400",
+        "dagger.aggregation.max_labels_per_round=550",
         "training.max_sft_steps=600",
         "training.max_steps=150",
     ]

@@ -41,8 +41,8 @@ from megatron_dagger.config import (
     TeacherConfig,
     TrainingConfig,
     VllmEngineConfig,
+    differing,
     override,
-    to_dict,
 )
 from megatron_dagger.driver.run_dir import cache_dir, create_run
 from megatron_dagger.envs.repo_repair.taskset import TaskSet, prepare_tasks
@@ -117,7 +117,8 @@ def run_rounds(
     model = make_model(folder, tasks, teacher)
     with chat_server(teacher) as server:
         config = settings(folder, model, tasks, docker_url, server.url)
-        swe_settings = [f"swe.{name}={value}" for name, value in to_dict(config.swe).items() if name != "validation"]
+        changed = differing(config.swe, SweConfig())
+        swe_settings = [f"swe.{name}={getattr(config.swe, name)}" for name in changed if name != "validation"]
         seconds = {"validation": cli("validate", config.swe.validation, "--repeats", repeats, *swe_settings)}
         valid = len(valid_tasks(Path(config.swe.validation)))
         halves = [f"dagger.sft_tasks={valid - valid // 2}", f"dagger.tasks_per_round={valid // 2}"]

@@ -30,7 +30,7 @@ def test_a_recipe_is_unchanged_after_a_round_trip_through_its_file(name, tmp_pat
 
 
 def test_override_changes_one_setting():
-    config = find_recipe("quickstart")()
+    config = find_recipe("short_repair")()
     changed = override(config, ["training.optimizer.lr=3e-6", "repo_repair.train_packages=[toolz]"])
     assert changed.training.optimizer.lr == 3e-6
     assert changed.repo_repair.train_packages == ("toolz",)
@@ -38,7 +38,7 @@ def test_override_changes_one_setting():
 
 
 def test_a_mapping_changes_the_settings_it_names_and_keeps_the_others_of_the_group():
-    config = find_recipe("quickstart")()
+    config = find_recipe("short_repair")()
     changed = override(config, ["dagger={rounds: 9, beta: {start: 0.5}}", "tasks={train_tasks: 7}"])
     settings = ["dagger.rounds=9", "dagger.beta.start=0.5", "repo_repair.train_tasks=7"]
     assert changed == override(config, settings)
@@ -77,7 +77,7 @@ def test_a_group_that_is_null_is_set_by_a_mapping_and_then_by_name():
 )
 def test_wrong_settings_are_named(assignment, message):
     with pytest.raises(ConfigError, match=message):
-        override(find_recipe("quickstart")(), [assignment])
+        override(find_recipe("short_repair")(), [assignment])
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def stages(*settings, directory=Path("/runs/it"), work_dir=Path("/work dir"), program="megatron-dagger", workers=1):
-    config = override(find_recipe("quickstart")(), list(settings))
+    config = override(find_recipe("short_repair")(), list(settings))
     return round_stages(config, directory, work_dir, program, workers=workers)
 
 
@@ -47,7 +47,7 @@ def test_the_first_script_creates_the_run(tmp_path):
     """Run the script up to ``create`` by bash, with the real command line."""
     directory, work_dir = tmp_path / "a run", tmp_path / "work dir"
     (work_dir / "here" / "it" / "hf").mkdir(parents=True)  # looks like a converted checkpoint
-    config = find_recipe("quickstart")().model.hf_config()
+    config = find_recipe("short_repair")().model.hf_config()
     (work_dir / "here" / "it" / "hf" / "config.json").write_text(json.dumps(config))
     program = f"{sys.executable} -m megatron_dagger.cli.main"
     first = stages("init_checkpoint=here/it", directory=directory, work_dir=work_dir, program=program)[0]
@@ -58,4 +58,4 @@ def test_the_first_script_creates_the_run(tmp_path):
     assert done.returncode == 0, done.stderr
     written = load_yaml(RunConfig, directory / "config.yaml")
     checkpoint = f"init_checkpoint={work_dir}/here/it"
-    assert written == override(find_recipe("quickstart")(), [checkpoint])
+    assert written == override(find_recipe("short_repair")(), [checkpoint])

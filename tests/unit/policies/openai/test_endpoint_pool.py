@@ -1,6 +1,7 @@
 """Requests to an endpoint's servers, against real HTTP servers: balance, retries, errors, budgets, the key."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -86,26 +87,32 @@ def test_a_dead_server_does_not_delay_requests_to_the_others(tmp_path):
     assert len(alive.requests) == 6
 
 
-def test_a_teacher_that_restarts_is_awaited_and_soon_found_by_all_requests(tmp_path):
-    with chat_server(lambda request: "a") as first:
-        port = first.server_address[1]
+@contextlib.contextmanager
+def started_after(seconds, answer):
+    """Yield a server that begins to listen after some seconds."""
+    with chat_server(lambda request: answer) as down:
+        port = down.server_address[1]
 
-    def restart():
-        time.sleep(1.0)
-        with chat_server(lambda request: "back again", port):
+    def start():
+        time.sleep(seconds)
+        with chat_server(lambda request: answer, port):
             done.wait(20)
 
     done = threading.Event()
-    thread = threading.Thread(target=restart)
+    thread = threading.Thread(target=start)
     thread.start()
-    began = time.monotonic()
     try:
-        with teacher(tmp_path, first, patience_s=20.0) as policy:
-            assert {a.text for a in act(policy, *states(32))} == {"back again"}
-        assert time.monotonic() - began < 6  # all requests together count as one failure
+        yield down
     finally:
         done.set()
         thread.join()
+
+
+def test_a_teacher_that_restarts_is_awaited_and_soon_found_by_all_requests(tmp_path):
+    began = time.monotonic()
+    with started_after(1.0, "back again") as server, teacher(tmp_path, server, patience_s=20.0) as policy:
+        assert {a.text for a in act(policy, *states(32))} == {"back again"}
+        assert time.monotonic() - began < 6  # all requests together count as one failure
 
 
 def test_an_episodes_clock_does_not_count_the_wait_for_a_teacher_that_starts(tmp_path):
@@ -114,23 +121,8 @@ def test_an_episodes_clock_does_not_count_the_wait_for_a_teacher_that_starts(tmp
         await asyncio.gather(policy.act(state("x")))  # asked in a child task, as a label is
         return clock.elapsed_s(), time.monotonic() - began
 
-    with chat_server(lambda request: "a") as server:
-        port = server.server_address[1]
-
-    def start():
-        time.sleep(1.5)
-        with chat_server(lambda request: "a", port):
-            done.wait(20)
-
-    done = threading.Event()
-    thread = threading.Thread(target=start)
-    thread.start()
-    try:
-        with teacher(tmp_path, server, patience_s=20.0) as policy:
-            counted_s, waited_s = asyncio.run(episode(policy))
-    finally:
-        done.set()
-        thread.join()
+    with started_after(1.5, "a") as server, teacher(tmp_path, server, patience_s=20.0) as policy:
+        counted_s, waited_s = asyncio.run(episode(policy))
     assert waited_s > 1.4
     assert counted_s < waited_s - 1.0
 

@@ -35,8 +35,9 @@ continue_or_exit() {                   # depending on the last command's code an
     [ "$code $stopping" = "0 no" ] || exit $code
 }
 
-examine() {                            # arguments: a step that examines its nodes (DOCTOR=no leaves it out)
-    [ "$DOCTOR" = no ] || step "$@" --skip "$DOCTOR_SKIPS"
+examine() {                            # arguments: a step that examines its nodes (not with DOCTOR=no, nor after a requeue)
+    [ "$DOCTOR" = no ] || [ "${SLURM_RESTART_COUNT:-0}" != 0 ] ||
+        step --kill-on-bad-exit=0 "$@" --skip "$DOCTOR_SKIPS"      # each node to its end
 }
 
 serve_teacher() {                      # arguments: srun options; keeps SERVE running on each of its nodes until the job ends

@@ -4,12 +4,14 @@
   megatron-dagger doctor runs/mine --skip teacher --json
   megatron-dagger doctor runs/mine --recipe quickstart dagger.rounds=5     as run is called: a run not yet created
 
-It takes two minutes at most and leaves nothing behind. The sbatch files run it first, on every node of the job.
+It takes a minute and leaves nothing behind; a check that hangs is abandoned after one or two. The sbatch files run it
+first, on every node of the job.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 CHECK_DEADLINE_S = 60.0
 LONG_DEADLINES_S = {"ranks": 110.0, "sandbox": 110.0}  # starting processes on all nodes; pulling an image
-SHARED_WAIT_S = 30.0  # until another node has made the folder that they share
+SHARED_WAIT_S = 90.0  # until the folder that another node made is seen, late on some network file systems
 STALE_S = 600.0  # older folders are those of killed processes
 
 
@@ -52,7 +54,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Return 0 if no check found a problem, else 1."""
     from megatron_dagger.driver.doctor import CHECKS, Examination, examine
     from megatron_dagger.driver.doctor.checks import FIRST_NODE_ONLY
-    from megatron_dagger.driver.run_dir import cache_dir
+    from megatron_dagger.driver.run_dir import cache_dir, load_origin
     from megatron_dagger.training.ranks.launch import node_rank
 
     name, run_dir, config = _subject(arguments)
@@ -70,6 +72,7 @@ def main(arguments: argparse.Namespace) -> int:
             cache_dir=cache_dir(),
             stack=stack,
             node=node,
+            gpu=arguments.gpu or load_origin(run_dir).gpu,
         )
         for check, function in CHECKS.items():
             if check in skip:
@@ -110,18 +113,20 @@ def _work_dir(run_dir: Path, node: int, stack: ExitStack) -> Path:
 
     parent = existing_parent(run_dir.resolve().parent)
     for stale in parent.glob(".doctor-*"):
-        if time.time() - stale.stat().st_mtime > STALE_S:
-            shutil.rmtree(stale, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another node removes it as well
+            if time.time() - stale.stat().st_mtime > STALE_S:
+                shutil.rmtree(stale, ignore_errors=True)
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".doctor-", dir=parent)))
-    folder = parent / f".doctor-{job}-{os.environ.get('SLURM_STEP_ID', '0')}"
+    names = ("SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+    folder = parent / "-".join([".doctor", job, *(os.environ.get(name, "0") for name in names)])
     if node == 0:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         return folder
     end = time.monotonic() + SHARED_WAIT_S
-    while not folder.exists():
+    while folder.name not in os.listdir(parent):
         if time.monotonic() > end:
             raise ConfigError(f"{parent} is not shared: this node does not see {folder.name}, which the first one made")
         time.sleep(0.2)

@@ -172,12 +172,13 @@ def _tasks(arguments: argparse.Namespace) -> list[SweTask]:
     if arguments.tasks is not None:
         tasks, _ = read_tasks(arguments.dataset, arguments.tasks, split=arguments.split)
     else:
-        from megatron_dagger.envs.swe.load import load_tasks
+        from megatron_dagger.envs.swe.load import run_tasks
 
         require(arguments.run_dir is not None, "grade: name a run, or the tasks with --tasks")
         config = _settings(arguments.run_dir)
         require(bool(config.train), f"{arguments.run_dir} has no SWE-bench tasks to grade (swe.train is not set)")
-        _, tasks = load_tasks(config)
+        _, kept = run_tasks(config, arguments.run_dir)
+        tasks = [task.with_image_of(config.image_prefix) for task in kept]
     unfit = [(task.instance_id, reason) for task in tasks if (reason := task.not_for_the_harness())]
     require(not unfit, f"SWE-bench's harness cannot grade {len(unfit)} tasks, such as {unfit[:1]}")
     return tasks

@@ -23,10 +23,10 @@ from megatron_dagger.driver.run_dir import cache_dir, load_run_config
 from megatron_dagger.envs.environment import Environment
 from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.sanitize import sanitize
-from megatron_dagger.policies.base import PolicyError
+from megatron_dagger.policies.base import NoAction, PolicyError
 from megatron_dagger.rollout.chat import ChatRenderer
 from megatron_dagger.rollout.episode import EpisodeKey, EpisodeRunner, TurnDecision
-from megatron_dagger.types import State, Trajectory
+from megatron_dagger.types import State, StopReason, Trajectory
 
 _DIFF_LINES = 30
 
@@ -57,9 +57,11 @@ class RecordedTurnPolicy:
     """Repeat the recorded turns. Raises PolicyError after the last one: the episode should have ended."""
 
     def __init__(self, episode: Trajectory):
-        self._turns = episode.turns
+        self._turns, self._stop_reason = episode.turns, episode.stop_reason
 
     async def decide(self, state: State, turn: int) -> TurnDecision:
+        if turn >= len(self._turns) and self._stop_reason is StopReason.NO_ACTION:
+            raise NoAction("the teacher had none here")
         if turn >= len(self._turns):
             raise PolicyError(f"the record ends after {len(self._turns)} turns, this episode has not ended yet")
         recorded = self._turns[turn]

@@ -35,7 +35,7 @@ def main(arguments: argparse.Namespace) -> int:
     from megatron_dagger.dagger.loop import run_rounds
     from megatron_dagger.driver.checks import check_memory
     from megatron_dagger.driver.context import open_run_context
-    from megatron_dagger.driver.run_dir import change_run, create_run
+    from megatron_dagger.driver.run_dir import change_run, create_run, load_origin
     from megatron_dagger.observability.logs import setup_logging
 
     run_dir, dry_run = arguments.run_dir, arguments.dry_run
@@ -52,7 +52,8 @@ def main(arguments: argparse.Namespace) -> int:
             sys.stdout.write(dump_yaml(config))
     if dry_run:
         return 0
-    check_memory(config, arguments.gpu, one_process=True)  # the run may have been created for separate stages
+    # The run may have been created for separate stages
+    check_memory(config, arguments.gpu or load_origin(run_dir).gpu, one_process=True)
     setup_logging(run_dir)
     rounds = range(config.dagger.rounds + 1)
     with open_run_context(config, run_dir, trains=rounds, take_over=arguments.take_over) as context:

@@ -17,7 +17,8 @@ from megatron_dagger.config.training import TrainingConfig
 
 LAYOUT = "training.parallel."
 # Settings that may change during a run, or groups of them, which end with a dot: layout and memory, limits of time and
-# money, connections and reporting. They change no result but in the last digits.
+# money, connections and reporting. They change no result but in the last digits; max_seconds decides which episodes are
+# cut off from now on.
 CHANGEABLE = (
     "wandb_project",
     "teacher.urls",

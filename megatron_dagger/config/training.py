@@ -143,9 +143,7 @@ class TrainingConfig:
     max_sft_steps: int | None = number(None, gt=0)  # limit of round 0 instead; None: max_steps
     sequence_length: int = number(4096, gt=0)  # maximum tokens of a packed row (a micro-batch)
     packing: Packing = "separate"  # shared_prefix: compute an episode's prefix once for all its labels; same steps
-    global_batch_tokens: int = number(
-        16384, gt=0
-    )  # of a step, without copies of prefixes: a multiple of sequence_length
+    global_batch_tokens: int = number(16384, gt=0)  # of a step without copied prefixes, a multiple of sequence_length
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # for recompute=selective
     checkpoint_interval: int = number(50, gt=0)  # steps between checkpoints within a round

@@ -27,7 +27,7 @@ def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) 
     ``gpu``: the kind of GPU whose memory the run must fit (a name of ``planning.GPUS``, or ``any`` for no check;
     default: h100); not checked in fp32, which is for the CPU.
     """
-    _check_trainer(config, cuda=has_gpus(os.environ) if here else None)
+    check_trainer(config, cuda=has_gpus(os.environ) if here else None)
     check_init_checkpoint(config)
     if config.swe.train:
         _check_data_sets(config)
@@ -36,7 +36,8 @@ def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) 
     check_memory(config, gpu, one_process=here)
 
 
-def _check_trainer(config: RunConfig, *, cuda: bool | None) -> None:
+def check_trainer(config: RunConfig, *, cuda: bool | None) -> None:
+    """Raise ConfigError for settings that no trainer can run, with (``cuda``) or without GPUs; None: with either."""
     if cuda is not None:
         check_supported(config.model, config.training, cuda=cuda)
         return

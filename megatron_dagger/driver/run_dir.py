@@ -19,7 +19,7 @@ from megatron_dagger.config import ConfigError, RunConfig, differing, dump_yaml,
 from megatron_dagger.config.base import current_name, leaves, parse_value, require
 from megatron_dagger.config.run import BETWEEN_ROUNDS, CHANGEABLE, LAYOUT, fixed_differences
 from megatron_dagger.dagger.context import train_dir, train_manifest
-from megatron_dagger.driver.checks import check_run
+from megatron_dagger.driver.checks import check_run, check_trainer
 from megatron_dagger.observability.metrics import append_line
 from megatron_dagger.store.atomic import write_text
 from megatron_dagger.store.fence import claim
@@ -35,10 +35,11 @@ _LISTED = 5  # settings named in a message
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The origin of a run: the recipe's name, if there was one, and the NAME=VALUE settings given with it."""
+    """The origin of a run: the recipe's name, if there was one, the NAME=VALUE settings given with it, and --gpu."""
 
     recipe: str | None = None
     settings: tuple[str, ...] = ()
+    gpu: str | None = None
 
 
 def cache_dir() -> Path:
@@ -81,7 +82,9 @@ def create_run(
     if existing is None or (conflicts and not has_episodes(run_dir)):
         check_run(config, here=here, gpu=gpu)
         if not dry_run:
-            _write(run_dir, config, Origin(recipe=recipe, settings=tuple(settings)), replaces=existing is not None)
+            _write(
+                run_dir, config, Origin(recipe=recipe, settings=tuple(settings), gpu=gpu), replaces=existing is not None
+            )
         return config
     if conflicts:
         creator = f"was created by recipe {origin.recipe} and " if origin.recipe else ""
@@ -111,9 +114,11 @@ def change_run(run_dir: Path, settings: Sequence[str], *, take_over: bool = Fals
             f"run with --recipe. These can be changed: {', '.join(CHANGEABLE)}; between rounds "
             f"{', '.join(BETWEEN_ROUNDS)}; dagger.rounds can be raised"
         )
+    if differences:
+        check_trainer(config, cuda=None)
+        _check_no_half_trained_round(run_dir, existing, [name for name in differences if name in BETWEEN_ROUNDS])
     if differences and not dry_run:
         with claim(run_dir, take_over=take_over):
-            _check_no_half_trained_round(run_dir, existing, [name for name in differences if name in BETWEEN_ROUNDS])
             old, new = (dict(leaves(to_dict(settings_of))) for settings_of in (existing, config))
             changed = {name: {"from": old[name], "to": new[name]} for name in differences}
             append_line(run_dir / CHANGES, {"time": time.time(), "settings": changed})

@@ -8,11 +8,12 @@ It continues from the run's round 0, which both arms share. ``tools.figures --sf
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from megatron_dagger.config import override
-from megatron_dagger.config.base import ConfigError
+from megatron_dagger.config import ConfigError, differing, override, to_dict
+from megatron_dagger.config.base import leaves
 from megatron_dagger.driver.run_dir import load_origin, load_run_config
 from megatron_dagger.recipes import find_recipe
 from tools.study.plan import ARMS
@@ -38,14 +39,15 @@ def main() -> int:
 
 def run_sft_arm(run: Path, out: Path) -> None:
     """Run the SFT arm of ``run`` in ``out``, or finish it. Raises ConfigError, OSError; RuntimeError if it fails."""
-    origin = load_origin(run)
-    settings = [*origin.settings, *ARMS["sft"], *CHEAP]
-    if origin.recipe is None:
+    recipe, config = load_origin(run).recipe, load_run_config(run)
+    if recipe is None:
         raise ConfigError(f"{run} was not created from a recipe")
+    base, values = find_recipe(recipe)(), dict(leaves(to_dict(config)))
+    own = [f"{name}={json.dumps(values[name])}" for name in differing(config, base)]  # as they are now: JSON is YAML
+    settings = [*own, *ARMS["sft"], *CHEAP]
     if not out.exists():
-        common = shared(load_run_config(run), override(find_recipe(origin.recipe)(), settings))
-        start_from(run, common, out, origin.recipe, settings)
-    run_program(["run", str(out), "--recipe", origin.recipe, *settings], out.with_name(f"{out.name}.log"))
+        start_from(run, shared(config, override(base, settings)), out, recipe, settings)
+    run_program(["run", str(out), "--recipe", recipe, *settings], out.with_name(f"{out.name}.log"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from megatron_dagger.config import RunConfig, differing
-from megatron_dagger.config.run import CHANGEABLE
+from megatron_dagger.config.run import CHANGEABLE, LAYOUT
 from megatron_dagger.dagger.beta import beta
 from megatron_dagger.dagger.context import train_dir
 from megatron_dagger.driver.run_dir import COLLECTED, REFERENCES, create_run
@@ -26,6 +26,7 @@ from megatron_dagger.store.atomic import TEMPORARY_PREFIX, publish_directory, sy
 WHO_ACTS = ("dagger.beta.", "dagger.mixing", "dagger.prefix_turns_", "dagger.takeover_turns")  # from round 1 on
 TRAINING = ("dagger.aggregation.", "training.")
 SAMPLING = ("evaluation_sampling.temperature", "evaluation_sampling.top_p")
+SAME = tuple(name for name in CHANGEABLE if name not in (LAYOUT, "rollout.limits.max_seconds"))  # in every digit
 EVALUATION = ("evaluation_sampling.", "dagger.evaluat", "dagger.diagnose")
 
 
@@ -43,7 +44,7 @@ def shared(donor: RunConfig, config: RunConfig) -> Shared:
     differences = differing(donor, config)
 
     def same_but(*groups: str) -> bool:
-        return all(name.startswith((*groups, *CHANGEABLE)) for name in differences)
+        return all(name.startswith((*groups, *SAME)) for name in differences)
 
     every = config.dagger.rounds + 1
     references = same_but(*WHO_ACTS, *TRAINING, *SAMPLING)

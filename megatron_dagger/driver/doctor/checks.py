@@ -19,4 +19,4 @@ CHECKS: dict[str, Check] = {
     "sandbox": parts.sandbox,
     "teacher": parts.teacher,
 }
-FIRST_NODE_ONLY = frozenset({"model", "tasks", "teacher"})  # the same on every node
+FIRST_NODE_ONLY = frozenset({"model", "teacher"})  # the same on every node

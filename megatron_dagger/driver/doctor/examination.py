@@ -51,6 +51,7 @@ class Examination:
     stack: ExitStack
     environment: Environment | None = None
     prompt: tuple[str, str] | None = None  # a task's system and first message
+    gpu: str | None = None  # the kind that the user named for the run, or planning.gpus.ANY_GPU
     node: int = 0  # which of the job's nodes this is
     problems: list[str] = field(default_factory=list)  # names of checks
     hanging: bool = False  # whether a check was abandoned
@@ -76,7 +77,7 @@ def problem(text: str, advice: str) -> Finding:
 
 
 def examine(examination: Examination, name: str, check: Check, *, deadline_s: float) -> Finding:
-    """Run a check and return its finding; one that takes longer than ``deadline_s`` is abandoned, and a problem."""
+    """Run a check and return its finding; one that takes longer than ``deadline_s`` is abandoned, with a warning."""
     findings: list[Finding] = []
 
     def run() -> None:
@@ -92,7 +93,7 @@ def examine(examination: Examination, name: str, check: Check, *, deadline_s: fl
     thread.join(deadline_s)
     if not findings:
         examination.hanging = True
-        findings.append(problem(f"no answer within {deadline_s:.0f} s", f"--skip {name} leaves this check out"))
+        findings.append(warning(f"no answer within {deadline_s:.0f} s", f"--skip {name} leaves this check out"))
     if findings[0].status is Status.PROBLEM:
         examination.problems.append(name)
     return replace(findings[0], seconds=time.monotonic() - began)

@@ -10,13 +10,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 from megatron_dagger.driver.doctor.examination import Examination, Finding, ok, problem, skipped, warning
 from megatron_dagger.driver.doctor.machine import needs_gpus, ranks_per_node
 from megatron_dagger.gpus import driver_version, visible_gpus
 from megatron_dagger.planning import GPUS, Assumptions
-from megatron_dagger.planning.gpus import DEFAULT_GPU
+from megatron_dagger.planning.gpus import ANY_GPU, DEFAULT_GPU
 from megatron_dagger.planning.memory import GIB
 from megatron_dagger.planning.run_plan import memory_of
 
@@ -81,8 +82,13 @@ def memory(examination: Examination) -> Finding:
     config = examination.config
     if not needs_gpus(examination):
         return skipped("training in fp32 is for the CPU")
-    names = " ".join(_ask().get("names", [])).lower() if visible_gpus(os.environ) else ""
-    gpu = GPUS[next((kind for kind in GPUS if kind in names), DEFAULT_GPU)]
+    if examination.gpu == ANY_GPU:
+        return skipped("--gpu any")
+    answer = _ask() if visible_gpus(os.environ) else {}
+    names = " ".join(answer.get("names", [])).lower()
+    gpu = GPUS[examination.gpu or next((kind for kind in GPUS if kind in names), DEFAULT_GPU)]
+    if sizes := [total for _, total in answer.get("memory", [])]:
+        gpu = replace(gpu, name=answer["names"][0], memory_gib=min(sizes) / GIB)
     plan = memory_of(config, gpu, Assumptions())
     if plan.problems():
         return problem(f"{gpu.name}: {'; '.join(plan.problems())}", "`megatron-dagger plan` names settings that fit")
@@ -91,10 +97,13 @@ def memory(examination: Examination) -> Finding:
 
 @functools.cache
 def _ask() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-c", _PROBE], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=PROBE_TIMEOUT_S, check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=PROBE_TIMEOUT_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"error": f"torch and Transformer Engine were not imported within {PROBE_TIMEOUT_S:.0f} s"}
     answers = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     if not answers:
         return {"error": f"the probe ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}"}

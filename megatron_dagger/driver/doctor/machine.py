@@ -8,6 +8,7 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
+from megatron_dagger.dagger.context import train_manifest
 from megatron_dagger.driver.doctor.examination import Examination, Finding, ok, problem, warning
 from megatron_dagger.planning.memory import GIB
 from megatron_dagger.planning.parameters import total_parameters
@@ -17,7 +18,6 @@ from megatron_dagger.training.ranks.launch import PROCESSORS_PER_RANK
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 1 * GIB  # for vLLM's workers, NCCL and the transfer of weights
 CHECKPOINT_BYTES = 14  # of a parameter: BF16 weights, FP32 main weights, two FP32 moments
-CHECKPOINTS = 2  # at the same time: the one before is removed once the new one is complete
 OTHER_BYTES = 5 * GIB  # episodes, logs, tasks
 _MODULES = {"torch": "torch", "megatron.core": "megatron-core", "vllm": "vllm", "zarr": "zarr"}
 
@@ -64,7 +64,11 @@ def disk(examination: Examination) -> Finding:
     """Check the space for the run's checkpoints."""
     folder = existing_parent(examination.run_dir)
     free = shutil.disk_usage(folder).free
-    needed = total_parameters(examination.config.model) * CHECKPOINT_BYTES * CHECKPOINTS + OTHER_BYTES
+    rounds = range(examination.config.dagger.rounds + 1)
+    untrained = sum(not train_manifest(examination.run_dir, index).exists() for index in rounds)
+    # Each round keeps its checkpoint, and while one is saved the one before is still there
+    checkpoints = untrained + 1 if untrained else 0
+    needed = total_parameters(examination.config.model) * CHECKPOINT_BYTES * checkpoints + OTHER_BYTES
     text = f"{free / GIB:.0f} GiB free in {folder}, about {needed / GIB:.0f} needed"
     return ok(text) if free >= needed else problem(text, "free some, or name a run directory on another file system")
 

@@ -103,8 +103,10 @@ def teacher(examination: Examination) -> Finding:
         try:
             action = asyncio.run(policy.act(State(messages=messages, tokens=np.zeros(0, np.int32), seed=1)))
         except PolicyError as error:
-            advice = f"see whether {config.urls[0]}/models answers; --skip teacher if the job starts it later"
-            return problem(str(error), advice)
+            if "no teacher answered" in str(error):  # a run waits for it
+                patience_s = examination.config.teacher.patience_s
+                return warning(str(error), f"start it: the run waits {patience_s:.0f} s for it (teacher.patience_s)")
+            return problem(str(error), f"see {config.urls[0]}/models: the address, teacher.model, the key")
         used = f"{cache.prompt_tokens} tokens read, {cache.completion_tokens} written"
     answer = " ".join(action.text.split())
     shown = answer if len(answer) <= SHOWN else f"...{answer[-SHOWN:]}"

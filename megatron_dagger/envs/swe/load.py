@@ -11,6 +11,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_dagger.config import ConfigError, SweConfig, build, to_dict
@@ -39,14 +40,17 @@ def load_environment(context: EnvironmentContext) -> Environment:
     the data sets yield no task.
     """
     swe = context.config.swe
-    kept = [context.run_dir / TASKS / name for name in (TRAIN, HELDOUT)]
-    train, heldout = map(read_kept, kept) if all(path.exists() for path in kept) else load_tasks(swe)
+    train, heldout = run_tasks(swe, context.run_dir)
     by_id = {task.instance_id: task.with_image_of(swe.image_prefix) for task in (*train, *heldout)}
     opening = threading.Lock()
+    # Entered now, so that it closes after the threads that use the containers have ended
+    daemon = context.stack.enter_context(ExitStack())
 
     @functools.cache
     def connected() -> tuple[ImageStore, OpenSandbox]:
-        return open_containers(swe, context.run_dir, context.stack)
+        images, open_sandbox = open_containers(swe, context.run_dir, daemon)
+        context.stack.callback(images.close)  # before those threads are awaited, some of which may wait for a pull
+        return images, open_sandbox
 
     def containers() -> tuple[ImageStore, OpenSandbox]:
         with opening:
@@ -73,6 +77,12 @@ def load_environment(context: EnvironmentContext) -> Environment:
         read=read_tool_call,
         threads=context.config.rollout.concurrent_episodes,
     )
+
+
+def run_tasks(swe: SweConfig, run_dir: Path) -> tuple[list[SweTask], list[SweTask]]:
+    """Return the training and the held-out tasks that a run keeps, or else those of the data sets (``load_tasks``)."""
+    train, heldout = (run_dir / TASKS / name for name in (TRAIN, HELDOUT))
+    return (read_kept(train), read_kept(heldout)) if train.exists() and heldout.exists() else load_tasks(swe)
 
 
 def load_tasks(swe: SweConfig) -> tuple[list[SweTask], list[SweTask]]:

@@ -23,7 +23,7 @@ PULL_ATTEMPTS = 3
 FIRST_PAUSE_S = 2.0  # between attempts, doubled each time
 REFUSED_PAUSE_S = 60.0  # if the registry asks to wait
 REFUSED_PATIENCE_S = 3600.0
-_REFUSED = re.compile(r"toomanyrequests|too many requests|rate limit|\b429\b", re.IGNORECASE)
+_REFUSED = re.compile(r"toomanyrequests|too many requests|rate limit", re.IGNORECASE)
 DISK_USE_WAIT_S, DISK_USE_PAUSE_S = 120.0, 0.2
 
 logger = logging.getLogger(__name__)

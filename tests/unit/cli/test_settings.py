@@ -79,6 +79,15 @@ def test_layout_and_memory_of_a_run_with_results_can_be_changed_and_are_recorded
     assert len(read_lines(run / CHANGES)) == 1, "nothing changed"
 
 
+def test_a_layout_that_no_trainer_can_run_is_not_written(run, capsys):
+    DataStore.create_or_open(run / "data.zarr").append([make_trajectory("task")])
+    before = (run / "config.yaml").read_bytes()
+    context_parallel = ["training.parallel.context_parallel_size=2", "training.parallel.world_size=8"]
+    assert main(["create", str(run), *context_parallel]) == 2
+    assert "context_parallel_size" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+
+
 def test_a_job_says_which_nodes_it_has_however_often_it_changes(run):
     DataStore.create_or_open(run / "data.zarr").append([make_trajectory("task")])
     for nodes in (2, 1, 2, 4):

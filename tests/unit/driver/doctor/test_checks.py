@@ -4,7 +4,6 @@ import shutil
 import time
 from collections import namedtuple
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
@@ -35,17 +34,17 @@ def swe(url="http://127.0.0.1:9/v1", **settings):
     )
 
 
-def test_a_check_that_hangs_or_raises_is_a_problem_and_the_next_one_is_run(examination):
+def test_a_check_that_hangs_is_warned_of_one_that_raises_is_a_problem_and_the_next_one_is_run(examination):
     subject = examination()
     hung = examine(subject, "hanging", lambda _: time.sleep(5), deadline_s=0.1)
-    assert (hung.status, hung.text, subject.hanging) == (Status.PROBLEM, "no answer within 0 s", True)
+    assert (hung.status, hung.text, subject.hanging) == (Status.WARNING, "no answer within 0 s", True)
 
     def fails(_):
         raise OSError("the cable is loose")
 
     assert examine(subject, "failing", fails, deadline_s=5).text == "the cable is loose"
     assert examine(subject, "locks", machine.locks, deadline_s=5).status is Status.OK
-    assert subject.problems == ["hanging", "failing"]
+    assert subject.problems == ["failing"]
 
 
 def test_missing_packages_are_named(examination, monkeypatch):
@@ -114,10 +113,10 @@ def test_the_teacher_is_asked_for_a_tool_call(examination, answer, status, text)
         assert "str_replace_editor" in server.requests[0]["messages"][0]["content"]
 
 
-def test_a_teacher_that_is_down_is_a_problem(examination, monkeypatch):
+def test_a_teacher_that_is_down_is_warned_of_as_a_run_waits_for_it(examination, monkeypatch):
     pytest.importorskip("httpx")
     monkeypatch.setattr(parts, "TEACHER_PATIENCE_S", 0.5)
     finding = parts.teacher(examination(swe()))
+    assert finding.status is Status.WARNING
     assert "no teacher answered" in finding.text
-    assert "--skip teacher" in finding.advice
-    assert not list(Path().glob(".doctor*"))
+    assert "teacher.patience_s" in finding.advice

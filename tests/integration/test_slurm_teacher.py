@@ -45,7 +45,8 @@ def teachers(cluster):
 
 def test_a_resident_run_with_a_teacher_survives_preemption(cluster, batch_environment, undisturbed, tmp_path):
     file = adapt_to_cluster(ROOT / "slurm/resident.sbatch", tmp_path)
-    run = Run(cluster, tmp_path, served_by_the_expert(batch_environment, free_port()), file, *TEACHER)
+    variables = {**served_by_the_expert(batch_environment, free_port()), "DOCTOR": "yes"}
+    run = Run(cluster, tmp_path, variables, file, *TEACHER)
     run.submit()
     run.wait(lambda: run.steps(1) >= 1, "the training of round 1")
     run.preempt(run.rank(0, "train"))
@@ -55,6 +56,9 @@ def test_a_resident_run_with_a_teacher_survives_preemption(cluster, batch_enviro
     rank = (run.path / "logs/train/rank-0.log").read_text()
     assert "resuming after step" in rank
     assert "a rollout engine took weights 1 (shared_memory)" in rank
+    assert run.log.read_text().count("ok       packages") == 2, (
+        "both kinds of nodes were examined, before the preemption"
+    )
     assert (run.path / "report.html").exists()
 
 

@@ -10,7 +10,6 @@ from megatron_dagger.config import (
     BetaConfig,
     DaggerConfig,
     LimitsConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RepoRepairConfig,
@@ -20,6 +19,7 @@ from megatron_dagger.config import (
     TrainingConfig,
     VllmEngineConfig,
 )
+from megatron_dagger.recipes.small_qwen3 import small_qwen3
 
 BUGS = 4
 TERSE = 0.09  # about one mistake in a hundred turns of a student that knows all but the rules
@@ -44,18 +44,7 @@ def long_repair(bugs: int = BUGS) -> RunConfig:
             train_tasks=440,
             heldout_tasks=40,
         ),
-        model=ModelConfig(
-            num_layers=2,
-            hidden_size=128,
-            ffn_hidden_size=256,
-            num_attention_heads=4,
-            num_query_groups=4,
-            kv_channels=32,
-            vocab_size=1024,
-            max_position_embeddings=tokens,
-            rotary_base=10_000,
-            init_std=0.07,
-        ),
+        model=small_qwen3(tokens),
         training=TrainingConfig(
             parallel=ParallelConfig(world_size=1),
             optimizer=OptimizerConfig(lr=3e-3, warmup_steps=10, weight_decay=0.1),

@@ -6,7 +6,6 @@ from megatron_dagger.config import (
     BetaConfig,
     DaggerConfig,
     LimitsConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RepoRepairConfig,
@@ -16,6 +15,7 @@ from megatron_dagger.config import (
     TrainingConfig,
     VllmEngineConfig,
 )
+from megatron_dagger.recipes.small_qwen3 import small_qwen3
 
 TOKENS = 2048
 
@@ -30,18 +30,7 @@ def short_repair() -> RunConfig:
             train_tasks=96,
             heldout_tasks=40,
         ),
-        model=ModelConfig(
-            num_layers=2,
-            hidden_size=128,
-            ffn_hidden_size=256,
-            num_attention_heads=4,
-            num_query_groups=4,
-            kv_channels=32,
-            vocab_size=1024,
-            max_position_embeddings=TOKENS,
-            rotary_base=10_000,
-            init_std=0.07,  # near 1 / sqrt(hidden_size); with 0.02 a model this narrow learns half as fast
-        ),
+        model=small_qwen3(TOKENS),
         training=TrainingConfig(
             parallel=ParallelConfig(world_size=4, tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
             optimizer=OptimizerConfig(lr=3e-3, warmup_steps=10, weight_decay=0.1),

@@ -24,8 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dagger.cli.arguments import recipe_config, recipe_or_run
-from megatron_dagger.config import ConfigError, RunConfig, override
+from megatron_dagger.cli.arguments import recipe_or_run
+from megatron_dagger.config import ConfigError, RunConfig
 from megatron_dagger.driver.preemption import stop_on_signals
 
 if TYPE_CHECKING:
@@ -88,23 +88,22 @@ def main(arguments: argparse.Namespace) -> int:
     elif problems:
         sys.stderr.write(f"error: {name} will not work on {host}: {', '.join(problems)}\n")
     sys.stdout.flush()
+    code = int(bool(problems))
     if examination.hanging:
-        os._exit(1)  # not even threads of its own keep this process
-    return int(bool(problems))
+        os._exit(code)  # not even threads of its own keep this process
+    return code
 
 
 def _subject(arguments: argparse.Namespace) -> tuple[str, Path, RunConfig]:
-    """Return the subject's name, its run directory, and its config."""
+    """Return the subject's name, its run directory, and its config. Of an existing run its own settings count."""
     from megatron_dagger.driver.run_dir import CONFIG
 
-    names = [word for word in arguments.subject if "=" not in word]
-    if arguments.recipe and len(names) == 1 and not Path(names[0], CONFIG).is_file():
-        settings = [word for word in arguments.subject if "=" in word]
-        return names[0], Path(names[0]), override(recipe_config(arguments.recipe), settings)
-    recipe = arguments.recipe if not names else None  # of an existing run its own settings count
-    name, config = recipe_or_run(arguments.subject, recipe)
-    is_run = Path(name, CONFIG).is_file()
-    return name, Path(name) if is_run else Path("runs", name), config
+    runs = [word for word in arguments.subject if "=" not in word]
+    if not arguments.recipe or not runs or Path(runs[0], CONFIG).is_file():
+        name, config = recipe_or_run(arguments.subject, None if runs else arguments.recipe)
+        return name, Path(name) if Path(name, CONFIG).is_file() else Path("runs", name), config
+    settings = [word for word in arguments.subject if word != runs[0]]
+    return runs[0], Path(runs[0]), recipe_or_run(settings, arguments.recipe)[1]
 
 
 def _work_dir(run_dir: Path, node: int, stack: ExitStack) -> Path:

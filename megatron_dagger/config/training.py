@@ -59,6 +59,11 @@ class ParallelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
+    def ranks_per_node(self) -> int:
+        """The number of ranks on each host."""
+        return self.world_size // self.nodes
+
+    @property
     def data_parallel_size(self) -> int:
         """The number of copies of the model."""
         return self.world_size // self.model_parallel_size

@@ -114,10 +114,11 @@ def change_run(run_dir: Path, settings: Sequence[str], *, take_over: bool = Fals
             f"run with --recipe. These can be changed: {', '.join(CHANGEABLE)}; between rounds "
             f"{', '.join(BETWEEN_ROUNDS)}; dagger.rounds can be raised"
         )
-    if differences:
-        check_trainer(config, cuda=None)
-        _check_no_half_trained_round(run_dir, existing, [name for name in differences if name in BETWEEN_ROUNDS])
-    if differences and not dry_run:
+    if not differences:
+        return config
+    check_trainer(config, cuda=None)
+    _check_no_half_trained_round(run_dir, existing, [name for name in differences if name in BETWEEN_ROUNDS])
+    if not dry_run:
         with claim(run_dir, take_over=take_over):
             old, new = (dict(leaves(to_dict(settings_of))) for settings_of in (existing, config))
             changed = {name: {"from": old[name], "to": new[name]} for name in differences}

@@ -121,7 +121,7 @@ def _check_engine(config: RunConfig) -> None:
     """Check the engine's size: it fits the model, and the GPUs of a node if trainer and engine share them."""
     parallel, tp = config.training.parallel, config.rollout.engine.tensor_parallel_size
     config.rollout.engine.check_model(config.model)
-    per_node = parallel.world_size // parallel.nodes
+    per_node = parallel.ranks_per_node
     require(
         tp <= per_node,
         f"rollout.engine.tensor_parallel_size={tp} is more than the {per_node} GPUs of a node: the student is one "

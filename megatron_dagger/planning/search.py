@@ -91,7 +91,7 @@ def _merge(config: RunConfig, settled: list[str], changes: dict[str, object]) ->
 def _training(config: RunConfig) -> Iterator[tuple[float, dict[str, object]]]:
     """Yield changes of the training settings with their costs; one of them is no change."""
     training, parallel = config.training, config.training.parallel
-    per_node = parallel.world_size // parallel.nodes
+    per_node = parallel.ranks_per_node
     tensor = _sizes(parallel.tensor_model_parallel_size, per_node)
     pipeline = _sizes(parallel.pipeline_model_parallel_size, parallel.world_size)
     for tp, pp, ep, sequence, virtual, recompute, distributed, length in itertools.product(
@@ -133,7 +133,7 @@ def _serving(config: RunConfig) -> Iterator[tuple[float, dict[str, object]]]:
     """Yield changes of the engine's settings with their costs; one of them is no change."""
     engine, parallel = config.rollout.engine, config.training.parallel
     for tp, cache, length in itertools.product(
-        _sizes(engine.tensor_parallel_size, parallel.world_size // parallel.nodes),
+        _sizes(engine.tensor_parallel_size, parallel.ranks_per_node),
         {engine.kv_cache_memory_mib, None},
         _halvings(engine.max_model_len),
     ):

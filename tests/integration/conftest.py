@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -95,20 +94,11 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def batch_environment(cache, tmp_path_factory):
-    """Environment variables for jobs: VENV with our command line, and addresses for two nodes that are one host.
-
-    Our command line first runs the shell code of the variable BEFORE_STEP. Nodes are examined with DOCTOR=yes only.
-    """
-    from tests.integration.slurm_runs import ROOT
+    """Environment variables for jobs of the tiny run, with the command line of tools.virtual_slurm.runs."""
     from tests.integration.tiny_run import environment
+    from tools.virtual_slurm.runs import job_variables
 
-    folder = tmp_path_factory.mktemp("venv")
-    script = folder / "bin" / "megatron-dagger"
-    script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\neval "$BEFORE_STEP"\nexec {sys.executable} -m megatron_dagger.cli.main "$@"\n')
-    script.chmod(0o755)
-    network = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    return {**environment(cache), "VENV": str(folder), "PYTHONPATH": str(ROOT), "DOCTOR": "no", **network}
+    return {**environment(cache), **job_variables(tmp_path_factory.mktemp("venv"))}
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ import numpy as np
 
 from megatron_dagger.config import to_dict
 from megatron_dagger.planning.gpus import device_peak
+from megatron_dagger.training.ranks.launch import gpu_variables
 from tools.check.gpu_cases import DRY, REFERENCES, SIZES, VARIANTS
 from tools.check.gpu_worker import POISONED
 
@@ -146,12 +147,7 @@ class Worker:
     def __init__(self, folder: Path, names: Iterable[str], *, cpu: bool) -> None:
         names = list(names)
         self._log = folder / f"{names[0]}.log"
-        environment = {
-            **os.environ,
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-            "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1",
-        }
+        environment = {**os.environ, **gpu_variables()}
         environment.pop("TORCHDYNAMO_DISABLE", None)  # it would keep FlexAttention from being compiled
         if cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""

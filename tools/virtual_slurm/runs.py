@@ -46,26 +46,33 @@ def make_tasks(config: RunConfig) -> None:
         prepare_tasks(config.repo_repair, config.seed, cache_dir(), pool, track)
 
 
-class SlurmRuns:
-    """A cluster, a folder for the runs, and the environment variables of their jobs.
+def job_variables(folder: Path) -> dict[str, str]:
+    """Write our command line to ``folder``, as VENV for jobs; return the variables of jobs on nodes that are one host.
 
-    Jobs first run the shell code of the variable BEFORE_STEP in every step; nodes are examined with DOCTOR=yes only.
+    The command line first runs the shell code of the variable BEFORE_STEP. Nodes are examined with DOCTOR=yes only.
     """
+    program = folder / "bin" / "megatron-dagger"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\neval "$BEFORE_STEP"\nexec {sys.executable} -m megatron_dagger.cli.main "$@"\n')
+    program.chmod(0o755)
+    return {
+        "VENV": str(folder),
+        "PYTHONPATH": str(ROOT),
+        "MASTER_ADDR": "127.0.0.1",  # the nodes' names are this host's only
+        "GLOO_SOCKET_IFNAME": "lo",
+        "DOCTOR": "no",
+    }
+
+
+class SlurmRuns:
+    """A cluster, a folder for the runs, and the environment variables of their jobs (``job_variables``)."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
-        program = folder / "bin" / "megatron-dagger"
-        program.parent.mkdir()
-        program.write_text(f'#!/bin/sh\neval "$BEFORE_STEP"\nexec {sys.executable} -m megatron_dagger.cli.main "$@"\n')
-        program.chmod(0o755)
         self.environment = {
-            "VENV": str(folder),
-            "PYTHONPATH": str(ROOT),
+            **job_variables(folder),
             "MEGATRON_DAGGER_CACHE": str(cache_dir()),
             "SERVE": "sleep infinity",
-            "MASTER_ADDR": "127.0.0.1",  # the nodes' names are this host's only
-            "GLOO_SOCKET_IFNAME": "lo",
-            "DOCTOR": "no",
         }
 
     def submit(

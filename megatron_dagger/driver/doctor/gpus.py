@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_dagger.driver.doctor.examination import Examination, Finding, ok, problem, skipped, warning
-from megatron_dagger.driver.doctor.machine import needs_gpus, ranks_per_node
+from megatron_dagger.driver.doctor.machine import needs_gpus
 from megatron_dagger.gpus import driver_version, visible_gpus
 from megatron_dagger.planning import GPUS, Assumptions
 from megatron_dagger.planning.gpus import ANY_GPU, DEFAULT_GPU
@@ -54,7 +54,7 @@ def gpus(examination: Examination) -> Finding:
     if seen is None:
         return problem("none visible on this host", "run this in a job with GPUs: sbatch --gpus-per-node=8 ...")
     answer = _ask()
-    ranks = ranks_per_node(examination)
+    ranks = examination.config.training.parallel.ranks_per_node
     if not answer.get("available"):
         return problem(
             f"torch {answer.get('torch', 'missing')} (CUDA {answer.get('cuda')}) cannot use the {seen} GPUs; "

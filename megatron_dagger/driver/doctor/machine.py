@@ -40,13 +40,11 @@ def packages(examination: Examination) -> Finding:
 
 def processors(examination: Examination) -> Finding:
     """Check that a node's ranks have the processors that keep their GPUs busy."""
-    count, needed = len(os.sched_getaffinity(0)), PROCESSORS_PER_RANK * ranks_per_node(examination)
+    count, ranks = len(os.sched_getaffinity(0)), examination.config.training.parallel.ranks_per_node
+    text, needed = f"{count} for {ranks} ranks", PROCESSORS_PER_RANK * ranks
     if needs_gpus(examination) and count < needed:
-        return warning(
-            f"{count} for {ranks_per_node(examination)} ranks",
-            f"ask SLURM for the whole node (--exclusive) or for --cpus-per-task={needed} and more",
-        )
-    return ok(f"{count} for {ranks_per_node(examination)} ranks")
+        return warning(text, f"ask SLURM for the whole node (--exclusive) or for --cpus-per-task={needed} and more")
+    return ok(text)
 
 
 def shared_memory(examination: Examination) -> Finding:
@@ -93,11 +91,6 @@ def _no_locks(reason: str) -> Finding:
 
 def needs_gpus(examination: Examination) -> bool:
     return examination.config.training.precision != "fp32"
-
-
-def ranks_per_node(examination: Examination) -> int:
-    parallel = examination.config.training.parallel
-    return parallel.world_size // parallel.nodes
 
 
 def existing_parent(path: Path) -> Path:

@@ -65,7 +65,7 @@ def launch(
     listener = _listen() if parallel.nodes == 1 else None
     try:
         server = _running_server(env) if _forks() else None
-        for local_rank in range(parallel.world_size // parallel.nodes):
+        for local_rank in range(parallel.ranks_per_node):
             variables = {**os.environ, **_variables(parallel, local_rank, threads, listener), **(env or {})}
             store = listener if local_rank == 0 else None
             ranks.append(_start(module_args, variables, log_dir, store, server))
@@ -91,7 +91,7 @@ def node_rank(parallel: ParallelConfig) -> int:
 
 def check_gpus(parallel: ParallelConfig, gpus: int | None) -> None:
     """Raise ConfigError if a node would have more ranks than ``gpus``; None (on the CPU) sets no limit."""
-    ranks = parallel.world_size // parallel.nodes
+    ranks = parallel.ranks_per_node
     if gpus is not None and ranks > gpus:
         raise ConfigError(
             f"training.parallel.world_size={parallel.world_size} on training.parallel.nodes={parallel.nodes} is "
@@ -102,7 +102,7 @@ def check_gpus(parallel: ParallelConfig, gpus: int | None) -> None:
 
 def warn_of_few_processors(parallel: ParallelConfig, processors: int) -> None:
     """Log a warning if a node's ranks have fewer than PROCESSORS_PER_RANK processors each."""
-    ranks = parallel.world_size // parallel.nodes
+    ranks = parallel.ranks_per_node
     if processors < PROCESSORS_PER_RANK * ranks:
         logger.warning(
             "%d processors for %d ranks of a GPU each: they will wait for them; ask SLURM for all of the node "
@@ -134,11 +134,22 @@ def _listen() -> socket.socket:
     return listener
 
 
+def gpu_variables() -> dict[str, str]:
+    """Return the variables that a process needs which trains on a GPU."""
+    return {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron relies on it for the order of kernels and transfers
+        # Rows of any length would fragment the memory
+        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
+        # To resume a round of fp8_delayed. Only a round's own checkpoint is loaded so, never one from elsewhere.
+        "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1",
+    }
+
+
 def _variables(
     parallel: ParallelConfig, local_rank: int, threads: int, listener: socket.socket | None
 ) -> dict[str, str]:
     """Return a rank's variables; without a ``listener``, on several hosts, the address must be in the environment."""
-    local_ranks = parallel.world_size // parallel.nodes
+    local_ranks = parallel.ranks_per_node
     variables = {
         "WORLD_SIZE": str(parallel.world_size),
         "RANK": str(node_rank(parallel) * local_ranks + local_rank),
@@ -146,11 +157,7 @@ def _variables(
         "LOCAL_WORLD_SIZE": str(local_ranks),
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron relies on it for the order of kernels and transfers
-        # Rows of any length would fragment the memory
-        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
-        # To resume a round of fp8_delayed. Only a round's own checkpoint is loaded so, never one from elsewhere.
-        "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1",
+        **gpu_variables(),
     }
     if listener is not None:
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}

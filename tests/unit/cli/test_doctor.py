@@ -44,6 +44,22 @@ def test_a_run_that_does_not_exist_yet_is_examined_with_the_arguments_of_run(tmp
         assert not list(tmp_path.iterdir())
 
 
+def test_a_check_that_hangs_neither_fails_nor_keeps_the_process(tmp_path):
+    code = (
+        "import sys, time\n"
+        "from megatron_dagger.cli import doctor as command, main\n"
+        "from megatron_dagger.driver import doctor\n"
+        "doctor.CHECKS, command.CHECK_DEADLINE_S = {'slow': lambda _: time.sleep(100)}, 0.2\n"
+        "sys.exit(main.main(['doctor', 'positive_control']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "warning  slow" in done.stdout) == (0, True), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

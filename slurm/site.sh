@@ -1,6 +1,10 @@
 # The settings of your cluster, in one place: edit them once, for all sbatch files. slurm/rounds.sh reads this file.
 
-VENV=${VENV:-$PWD/.venv}               # the environment with the engines (tools/setup)
+# The environment with the engines: .venv-cuda (tools/setup --cuda), or without it .venv (built for the CPU by tools/setup)
+if [ -z "${VENV:-}" ]; then
+    VENV=$PWD/.venv-cuda
+    [ -d "$VENV" ] || VENV=$PWD/.venv
+fi
 export PATH="$VENV/bin:$PATH"
 SRUN=(srun --kill-on-bad-exit=1 --wait=0)                 # starts a step, which ends when its slowest task has ended
 DOCTOR=${DOCTOR:-yes}                  # no: start without examining the nodes first

@@ -1,7 +1,7 @@
 """The two installers: uv, and pip if uv is not available. Both obey pip's settings.
 
 An installer has a ``name``, ``create(folder)``, which creates a virtual environment, and ``install(python, step,
-arguments)``, where ``step`` is the text shown meanwhile. The pins are complete, so dependencies are not resolved
+arguments, env)``, where ``step`` is the text shown meanwhile. The pins are complete, so dependencies are not resolved
 (--no-deps). Installers do not compile to bytecode: ``compile_bytecode`` does it on all cores and skips modules that are
 rarely imported.
 """
@@ -39,10 +39,10 @@ class Pip:
     def create(self, folder):
         run(f"{folder.name}: creating it", [self.python, "-m", "venv", folder])
 
-    def install(self, python, step, arguments):
+    def install(self, python, step, arguments, env=None):
         extra = ["--extra-index-url", os.environ[TORCH_INDEX]] if os.environ.get(TORCH_INDEX) else []
         common = ["--no-deps", "--no-compile", "--no-input", "--disable-pip-version-check"]
-        run(step, [python, "-m", "pip", "install", *common, *extra, *arguments])
+        run(step, [python, "-m", "pip", "install", *common, *extra, *arguments], env={**(env or {}), **os.environ})
 
 
 class Uv:
@@ -59,9 +59,9 @@ class Uv:
         command = [self.uv, "venv", "--allow-existing", "--python", self.python, folder]
         run(f"{folder.name}: creating it", command, env=self.env)
 
-    def install(self, python, step, arguments):
+    def install(self, python, step, arguments, env=None):
         common = ["--python", python, "--no-deps", "--no-compile-bytecode"]
-        run(step, [self.uv, "pip", "install", *common, *self.settings, *arguments], env=self.env)
+        run(step, [self.uv, "pip", "install", *common, *self.settings, *arguments], env={**(env or {}), **self.env})
 
 
 def compile_bytecode(python, step):

@@ -1,4 +1,4 @@
-"""The requirements of an installation: Python 3.11, git, bubblewrap, disk space."""
+"""The requirements of an installation: a Python, git, bubblewrap, disk space."""
 
 import os
 import shutil
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from .steps import ROOT, SetupError, run, say
 
-PYTHON = (3, 11)  # the version for which tools/constraints/ has pins
 TOOLS = {"git": "git", "bwrap": "bubblewrap"}  # a program and its Debian package
 _PROBE = """\
 import sys, venv, ensurepip
@@ -17,12 +16,12 @@ print(getattr(sys, "_base_executable", sys.executable))
 """
 
 
-def find_python(path):
-    """Return the path of a Python 3.11 with venv that is not itself in a virtual environment.
+def find_python(path, version):
+    """Return the path of a Python of ``version``, such as (3, 11), with venv and not itself in a virtual environment.
 
     ``path`` (None: any) is the only candidate. Raises SetupError with the reason for each candidate that fails.
     """
-    version = ".".join(map(str, PYTHON))
+    version = ".".join(map(str, version))
     seen = []
     for candidate in [path] if path else _candidates(version):
         try:
@@ -34,14 +33,15 @@ def find_python(path):
             seen.append(f"{candidate}: {(done.stderr.strip().splitlines() or ['it fails'])[-1]}")
             continue
         candidate_version, base = done.stdout.splitlines()
-        if candidate_version == "{} {}".format(*PYTHON):
+        candidate_version = candidate_version.replace(" ", ".")
+        if candidate_version == version:
             return base
-        seen.append(f"{candidate}: it is Python {candidate_version.replace(' ', '.')}")
+        seen.append(f"{candidate}: it is Python {candidate_version}")
     tried = "\n    ".join(seen or ["none on PATH"])
     raise SetupError(
         f"no Python {version} with venv and ensurepip was found:\n    {tried}\n"
-        f"  Install one (`pyenv install {version}`, or as root `apt-get install python{version}-venv`),"
-        " or name it with --python PATH.\n"
+        f"  Install one (`pyenv install {version}`, `uv python install {version}`, or as root"
+        f" `apt-get install python{version}-venv`), or name it with --python PATH.\n"
         "  The pins are for this version; for another one create an environment yourself:\n"
         "  pip install -e '.[train,rollout,swe,dev]'"
     )
@@ -51,6 +51,8 @@ def _candidates(version):
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     paths = [sys.executable, shutil.which(f"python{version}")]
     paths += [str(path) for path in sorted(pyenv.glob(f"{version}*/bin/python"))]
+    uv = Path(os.environ.get("UV_PYTHON_INSTALL_DIR", Path.home() / ".local/share/uv/python"))
+    paths += [str(path) for path in sorted(uv.glob(f"cpython-{version}*/bin/python3"))]
     paths += [f"/usr/local/bin/python{version}", f"/usr/bin/python{version}"]
     return [path for path in dict.fromkeys(paths) if path and Path(path).exists()]
 

@@ -23,7 +23,7 @@ from megatron_dagger.planning.run_plan import memory_of
 
 PROBE_TIMEOUT_S = 55.0
 FREE_SHARE = 0.9  # of a GPU's memory; below, another process uses it
-INSTALL = "slurm/README.md says how to install the CUDA builds"
+INSTALL = "tools/setup --cuda installs the CUDA builds in .venv-cuda (slurm/README.md)"
 _PROBE = """
 import json
 answer = {}
@@ -55,6 +55,8 @@ def gpus(examination: Examination) -> Finding:
         return problem("none visible on this host", "run this in a job with GPUs: sbatch --gpus-per-node=8 ...")
     answer = _ask()
     ranks = examination.config.training.parallel.ranks_per_node
+    if "torch" in answer and answer["cuda"] is None:
+        return problem(f"torch {answer['torch']} in {sys.prefix} is built for the CPU", INSTALL)
     if not answer.get("available"):
         return problem(
             f"torch {answer.get('torch', 'missing')} (CUDA {answer.get('cuda')}) cannot use the {seen} GPUs; "

@@ -33,7 +33,7 @@ def packages(examination: Examination) -> Finding:
     if absent:
         return problem(
             f"not installed: {', '.join(absent)}",
-            "tools/setup installs the builds for the CPU, slurm/README.md says how to install those for GPUs",
+            "tools/setup --cuda installs the builds for GPUs (slurm/README.md), tools/setup those for the CPU",
         )
     return ok(", ".join(f"{package} {_version(module, package)}" for module, package in modules.items()))
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from megatron_dagger.config import ParallelConfig, RoadConfig, RunConfig, SweConfig, TeacherConfig, TrainingConfig
-from megatron_dagger.driver.doctor import examine, machine, parts, ranks
+from megatron_dagger.driver.doctor import examine, gpus, machine, parts, ranks
 from megatron_dagger.driver.doctor.examination import Examination, Status
 from megatron_dagger.envs.swe.tool_calls import ToolCall
 from megatron_dagger.gpus import visible_gpus
@@ -65,6 +65,16 @@ def test_few_processors_for_gpus_are_warned_of(examination, monkeypatch):
     assert machine.processors(examination()).status is Status.OK
     finding = machine.processors(examination(RunConfig(training=BF16)))
     assert (finding.status, "--cpus-per-task=8" in finding.advice) == (Status.WARNING, True)
+
+
+@pytest.mark.skipif(visible_gpus({}) is not None, reason="this host has GPUs")
+def test_engines_built_for_the_cpu_on_a_node_with_gpus_are_a_problem(examination, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(gpus, "visible_gpus", lambda environ: 8)
+    finding = gpus.gpus(examination(RunConfig(training=BF16)))
+    expected = "cannot use the 8 GPUs" if torch.version.cuda else "is built for the CPU"
+    assert (finding.status, expected in finding.text) == (Status.PROBLEM, True)
+    assert "tools/setup --cuda" in finding.advice
 
 
 def test_a_file_system_that_lets_everybody_have_a_lock_is_a_problem(examination, monkeypatch):

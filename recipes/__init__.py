@@ -21,6 +21,7 @@ from megatron_dagger.recipes.qwen3 import (
     qwen3_8b_swegym_4x8h100,
     qwen3_8b_swegym_8h100,
     qwen3_30b_a3b_swegym_4x8h100,
+    qwen3_coder_30b_a3b_swebench_4x8h100,
 )
 from megatron_dagger.recipes.short_repair import short_repair
 from megatron_dagger.recipes.smollm2 import smollm2_135m_repair_1gpu
@@ -40,6 +41,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         qwen3_4b_swegym_4x8h100,
         qwen3_8b_swegym_4x8h100,
         qwen3_30b_a3b_swegym_4x8h100,
+        qwen3_coder_30b_a3b_swebench_4x8h100,
     )
 }
 

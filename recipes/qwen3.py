@@ -9,6 +9,8 @@ The teacher, Qwen3-Coder-30B-A3B-Instruct, is an endpoint at ``teacher.urls``. O
 while a round is collected, with the student on the other four (``slurm/single_node_with_teacher.sbatch``); for four
 nodes it is served elsewhere (``slurm/multi_node.sbatch``).
 
+``qwen3_coder_30b_a3b_swebench_4x8h100`` is no published run: today's student and a hosted teacher.
+
 The layouts fit H100s according to ``megatron-dagger plan``; none of them has run on one.
 """
 
@@ -79,6 +81,7 @@ QWEN3_30B_A3B = ModelConfig(  # Qwen3-30B-A3B-Instruct-2507
     moe_ffn_hidden_size=768,
     moe_router_topk=8,
 )
+QWEN3_CODER_30B_A3B = replace(QWEN3_30B_A3B, ffn_hidden_size=5472)  # no layer uses it
 
 
 def qwen3_4b_swegym_8h100() -> RunConfig:
@@ -143,6 +146,28 @@ def qwen3_30b_a3b_swegym_4x8h100() -> RunConfig:
     )
 
 
+def qwen3_coder_30b_a3b_swebench_4x8h100() -> RunConfig:
+    """Qwen3-Coder-30B-A3B-Instruct taught by a hosted model, SWE-bench Verified; four nodes of 8 H100s.
+
+    Trained on SWE-Gym, evaluated on all of SWE-bench Verified after the last round. Name the teacher with
+    ``'teacher.urls=[https://HOST/v1]' teacher.model=NAME``, and put its key into the variable OPENAI_API_KEY. It labels
+    25,600 turns a round and reads 16,000 tokens for each, most of them from its cache: set the two prices of
+    ``teacher`` and ``teacher.money_budget``. First run
+    ``megatron-dagger convert hf-to-megatron Qwen3-Coder-30B-A3B-Instruct checkpoints/qwen3_coder_30b_a3b_instruct
+    --tensor-parallel 4 --dtype bfloat16``, or name another checkpoint with ``init_checkpoint=PATH``.
+    """
+    recipe = qwen3_30b_a3b_swegym_4x8h100()
+    return replace(
+        recipe,
+        name="qwen3_coder_30b_a3b_swebench_4x8h100",
+        swe=replace(recipe.swe, heldout="SWE-bench/SWE-bench_Verified", heldout_of_train=0),
+        model=QWEN3_CODER_30B_A3B,
+        init_checkpoint="checkpoints/qwen3_coder_30b_a3b_instruct",
+        teacher=replace(recipe.teacher, urls=("https://teacher.example/v1",), model="hosted-model"),
+        dagger=replace(recipe.dagger, rounds=3, evaluation_tasks=500, evaluate_rounds="last"),
+    )
+
+
 def _in_fp8(recipe: RunConfig) -> RunConfig:
     """Return the recipe with an FP8 scale per tensor: blocks of 128 do not divide the 4B's 9728 / TP8."""
     name = recipe.name.replace("_swegym", "_fp8_swegym")
@@ -182,7 +207,7 @@ def _recipe(
             global_batch_tokens=BATCH_TOKENS,
             recompute=recompute,
             checkpoint_interval=50,
-            deadline_s=12 * 3600.0,
+            deadline_s=24 * 3600.0,
         ),
         rollout=RolloutConfig(
             sampling=SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=REPLY_TOKENS),

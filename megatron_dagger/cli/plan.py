@@ -4,6 +4,7 @@ A recipe that cannot fit is refused with the reason and the nearest settings tha
 
   megatron-dagger plan qwen3_8b_swegym_8h100
   megatron-dagger plan qwen3_8b_swegym_8h100 training.recompute=full --gpu h200 --assume mfu=0.35 --json
+  sbatch --time=$(megatron-dagger plan qwen3_8b_swegym_8h100 --job-hours):00:00 slurm/multi_node.sbatch ...
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from megatron_dagger.cli.arguments import recipe_or_run
 from megatron_dagger.config import ConfigError, ModelConfig, RunConfig, build, to_dict
 from megatron_dagger.config.base import parse_value
-from megatron_dagger.dagger.beta import beta
+from megatron_dagger.dagger.beta import betas
 from megatron_dagger.planning import GPUS, Assumptions, Change, Gpu, RunPlan, nearest_that_fits, plan_run
 from megatron_dagger.planning.gpus import DEFAULT_GPU
+from megatron_dagger.planning.job_time import MARGIN, run_hours
 from megatron_dagger.planning.memory import GIB
 from megatron_dagger.planning.parameters import active_parameters, total_parameters
 
@@ -48,7 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help=f"change an assumption: {', '.join(f.name for f in fields(Assumptions))}",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
+    output.add_argument(
+        "--job-hours",
+        action="store_true",
+        help=f"print only the hours that one job for the whole run should ask for, {MARGIN:g} times those planned",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -57,10 +65,11 @@ def main(arguments: argparse.Namespace) -> int:
     gpu, assumed = GPUS[arguments.gpu], _assumptions(arguments.assume)
     if config.training.precision == "fp32":
         sys.stderr.write(f"note: {name} trains in fp32, which is for the CPU; these are the numbers of an {gpu.name}\n")
-    betas = [beta(config.dagger.beta, index) for index in range(config.dagger.rounds + 1)]
-    plan = plan_run(config, betas, gpu, assumed)
+    plan = plan_run(config, betas(config.dagger), gpu, assumed)
     change = None if plan.fits else nearest_that_fits(config, gpu, assumed)
-    if arguments.json:
+    if arguments.job_hours:
+        print(run_hours(plan))
+    elif arguments.json:
         print(json.dumps(report(config, gpu, assumed, plan, change), indent=1))
     else:
         _print(config, gpu, assumed, plan)
@@ -205,5 +214,5 @@ def _rounds_table(plan: RunPlan) -> Table:
         hours = [f"{seconds / 3600:.2f}" for seconds in (r.rollout_s, r.train_s, r.evaluate_s, r.total_s)]
         counts = [f"{r.student_share:.0%}", f"{r.turns:,.0f}", f"{r.optimizer_steps}", f"{r.train_tokens / 1e6:,.1f}M"]
         table.add_row(str(r.round_index), *counts, f"{r.train_tokens_per_s:,.0f}", *hours)
-    table.add_row("all", *[""] * 8, f"{sum(r.total_s for r in plan.rounds) / 3600:.2f}")
+    table.add_row("all", *[""] * 8, f"{plan.total_s / 3600:.2f}")
     return table

@@ -20,14 +20,29 @@ def main(arguments: argparse.Namespace) -> int:
         print((inspect.getdoc(recipe) or "").replace("``", "`"), end="\n\n")
         for subject, fact in facts(recipe()).items():
             print(f"{subject:12} {fact}")
-        print(
-            f"\n`megatron-dagger run RUN --recipe {arguments.name}` starts it; --dry-run checks and prints the settings"
-        )
+        print(*_how_to_start(arguments.name, recipe()), sep="\n")
         return 0
     for name, recipe in RECIPES.items():
         print(f"{name:32} {(recipe.__doc__ or '').strip().splitlines()[0]}")
     print("\n`megatron-dagger recipes NAME` describes one")
     return 0
+
+
+def _how_to_start(name: str, config: RunConfig) -> list[str]:
+    """Return the planned hours of a recipe for GPUs, and the command that starts a recipe."""
+    from megatron_dagger.dagger.beta import betas
+    from megatron_dagger.planning.job_time import default_plan, run_hours
+
+    plan = default_plan(config, betas(config.dagger))
+    lines = [] if plan is None else [f"{'hours':12} {plan.total_s / 3600:.1f} by `megatron-dagger plan`, not measured"]
+    if plan is None or plan.memory.fit_together:
+        return [
+            *lines,
+            f"\n`megatron-dagger run RUN --recipe {name}` starts it; --dry-run checks and prints the settings",
+        ]
+    file = "multi_node" if config.training.parallel.nodes > 1 else "single_node_with_teacher"
+    job = f"sbatch --time={run_hours(plan)}:00:00 slurm/{file}.sbatch RUN --recipe {name}"
+    return [*lines, f"\n`{job}`\nstarts it (a job that reaches its time limit is requeued and resumes)"]
 
 
 def facts(config: RunConfig) -> dict[str, str]:

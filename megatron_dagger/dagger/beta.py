@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import math
 
-from megatron_dagger.config import BetaConfig
+from megatron_dagger.config import BetaConfig, DaggerConfig
+
+
+def betas(config: DaggerConfig) -> list[float]:
+    """Return beta for each round, from round 0 on."""
+    return [beta(config.beta, index) for index in range(config.rounds + 1)]
 
 
 def beta(config: BetaConfig, round_index: int) -> float:

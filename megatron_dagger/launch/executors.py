@@ -10,6 +10,7 @@ from collections.abc import Callable
 import nemo_run as run  # reads annotations as objects: this file must not postpone them
 from nemo_run.cli.api import EXECUTOR_CLASSES, list_factories
 
+PLANNED = "planned"  # as an executor's time limit: that of the stage
 # Megatron's ranks meet on the first node; the port depends on the job, so two jobs can share a node.
 _RENDEZVOUS = "export MASTER_ADDR=$head_node_ip MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))"
 
@@ -28,12 +29,13 @@ def slurm() -> run.SlurmExecutor:
 
     Set what your cluster requires: ``run.executor.gpus_per_node=8``, and ``account``, ``partition``, ``time``, ``mem``,
     ``container_image``, ``container_mounts`` in the same way. A job that was preempted, failed or ran out of time is
-    requeued up to ``retries`` times and resumes.
+    requeued up to ``retries`` times and resumes. Without a ``time`` each job asks for the hours that
+    ``megatron-dagger plan`` expects, twice over.
     """
     return run.SlurmExecutor(
         account=None,
         job_name_prefix="dagger-",
-        time="24:00:00",
+        time=PLANNED,
         signal="TERM@120",  # seconds before the time limit: the job fails, and is therefore requeued
         retries=3,
         tunnel=run.LocalTunnel(job_dir=""),
@@ -44,8 +46,10 @@ def slurm() -> run.SlurmExecutor:
     )
 
 
-def for_stage(executor: run.Executor, nodes: int) -> run.Executor:
+def for_stage(executor: run.Executor, nodes: int, hours: int) -> run.Executor:
     """Return a copy of ``executor`` for a stage on ``nodes`` nodes, with one process on each.
+
+    ``hours`` is the time limit on SLURM if the executor has none of its own.
 
     Raises ValueError if the executor has one node only and the stage needs more.
     """
@@ -53,6 +57,8 @@ def for_stage(executor: run.Executor, nodes: int) -> run.Executor:
     types = type(copy).__mro__
     set_nodes = next((NODE_SETTERS[cls] for cls in types if cls in NODE_SETTERS), _set_attribute)
     set_nodes(copy, nodes)
+    if getattr(copy, "time", None) == PLANNED:
+        copy.time = f"{hours}:00:00"
     return copy
 
 

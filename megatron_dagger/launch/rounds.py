@@ -95,7 +95,7 @@ def add_rounds(
     work_dir = work_dir or Path.cwd()
     ids: list[str] = []
     for stage in round_stages(config, work_dir / directory, work_dir, program, workers=workers):
-        executor = for_stage(experiment.executor, stage.nodes)
+        executor = for_stage(experiment.executor, stage.nodes, stage.hours)
         task = run.Script(inline=stage.script)
         ids.append(experiment.add(task, executor=executor, name=stage.name, dependencies=ids[-1:]))
     return ids

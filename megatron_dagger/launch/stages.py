@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dagger.config import RunConfig, dump_yaml
+from megatron_dagger.dagger.beta import betas
+from megatron_dagger.planning.job_time import DEFAULT_HOURS, stage_hours
 
 _END = "END_OF_SETTINGS"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A job: one process per node, all of which run ``script``."""
+    """A job: one process per node, all of which run ``script``. ``hours``: what it should ask for, by plan."""
 
     name: str
     script: str
     nodes: int = 1
+    hours: int = DEFAULT_HOURS
 
 
 def round_stages(config: RunConfig, directory: Path, work_dir: Path, program: str, *, workers: int = 1) -> list[Stage]:
@@ -37,6 +40,8 @@ def round_stages(config: RunConfig, directory: Path, work_dir: Path, program: st
     nodes = {"collect": workers, "train": config.training.parallel.nodes}
     commands = {"collect": "rollout", "rollout": "rollout", "train": "train", "evaluate": "evaluate"}
 
+    hours = stage_hours(config, betas(config.dagger))
+
     stages: list[Stage] = []
     for index in range(config.dagger.rounds + 1):
         for name, command in commands.items():
@@ -45,5 +50,6 @@ def round_stages(config: RunConfig, directory: Path, work_dir: Path, program: st
             share = " --worker $SLURM_PROCID/$SLURM_NTASKS" if name == "collect" else ""
             # exec: the signal that ends the job reaches our program instead of killing a shell around it
             script = f"{begin if stages else begin + create}exec {program} {command} {run} --round {index}{share}\n"
-            stages.append(Stage(name=f"round{index}-{name}", script=script, nodes=nodes.get(name, 1)))
+            limit = hours[index][command] if hours else DEFAULT_HOURS
+            stages.append(Stage(name=f"round{index}-{name}", script=script, nodes=nodes.get(name, 1), hours=limit))
     return stages

@@ -86,6 +86,11 @@ class RunPlan:
     def fits(self) -> bool:
         return not self.problems
 
+    @property
+    def total_s(self) -> float:
+        """The seconds of all rounds."""
+        return sum(r.total_s for r in self.rounds)
+
 
 def memory_of(config: RunConfig, gpu: Gpu, assumed: Assumptions) -> Memory:
     """Return the memory of both phases. Raises ConfigError for settings that trainer or engine refuse on a GPU."""

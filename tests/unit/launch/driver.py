@@ -104,7 +104,7 @@ def nodes(folder):
     for executor in (cluster(), run.LocalExecutor(), CloudExecutor(), SingleExecutor()):
         for count in (1, 4):
             try:
-                copy = for_stage(executor, count)
+                copy = for_stage(executor, count, hours=2)
                 outcome = getattr(copy, "nodes", getattr(copy, "num_nodes", None))
             except ValueError as error:
                 outcome = str(error)

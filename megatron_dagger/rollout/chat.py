@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_dagger.rollout.reply_prefix import reply_prefix
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -18,10 +20,14 @@ START, END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 
 class ChatRenderer:
-    """Encodes messages around the turns of an episode. All token arrays are (n,) int32."""
+    """Encodes messages around the turns of an episode. All token arrays are (n,) int32.
 
-    def __init__(self, tokenizer: Tokenizer):
+    ``reply_prefix`` is text that follows the header of each reply (``reply_prefix.py``).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, reply_prefix: str = ""):
         self._tokenizer = tokenizer
+        self._reply_opening = f"assistant\n{reply_prefix}"
         # Text from tasks and sandboxes must never become control tokens.
         tokenizer.encode_special_tokens = True
         self._start, self.end_token = (self._special(name) for name in (START, END))
@@ -29,13 +35,16 @@ class ChatRenderer:
 
     @classmethod
     def load(cls, model_dir: Path) -> ChatRenderer:
-        """Load the tokenizer.json of a model directory. Raises FileNotFoundError if there is none."""
+        """Load the tokenizer.json of a model directory, and its reply prefix.
+
+        Raises FileNotFoundError without a tokenizer.json, and ConfigError for a chat template that cannot be rendered.
+        """
         from tokenizers import Tokenizer
 
         path = model_dir / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {model_dir} must be a model directory")
-        return cls(Tokenizer.from_file(str(path)))
+        return cls(Tokenizer.from_file(str(path)), reply_prefix(model_dir))
 
     def opening(self, system: str, task: str) -> np.ndarray:
         """Return the first prompt: the system and task messages, and the header of the first reply."""
@@ -71,7 +80,7 @@ class ChatRenderer:
         return np.concatenate([[self._start], body, [self.end_token]]).astype(np.int32)
 
     def _reply_header(self) -> np.ndarray:
-        return np.concatenate([self._text("\n"), [self._start], self._text("assistant\n")]).astype(np.int32)
+        return np.concatenate([self._text("\n"), [self._start], self._text(self._reply_opening)]).astype(np.int32)
 
     def _text(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)

@@ -1,8 +1,12 @@
 """The renderer: exactly Qwen's format, conversations are only extended, text never becomes control tokens."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
+from megatron_dagger.config import ConfigError
 from megatron_dagger.rollout.chat import ChatRenderer
 from megatron_dagger.rollout.tokenizer import train_tokenizer
 
@@ -33,19 +37,61 @@ def conversation(renderer):
     return opening, action, renderer.observation("@1: return a + b", after=action)
 
 
+MESSAGES = [
+    {"role": "system", "content": "Repair."},
+    {"role": "user", "content": "1 test fails.\n"},
+    {"role": "assistant", "content": "view @1"},
+    {"role": "user", "content": "@1: return a + b"},
+]
+# The end of Qwen3-8B's template, which opens the reply with an empty thinking block when it is not to think
+HYBRID = """
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+
+
 def test_a_rendered_conversation_equals_the_chat_templates(folder, renderer):
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    messages = [
-        {"role": "system", "content": "Repair."},
-        {"role": "user", "content": "1 test fails.\n"},
-        {"role": "assistant", "content": "view @1"},
-        {"role": "user", "content": "@1: return a + b"},
-    ]
+    messages = MESSAGES
     ours = np.concatenate(conversation(renderer))
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert renderer.text(ours) == text
     assert ours.tolist() == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_model_that_thinks_unless_told_not_to_is_told_so_as_its_template_does(folder, file, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    plain = settings.pop("chat_template")
+    template = plain[: plain.index("{% if add_generation_prompt")] + HYBRID
+    if file == "chat_template.jinja":
+        (tmp_path / file).write_text(template)
+    else:
+        settings["chat_template"] = template
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    renderer = ChatRenderer.load(tmp_path)
+    opening, _, _ = conversation(renderer)
+    expected = tokenizer.apply_chat_template(
+        MESSAGES[:2], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    assert renderer.text(opening) == expected
+    assert expected.endswith("<think>\n\n</think>\n\n")
+    assert opening.tolist() == tokenizer(expected)["input_ids"]
+
+
+@pytest.mark.parametrize("template", ["{{ enable_thinking", "{{ enable_thinking.__class__.__mro__ }}"])
+def test_a_template_that_cannot_be_rendered_safely_is_refused(folder, template, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError, match="chat template cannot be rendered"):
+        ChatRenderer.load(tmp_path)
 
 
 def test_text_never_becomes_control_tokens(renderer):

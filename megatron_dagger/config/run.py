@@ -23,6 +23,8 @@ CHANGEABLE = (
     "wandb_project",
     "teacher.urls",
     "teacher.api_key_env",
+    "teacher.omitted_parameters",
+    "teacher.max_tokens_parameter",
     "teacher.concurrent_requests",
     "teacher.request_timeout_s",
     "teacher.patience_s",

@@ -20,6 +20,8 @@ class TeacherConfig:
     model: str = ""  # the name that the endpoint serves
     api_key_env: str = "OPENAI_API_KEY"
     sampling: SamplingConfig = SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=4096)
+    omitted_parameters: tuple[str, ...] = ()  # of temperature, top_p, seed and max_tokens: what the server refuses
+    max_tokens_parameter: str = "max_tokens"  # its name in requests, such as max_completion_tokens
     concurrent_requests: int = number(64, gt=0)  # over all replicas
     request_timeout_s: float = number(300.0, gt=0)  # for one answer
     patience_s: float = number(1800.0, gt=0)  # how long a request is repeated while no replica answers
@@ -37,6 +39,13 @@ class TeacherConfig:
             require(
                 "@" not in url, "teacher.urls: an address must contain no key; name a variable in teacher.api_key_env"
             )
+        parameters = ("temperature", "top_p", "seed", self.max_tokens_parameter)
+        unknown = sorted(set(self.omitted_parameters) - set(parameters))
+        require(not unknown, f"teacher.omitted_parameters: {', '.join(unknown)}: a request has {', '.join(parameters)}")
+        require(
+            self.max_tokens_parameter not in parameters[:3] and bool(self.max_tokens_parameter),
+            f"teacher.max_tokens_parameter={self.max_tokens_parameter!r}: name a parameter of its own",
+        )
         require(not self.urls or bool(self.model), "teacher.model is missing: the name the endpoint serves")
         require(bool(self.urls) or not self.score_student_turns, "teacher.score_student_turns needs teacher.urls")
         prices = self.price_per_million_prompt_tokens + self.price_per_million_completion_tokens

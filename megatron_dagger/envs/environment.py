@@ -21,6 +21,7 @@ from megatron_dagger.policies.openai.cache import MalformedResponse, Response
 from megatron_dagger.types import Action, Message, State
 
 DEFAULT_THREADS = 8
+_FENCES = ("```", "~~~")  # of Markdown
 
 Track = Callable[..., AbstractContextManager[Any]]  # observability.progress.track
 Encode = Callable[[str], np.ndarray]  # an action's text -> its tokens (n,), int32
@@ -29,12 +30,13 @@ Encode = Callable[[str], np.ndarray]  # an action's text -> its tokens (n,), int
 def last_line(response: Response) -> str:
     """Return the last line of a response, its command; the model may reason in the lines before.
 
-    Raises MalformedResponse if the response is empty.
+    Lines that open or close a block of code are none. Raises MalformedResponse if the response is empty.
     """
-    lines = [line.strip() for line in response.text.strip().splitlines()]
-    if not lines or not lines[-1]:
+    lines = [line.strip() for line in response.text.splitlines()]
+    commands = [line for line in lines if line and not line.startswith(_FENCES)]
+    if not commands:
         raise MalformedResponse("the answer is empty")
-    return lines[-1]
+    return commands[-1]
 
 
 @dataclass(frozen=True, kw_only=True)

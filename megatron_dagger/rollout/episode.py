@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -16,13 +17,16 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from megatron_dagger.config import LimitsConfig
+from megatron_dagger.config import ConfigError, LimitsConfig
 from megatron_dagger.envs.base import Env, Observation
-from megatron_dagger.policies.base import NoAction, PolicyError, PolicyGone
+from megatron_dagger.policies.base import BudgetSpent, NoAction, PolicyError, PolicyGone
 from megatron_dagger.policies.clock import start_clock
 from megatron_dagger.rollout.chat import ChatRenderer
 from megatron_dagger.sandbox.base import EnvironmentBroken
+from megatron_dagger.text import encodable
 from megatron_dagger.types import ActedBy, Action, Message, State, StopReason, Trajectory, Turn
+
+logger = logging.getLogger(__name__)
 
 FORMAT_ERROR = "error: reply with one shell command"
 T = TypeVar("T")
@@ -80,7 +84,8 @@ class EpisodeRunner:
     ) -> Trajectory:
         """Run one episode and return it, even if it broke (see ``stop_reason``).
 
-        ``beta`` is only recorded. Raises PolicyGone, since then no other episode can continue either.
+        ``beta`` is only recorded. Whatever else the environment or the policy raises ends this episode only. Raises
+        PolicyGone, BudgetSpent and ConfigError, since then no other episode can continue either.
         """
         started = time.monotonic()
         record = _EpisodeRecord()
@@ -91,16 +96,16 @@ class EpisodeRunner:
             env = await self._in_thread(make_env)
             reason = await self._run_turns(env, policy, key, record)
             solved = await self._in_thread(env.judge)
-            details |= env.report()
+            details |= await self._in_thread(env.report)
         except EnvironmentBroken as error:
-            reason, details = error.reason, {"error": str(error)}
+            reason, details = error.reason, {"error": str(error)} | record.last_action()
         except PolicyGone:
             raise
         except PolicyError as error:
-            reason, details = StopReason.POLICY_ERROR, {"error": str(error)}
+            reason, details = StopReason.POLICY_ERROR, {"error": str(error)} | record.last_action()
         finally:
             if env is not None:
-                await self._in_thread(env.close)
+                await self._close(env)
         if record.no_action:
             details["no_action"] = record.no_action
         if record.format_errors:
@@ -118,7 +123,7 @@ class EpisodeRunner:
         )
 
     async def _run_turns(self, env: Env, policy: TurnPolicy, key: EpisodeKey, record: _EpisodeRecord) -> StopReason:
-        system, task = await self._in_thread(env.reset)
+        system, task = map(encodable, await self._in_thread(env.reset))
         clock = start_clock()  # after reset, which may pull an image
         record.open(system, task, self.renderer.opening(system, task))
         format_errors = repeats = 0
@@ -135,6 +140,11 @@ class EpisodeRunner:
                     raise
                 record.no_action = str(error)
                 return StopReason.NO_ACTION  # the turns before are data
+            except (PolicyError, BudgetSpent, ConfigError):
+                raise
+            except Exception as error:
+                logger.exception("%s, turn %d: the policy failed", key.task_id, turn)
+                raise PolicyError(f"{type(error).__name__}: {error}") from error
             repeats = repeats + 1 if record.repeats(decision.action) else 1
             record.act(decision)
             if repeats >= self.limits.max_repeats:
@@ -150,12 +160,26 @@ class EpisodeRunner:
             record.format_errors += not observation.understood
             if format_errors >= self.limits.max_format_errors:
                 return StopReason.FORMAT_LIMIT
-            tokens = self.renderer.observation(observation.text, after=decision.action.tokens)
-            record.observe(observation.text, tokens)
+            seen = encodable(observation.text)
+            record.observe(seen, self.renderer.observation(seen, after=decision.action.tokens))
         return StopReason.TURN_LIMIT
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+        """Return the result of an environment's function. Any error but ConfigError becomes EnvironmentBroken."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.threads, function, *args)
+        except (EnvironmentBroken, ConfigError):
+            raise
+        except Exception as error:  # a user's environment, or ours before something that nobody thought of
+            logger.exception("the environment failed in %s%.500r", getattr(function, "__qualname__", function), args)
+            raise EnvironmentBroken(f"{type(error).__name__}: {error}") from error
+
+    async def _close(self, env: Env) -> None:
+        """Close an environment, whose episode has ended whether or not that succeeds."""
+        try:
+            await self._in_thread(env.close)
+        except EnvironmentBroken as error:
+            logger.warning("an environment could not be closed: %s", error)
 
 
 @dataclass
@@ -169,6 +193,10 @@ class _EpisodeRecord:
     no_action: str = ""  # why there was none
     _observation: str = ""
     _prompt: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+
+    def last_action(self) -> dict[str, object]:
+        """Return the last action's text, for the report of an episode that broke; nothing before the first."""
+        return {"last_action": self.turns[-1].action.text} if self.turns else {}
 
     def open(self, system: str, task: str, tokens: np.ndarray) -> None:
         self.messages = [Message(role="system", content=system)]

@@ -18,11 +18,11 @@ from megatron_dagger.envs.repo_repair.expert import next_command
 from megatron_dagger.types import Message
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
-Answer = Callable[[dict[str, Any]], str | int | dict[str, Any] | tuple[int, dict[str, Any]]]
+Answer = Callable[[dict[str, Any]], str | int | dict[str, Any] | tuple[Any, ...]]
 
 
 class ChatServer(ThreadingHTTPServer):
-    """``answer(request)`` returns the response's text, its status, its JSON body, or (status, body).
+    """``answer(request)`` returns the response's text, its status, its JSON body, or (status, body[, headers]).
 
     ``requests`` and ``headers`` are those received so far. Every response takes ``delay_s``.
     """
@@ -59,12 +59,15 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.concurrent -= 1
         body: dict[str, Any]
+        headers: dict[str, str] = {}
         usage = {"prompt_tokens": 100, "completion_tokens": 10}
         match answer:
             case int():
                 status, body = answer, {"error": f"status {answer}"}
-            case tuple():
-                status, body = answer
+            case (int() as status, body):
+                pass
+            case (int() as status, body, headers):
+                pass
             case dict():
                 status, body = 200, answer
             case _:
@@ -72,7 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
                 body = {"choices": [{"message": {"role": "assistant", "content": answer}}], "usage": usage}
         data = json.dumps(body).encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 

@@ -19,12 +19,27 @@ from typing import IO, Any
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """An endpoint's response: text, tool calls as (name, arguments as JSON text), and the tokens it was billed for."""
+    """An endpoint's response: text, tool calls as (name, arguments as JSON text), and the tokens it was billed for.
+
+    Raises ValueError for fields of other types: a response is cached for as long as the run exists.
+    """
 
     text: str
     tool_calls: tuple[tuple[str, str], ...] = ()
+    finish_reason: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        calls = [part for call in self.tool_calls for part in call]
+        texts = [self.text, self.finish_reason, *calls]
+        counts = [self.prompt_tokens, self.completion_tokens]
+        if not (
+            all(isinstance(text, str) for text in texts)
+            and len(calls) == 2 * len(self.tool_calls)
+            and all(type(count) is int and count >= 0 for count in counts)
+        ):
+            raise ValueError(f"not a response: {self!r}"[:500])
 
 
 class MalformedResponse(ValueError):
@@ -89,5 +104,5 @@ class ResponseCache:
                 key = values.pop("key")
                 calls = tuple((name, arguments) for name, arguments in values.pop("tool_calls"))
                 self._add(key, Response(**values, tool_calls=calls))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # cut short
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                continue  # cut short, or not a response

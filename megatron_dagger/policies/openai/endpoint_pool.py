@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -22,18 +21,16 @@ from typing import Any, TypeVar
 import httpx
 
 from megatron_dagger.config import TeacherConfig
-from megatron_dagger.policies.base import BudgetSpent, NoAction, PolicyError, PolicyGone
+from megatron_dagger.policies.base import BudgetSpent, PolicyError, PolicyGone
 from megatron_dagger.policies.clock import exclude
 from megatron_dagger.policies.openai.cache import ResponseCache
+from megatron_dagger.policies.openai.failures import Forbidden, Unavailable, refusal, retry_after_s
 from megatron_dagger.policies.openai.proxies import direct_mounts
 
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.5, 60.0  # after a server's first failure, doubled with each further one
 _MAX_PAUSE_UNREACHABLE_S = 10.0  # for an unreachable server: it may be starting, and is noticed soon
-_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
-_FATAL = {401, 402, 404}  # wrong key, no credit, wrong model name: every request would be refused
-_TOO_LONG = re.compile(r"context[ _](length|window)|maximum model length|too long", re.IGNORECASE)
 T = TypeVar("T")
 Parse = Callable[[str, dict[str, Any]], T]  # (url of the server, body of its response) -> result
 
@@ -64,9 +61,10 @@ class EndpointPool:
     async def request(self, path: str, body: dict[str, Any], parse: Parse[T]) -> T:
         """POST ``body`` to ``path`` on a server, and return ``parse`` of its response.
 
-        Raises PolicyGone if no server answers any request within ``patience_s`` or one refuses all requests (401, 402,
-        404); NoAction if the request is too long for the model; PolicyError if only this request fails, or if
-        ``parse`` raises it; BudgetSpent if a budget is used up.
+        A request is repeated while the server is ``failures.Unavailable``, which ``parse`` may raise too. Raises
+        PolicyGone if no server answers any request within ``patience_s`` or one refuses all requests; NoAction if
+        asking again will not help, as for a conversation that is too long; PolicyError if only this request fails, or
+        if ``parse`` raises it; BudgetSpent if a budget is used up.
         """
         loop = self._running_loop()
         running = asyncio.run_coroutine_threadsafe(self._request(path, body, parse), loop)
@@ -147,29 +145,38 @@ class EndpointPool:
                 continue
             server.waiting += 1
             sent = time.monotonic()
-            failures, max_pause_s = server.failures, _MAX_PAUSE_S
+            failures, max_pause_s, least_pause_s = server.failures, _MAX_PAUSE_S, 0.0
             try:
                 response = await self._client.post(f"{server.url}/{path}", json=body, headers=self._headers())
-                if response.status_code not in _RETRIED:
-                    result = parse(server.url, _json(server.url, response))
-                    server.failures, self._last_success = 0, time.monotonic()
-                    return result, sent
-                problem = f"{server.url} answered {response.status_code}"
-            except httpx.TransportError as error:
+                result = parse(server.url, _json(server.url, response))
+                server.failures, self._last_success = 0, time.monotonic()
+                return result, sent
+            except Unavailable as error:
+                problem, least_pause_s = str(error), error.retry_after_s or 0.0
+            except Forbidden as error:
+                # Content that the endpoint does not like is refused in the same way as a key without rights
+                raise error if self._works(time.monotonic()) else PolicyGone(str(error)) from None
+            except httpx.HTTPError as error:
                 problem = f"{server.url}: {type(error).__name__} {error}".rstrip()
                 max_pause_s = _MAX_PAUSE_UNREACHABLE_S
             finally:
                 server.waiting -= 1
-            if server.failures == failures:  # otherwise a concurrent request has recorded this outage already
-                self._pause(server, problem, max_pause_s)
+            # The first of several requests records an outage; each may learn how long it will last
+            if server.failures == failures or time.monotonic() + least_pause_s > server.closed_until:
+                self._pause(server, problem, max_pause_s, least_pause_s)
         message = f"no teacher answered within {self._config.patience_s:.0f} s; the last problem: {problem}"
-        # A success in the second half of the wait shows that the endpoint works and this request is at fault. One in
-        # the first half shows little: every request may have failed since.
-        endpoint_works = self._last_success > end - self._config.patience_s / 2
-        raise PolicyError(message) if endpoint_works else PolicyGone(message)
+        raise PolicyError(message) if self._works(end) else PolicyGone(message)
 
-    def _pause(self, server: _Server, problem: str, max_pause_s: float) -> None:
+    def _works(self, now: float) -> bool:
+        """Return whether the endpoint answered another request lately, so that a failing request is itself at fault.
+
+        That is, within half of ``patience_s``: since an earlier answer every request may have failed.
+        """
+        return self._last_success > now - self._config.patience_s / 2
+
+    def _pause(self, server: _Server, problem: str, max_pause_s: float, least_pause_s: float) -> None:
         pause = min(_FIRST_PAUSE_S * 2**server.failures, max_pause_s) * random.uniform(0.5, 1.0)
+        pause = max(pause, least_pause_s)
         server.failures += 1
         server.closed_until = time.monotonic() + pause
         logger.warning("teacher: %s; next try in %.1f s", problem, pause)
@@ -184,16 +191,13 @@ def _how_to_raise(name: str) -> str:
 
 
 def _json(url: str, response: httpx.Response) -> dict[str, Any]:
-    """Return the JSON object of a response. Raises as ``EndpointPool.request`` if there is none."""
-    if response.status_code != 200:
-        message = f"{url} refused the request with {response.status_code}: {response.text[:500]}"
-        if response.status_code in _FATAL:
-            raise PolicyGone(message)
-        raise NoAction(message) if _TOO_LONG.search(response.text) else PolicyError(message)
+    """Return the JSON object of a response. Raises as ``failures.refusal`` if there is none."""
+    if not response.is_success:
+        raise refusal(url, response.status_code, response.text, response.headers)
     try:
         body = response.json()
-    except ValueError as error:
-        raise PolicyError(f"{url} answered with invalid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:  # a gateway's page, for example
+        raise Unavailable(f"{url} answered with invalid JSON ({error})", retry_after_s(response.headers)) from None
     if not isinstance(body, dict):
-        raise PolicyError(f"{url} answered with JSON that is not an object")
+        raise Unavailable(f"{url} answered with JSON that is not an object")
     return body

@@ -7,17 +7,22 @@ response and written in the student's format. Responses are cached, so a restart
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from megatron_dagger.config import TeacherConfig
-from megatron_dagger.policies.base import NoAction, PolicyError
+from megatron_dagger.policies.base import NoAction
 from megatron_dagger.policies.openai.cache import MalformedResponse, Response, ResponseCache, request_key
+from megatron_dagger.policies.openai.completion import check_complete, parse_completion
 from megatron_dagger.policies.openai.endpoint_pool import EndpointPool
 from megatron_dagger.types import Action, State
 
+logger = logging.getLogger(__name__)
+
+_EMPTY = "(no text)"  # in place of a message without text, which some servers refuse
 _SEEDS = 2**31  # endpoints take a seed below this
 
 
@@ -54,22 +59,30 @@ class EndpointPolicy:
         for attempt in range(attempts):
             response = await self._respond(self._request(state, attempt))
             try:
+                check_complete(response)
                 text = self._read(response)
+                return Action(text=text, tokens=self._encode(text))
             except MalformedResponse as error:
                 problem = error
-                continue
-            return Action(text=text, tokens=self._encode(text))
+            except Exception as error:  # of any kind: the response comes from outside, and is cached
+                logger.exception("the teacher's response %.500r cannot be read", response)
+                problem = MalformedResponse(f"{type(error).__name__}: {error}")
         raise NoAction(f"the teacher gave no action in {attempts} answers; the last problem: {problem}")
 
     def _request(self, state: State, attempt: int) -> dict[str, Any]:
         sampling = self._config.sampling
-        return {
-            "model": self._config.model,
-            "messages": [{"role": message.role, "content": message.content} for message in state.messages],
+        parameters = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
+            self._config.max_tokens_parameter: sampling.max_tokens,
             "seed": (state.seed + attempt) % _SEEDS,
+        }
+        return {
+            "model": self._config.model,
+            "messages": [
+                {"role": m.role, "content": m.content if m.content.strip() else _EMPTY} for m in state.messages
+            ],
+            **{name: value for name, value in parameters.items() if name not in self._config.omitted_parameters},
         }
 
     async def _respond(self, request: dict[str, Any]) -> Response:
@@ -77,21 +90,6 @@ class EndpointPolicy:
         cached = self._cache.get(key)
         if cached is not None:
             return cached
-        response = await self._pool.request("chat/completions", request, _parse)
+        response = await self._pool.request("chat/completions", request, parse_completion)
         await asyncio.to_thread(self._cache.put, key, response)
         return response
-
-
-def _parse(url: str, body: dict[str, Any]) -> Response:
-    """Return the response in a chat completion. Raises PolicyError if ``body`` is none."""
-    try:
-        message, usage = body["choices"][0]["message"], body.get("usage") or {}
-        calls = [call["function"] for call in message.get("tool_calls") or []]
-        return Response(
-            text=message.get("content") or "",
-            tool_calls=tuple((str(call["name"]), str(call["arguments"])) for call in calls),
-            prompt_tokens=int(usage.get("prompt_tokens", 0)),
-            completion_tokens=int(usage.get("completion_tokens", 0)),
-        )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise PolicyError(f"{url} answered with something other than a chat completion ({error!r})") from None

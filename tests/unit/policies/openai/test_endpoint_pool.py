@@ -72,11 +72,36 @@ def test_closing_the_pool_cancels_running_requests(tmp_path):
         asyncio.run(close_while_waiting(policy))
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_request_to_a_busy_server_is_retried(tmp_path, status):
-    answers = iter([status, status, "at last"])
+BUSY = {"error": {"message": "Provider returned error", "code": 429}}
+
+
+@pytest.mark.parametrize("failure", [429, 503, 529, BUSY, {"choices": []}])
+def test_a_request_to_a_busy_server_is_retried(tmp_path, failure):
+    answers = iter([failure, failure, "at last"])
     with chat_server(lambda request: next(answers)) as server, teacher(tmp_path, server) as policy:
         assert act(policy, state("x"))[0].text == "at last"
+
+
+def test_a_server_that_says_when_to_come_back_is_left_alone_until_then(tmp_path):
+    answers = iter([(429, {}, {"Retry-After": "2"}), "at last"])
+    began = time.monotonic()
+    with chat_server(lambda request: next(answers)) as server, teacher(tmp_path, server) as policy:
+        assert act(policy, state("x"))[0].text == "at last"
+        assert len(server.requests) == 2
+    assert 2 <= time.monotonic() - began < 5
+
+
+def test_forbidden_content_concerns_one_request_and_a_forbidden_key_all(tmp_path):
+    def answer(request):
+        return 403 if request["messages"][-1]["content"] == "forbidden" else "a"
+
+    with chat_server(answer) as server, teacher(tmp_path, server) as policy:
+        with pytest.raises(PolicyGone, match="403"):
+            act(policy, state("forbidden"))
+        act(policy, state("allowed"))
+        with pytest.raises(PolicyError, match="403") as refused:
+            act(policy, state("forbidden"))
+    assert not isinstance(refused.value, PolicyGone)
 
 
 def test_a_dead_server_does_not_delay_requests_to_the_others(tmp_path):

@@ -47,6 +47,50 @@ def test_a_resumed_round_repeats_no_request_even_after_a_torn_line(tmp_path):
         assert len(server.requests) == 3
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"choices": [{"message": {"content": "view @1\nvie"}, "finish_reason": "length"}]},
+        {"choices": [{"message": {"content": {"a": "form of its own"}}}]},
+        {"choices": [{"message": None}]},
+        {"choices": ["text"]},
+        {"choices": [{"message": {"content": [{"type": "text", "text": 3}]}}]},
+    ],
+)
+def test_an_odd_response_is_asked_for_again_and_a_resumed_round_goes_on(tmp_path, body):
+    answers = iter([body])
+    with chat_server(lambda request: next(answers, "view @1")) as server:
+        for _ in range(2):
+            with teacher(tmp_path, server) as policy:
+                assert act(policy, state("x"))[0].text == "view @1"
+        assert len(server.requests) == 2
+
+
+def test_a_reader_that_fails_on_a_response_is_a_malformed_response(tmp_path, caplog):
+    def read(response):
+        raise AttributeError("the author did not think of it")
+
+    with chat_server(lambda request: "a") as server, teacher(tmp_path, server, malformed_retries=0) as policy:
+        policy._read = read
+        with pytest.raises(NoAction, match="AttributeError: the author did not think of it"):
+            act(policy, state("x"))
+    assert "Traceback" in caplog.text
+
+
+def test_a_fence_of_code_is_no_command(tmp_path):
+    with chat_server(lambda request: "so:\n```bash\nview @1\n```") as server, teacher(tmp_path, server) as policy:
+        assert act(policy, state("x"))[0].text == "view @1"
+
+
+def test_parameters_that_a_server_does_not_take_are_not_sent_and_empty_messages_neither(tmp_path):
+    settings = {"omitted_parameters": ("seed", "top_p"), "max_tokens_parameter": "max_completion_tokens"}
+    with chat_server(lambda request: "a") as server, teacher(tmp_path, server, **settings) as policy:
+        act(policy, state("fix it", "", "error: no command"))
+    [request] = server.requests
+    assert request.keys() == {"model", "messages", "temperature", "max_completion_tokens"}
+    assert [message["content"] for message in request["messages"]][2:] == ["(no text)", "error: no command"]
+
+
 def test_a_response_without_an_action_is_requested_again_with_another_seed(tmp_path):
     answers = iter(["", "  \n ", "view @2"])
     with chat_server(lambda request: next(answers)) as server, teacher(tmp_path, server) as policy:

@@ -71,7 +71,8 @@ class FileSandbox(Sandbox, Protocol):
     """A sandbox whose files the driver reads and writes: the contract that every engine fulfils.
 
     ``write`` and ``read`` are confined to the work tree and follow no link. ``read_file`` and ``write_file`` reach any
-    file that a command reaches, with a command's rights. All raise EnvironmentBroken as ``run`` does.
+    file that a command reaches, with a command's rights; their paths have no line feeds and no NULs. All raise
+    EnvironmentBroken as ``run`` does.
     """
 
     @property
@@ -80,7 +81,9 @@ class FileSandbox(Sandbox, Protocol):
         ...
 
     def write(self, files: Mapping[str, bytes | None]) -> None:
-        """Write files below the work tree, by relative path; None removes one. A link in a file's place is replaced.
+        """Write files below the work tree, by relative path; None removes one.
+
+        What is in the place of a file is replaced: a link, a directory, and a file in the place of a directory above.
 
         Raises EnvironmentBroken if a path, or a link in it, leads out of the work tree.
         """
@@ -95,11 +98,14 @@ class FileSandbox(Sandbox, Protocol):
         ...
 
     def read_file(self, path: str, *, limit: int = FILE_LIMIT) -> bytes:
-        """Return the first ``limit`` bytes of a file. Raises FileNotFoundError, IsADirectoryError."""
+        """Return the first ``limit`` bytes of a file.
+
+        Raises FileNotFoundError, IsADirectoryError, or another OSError with the reason why the file system refuses it.
+        """
         ...
 
     def write_file(self, path: str, content: bytes) -> None:
-        """Write a file and the directories above it; links are followed. Raises IsADirectoryError."""
+        """Write a file and the directories above it; links are followed. Raises OSError as ``read_file`` does."""
         ...
 
     def reset(self) -> None:

@@ -28,7 +28,9 @@ class AbandonedTasks:
 
     def add(self, last: Trajectory) -> None:
         """Abandon the task of ``last``, the episode of its last attempt. The record is durable on return."""
-        reason = {"stop_reason": str(last.stop_reason)} | {k: last.details.get(k) for k in ("error", "last_action")}
+        reason = {"stop_reason": str(last.stop_reason), "error": last.details.get("error")}
+        if "last_action" in last.details:  # what the episode broke on
+            reason["last_action"] = last.details["last_action"]
         write_json(self._path(last.task_id), {"task_id": last.task_id, **reason})
 
     def withdraw(self, tasks: Iterable[str]) -> None:

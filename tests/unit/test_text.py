@@ -4,7 +4,7 @@ import json
 import subprocess
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dagger.text import encodable, parse_json, split_lines
@@ -59,6 +59,7 @@ def test_only_a_line_feed_ends_a_line(text, lines):
     assert split_lines(text) == lines
 
 
+@settings(max_examples=30, deadline=None)  # each starts a process
 @given(st.text(st.sampled_from("a\n\r\x0b\x0c\x1c\u2028\x85")))
 def test_lines_are_those_of_grep_and_none_is_lost(text):
     assert "".join(split_lines(text, keepends=True)) == text

@@ -24,6 +24,7 @@ from megatron_dagger.envs.repo_repair.task import RepairTask
 from megatron_dagger.envs.repo_repair.testing import TestBench, TestRun
 from megatron_dagger.envs.repo_repair.tools.swaps import repairs
 from megatron_dagger.sandbox.local import SandboxPool
+from megatron_dagger.text import split_lines
 
 MAX_COVERING_TESTS = 12  # run on a mutant to see whether any fails
 MAX_FAILING_TESTS = 4
@@ -198,7 +199,7 @@ def _repairs_before(
     """Return how many repairs of the suspect lines come before the right one; None if it is not among them."""
     count = 0
     for name, number in suspects:
-        text = files[name].decode().splitlines()[number - 1]
+        text = split_lines(files[name].decode())[number - 1]
         for candidate in repairs(text):
             if (name, number) == (path, mutation.line) and candidate.new == mutation.bug.old:
                 return count

@@ -19,6 +19,7 @@ from megatron_dagger.envs.repo_repair.tools.swaps import (
     replace_token,
     tokens,
 )
+from megatron_dagger.text import split_lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +33,7 @@ class Mutation:
 
     def apply(self, source: str) -> str:
         """Return the module's source with the bug."""
-        lines = source.splitlines(keepends=True)
+        lines = split_lines(source, keepends=True)
         ending = lines[self.line - 1][len(lines[self.line - 1].rstrip("\r\n")) :]
         lines[self.line - 1] = self.mutated + ending
         return "".join(lines)
@@ -41,7 +42,7 @@ class Mutation:
 def sites(source: str) -> list[Mutation]:
     """Return every mutation of a module's source, by position. Each one has a repair (swaps.repairs) that undoes it."""
     tree = ast.parse(source)
-    lines = source.splitlines()
+    lines = split_lines(source)  # as the syntax tree counts them
     mutations: dict[tuple[int, int], Mutation] = {}
     for node in ast.walk(tree):
         for line, column in _places(node):

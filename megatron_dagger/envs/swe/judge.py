@@ -18,6 +18,7 @@ from megatron_dagger.config.base import ConfigError
 from megatron_dagger.envs.swe.r2e_gym import LOG_PARSER as R2E_GYM
 from megatron_dagger.envs.swe.task import SweTask
 from megatron_dagger.sandbox.base import EnvironmentBroken, FileSandbox
+from megatron_dagger.text import split_lines
 
 TEST_TIMEOUT_S = 1800.0
 APPLY_TIMEOUT_S = 120.0
@@ -111,7 +112,7 @@ def _harness() -> tuple[Callable[..., Any], Callable[..., Any]]:
 def _grade_r2e_gym(task: SweTask, log: str) -> Verdict:
     _, header, summary = re.sub(r"\x1b\[[0-9;]*m", "", log).partition("short test summary info")
     outcomes = {}
-    for line in summary.splitlines() if header else ():
+    for line in split_lines(summary) if header else ():
         status = next((word for word in ("PASSED", "FAILED", "ERROR") if word in line), None)
         if status:
             outcomes[".".join(line.split("::")[1:]).partition(" - ")[0]] = status

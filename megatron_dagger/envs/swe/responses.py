@@ -6,13 +6,13 @@ JSON (Qwen3 and others) or as XML (Qwen3-Coder).
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from megatron_dagger.envs.swe.tool_calls import CLOSE, OPEN, THOUGHT, Tool, ToolCall, parse_tool_call
 from megatron_dagger.envs.swe.tools import TOOLS
 from megatron_dagger.policies.openai.cache import MalformedResponse, Response
+from megatron_dagger.text import parse_json
 
 _FUNCTION = re.compile(r"<function=(?P<name>[^>\s]+)>(?P<body>.*?)</function>", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=(?P<name>[^>\s]+)>\n?(?P<value>.*?)\n?</parameter>", re.DOTALL)
@@ -34,7 +34,7 @@ def read_tool_call(response: Response) -> str:
 def _with_first_call(response: Response) -> str:
     if response.tool_calls:
         name, arguments = response.tool_calls[0]
-        call = ToolCall(name=name, arguments=json.loads(arguments))
+        call = ToolCall(name=name, arguments=parse_json(arguments))
         return f"{response.text.strip()}\n{call.text()}"
     after_thinking = response.text.rfind(THOUGHT) + 1
     function = _FUNCTION.search(response.text, after_thinking)
@@ -51,6 +51,6 @@ def _call_of(name: str, body: str) -> ToolCall:
 
     def value(parameter: str, text: str) -> Any:
         is_text = tool.parameters.get(parameter, {}).get("type", "string") == "string"
-        return text if is_text else json.loads(text)
+        return text if is_text else parse_json(text)
 
     return ToolCall(name=name, arguments={m["name"]: value(m["name"], m["value"]) for m in _PARAMETER.finditer(body)})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dagger.config.base import ConfigError
+from megatron_dagger.text import parse_json, split_lines
 
 Row = Mapping[str, Any]
 
@@ -58,8 +59,9 @@ def _json(path: Path, *, lines: bool) -> list[dict[str, Any]]:
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     try:
         if lines:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        rows = json.loads(text)
+            rows = [parse_json(line) for line in split_lines(text.decode()) if line.strip()]
+        else:
+            rows = parse_json(text.decode())
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
     if isinstance(rows, dict):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, overload
 
 from megatron_dagger.config.base import ConfigError
+from megatron_dagger.text import split_lines
 
 WORKDIR = "/testbed"  # where images of SWE-bench's kind have the repository
 CONDA = "source /opt/miniconda3/bin/activate && conda activate testbed"
@@ -164,5 +165,5 @@ def _commit(task: SweTask) -> tuple[str, str]:
 
 def _changes(patch: str) -> str:
     """Return a digest of a patch's changed lines, whatever their place."""
-    lines = [line for line in patch.splitlines() if line[:1] in "+-" and line[:4] not in ("+++ ", "--- ")]
+    lines = [line for line in split_lines(patch) if line[:1] in "+-" and line[:4] not in ("+++ ", "--- ")]
     return hashlib.sha256("\n".join(line.strip() for line in lines).encode()).hexdigest()

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_dagger.text import parse_json
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 THINK, THOUGHT = "<think>", "</think>"
 _TYPES: dict[str, tuple[type, ...]] = {"string": (str,), "integer": (int,), "array": (list,)}
@@ -104,7 +106,7 @@ def parse_tool_call(reply: str, tools: tuple[Tool, ...]) -> ToolCall:
     if after.strip():
         raise FormatError(f"nothing may follow {CLOSE}")
     try:
-        call = json.loads(body, object_pairs_hook=_unique)
+        call = parse_json(body, object_pairs_hook=_unique)
     except ValueError as error:
         raise FormatError(f"the tool call is not valid JSON: {error}") from error
     if not isinstance(call, dict) or call.keys() != {"name", "arguments"} or not isinstance(call["arguments"], dict):

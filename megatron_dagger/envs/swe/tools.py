@@ -8,8 +8,10 @@ from typing import Any
 
 from megatron_dagger.envs.swe.tool_calls import Tool
 from megatron_dagger.sandbox.base import FileSandbox
+from megatron_dagger.text import split_lines
 
 MAX_FILE_BYTES = 1 << 20
+CRLF = "\r\n"
 CONTEXT_LINES = 4  # shown around an edit
 
 BASH = Tool(
@@ -67,7 +69,7 @@ class Editor:
             "insert": self._insert,
         }
         try:
-            if not PurePosixPath(path).is_absolute() or "\n" in path:
+            if not PurePosixPath(path).is_absolute() or {"\n", "\0"} & set(path):
                 raise EditError(f"{path} is no absolute path")
             return actions[arguments["command"]](path, arguments)
         except EditError as error:
@@ -76,6 +78,8 @@ class Editor:
             return f"error: {path} does not exist"
         except IsADirectoryError:
             return f"error: {path} is a directory"
+        except OSError as error:
+            return f"error: {path}: {error}"
         except UnicodeDecodeError:
             return f"error: {path} is not text in UTF-8"
 
@@ -105,6 +109,8 @@ class Editor:
     def _str_replace(self, path: str, arguments: dict[str, Any]) -> str:
         old, new = _require(arguments, "old_str"), arguments.get("new_str", "")
         text = self._text(path)
+        if old not in text and CRLF in text:  # which an agent sees and writes as a line feed
+            old, new = _with_ends(old, CRLF), _with_ends(new, CRLF)
         count = text.count(old) if old else 0
         if count != 1:
             raise EditError(f"old_str must occur exactly once in {path}, it occurs {count} times")
@@ -114,14 +120,16 @@ class Editor:
 
     def _insert(self, path: str, arguments: dict[str, Any]) -> str:
         number, new = _require(arguments, "insert_line"), _require(arguments, "new_str")
-        lines = self._text(path).splitlines(keepends=True)
+        lines = split_lines(self._text(path), keepends=True)
         if not 0 <= number <= len(lines):
             raise EditError(f"insert_line must lie between 0 and {len(lines)}, it is {number}")
+        end = CRLF if lines and lines[max(0, number - 1)].endswith(CRLF) else "\n"  # as of the line before
         if number and not lines[number - 1].endswith("\n"):
-            lines[number - 1] += "\n"
-        lines.insert(number, new if new.endswith("\n") else f"{new}\n")
+            lines[number - 1] += end
+        new = _with_ends(new.removesuffix("\n") + "\n", end)
+        lines.insert(number, new)
         self._write(path, "".join(lines))
-        return _around("".join(lines), number + 1, new.rstrip("\n").count("\n") + 1)
+        return _around("".join(lines), number + 1, new.count("\n"))
 
     def _text(self, path: str) -> str:
         content = self._sandbox.read_file(path, limit=MAX_FILE_BYTES + 1)
@@ -130,10 +138,15 @@ class Editor:
         return content.decode()
 
     def _lines(self, path: str) -> list[str]:
-        return self._text(path).splitlines()
+        return split_lines(self._text(path))
 
     def _write(self, path: str, text: str) -> None:
-        self._sandbox.write_file(path, text.encode(errors="surrogatepass"))
+        self._sandbox.write_file(path, text.encode())
+
+
+def _with_ends(text: str, end: str) -> str:
+    """Return ``text`` with ``end`` at the end of each line."""
+    return text.replace(CRLF, "\n").replace("\n", end)
 
 
 def _require(arguments: dict[str, Any], name: str) -> Any:
@@ -157,5 +170,5 @@ def _numbered(lines: list[str], first: int, last: int) -> str:
 
 def _around(text: str, first: int, count: int) -> str:
     """Return the edited lines and CONTEXT_LINES on either side, numbered."""
-    lines = text.splitlines()
+    lines = split_lines(text)
     return _numbered(lines, max(1, first - CONTEXT_LINES), min(len(lines), first + count - 1 + CONTEXT_LINES))

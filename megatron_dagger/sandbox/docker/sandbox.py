@@ -133,7 +133,7 @@ class DockerSandbox:
     def read_file(self, path: str, *, limit: int = FILE_LIMIT) -> bytes:
         """Return the first ``limit`` bytes of any file; see FileSandbox.read_file."""
         with self._exclusively():
-            return self._transfer(scripts.READ, f"{limit} {path}", limit=limit)
+            return self._transfer(scripts.READ, f"{limit}\n{path}\n", limit=limit + 1024)
 
     def write_file(self, path: str, content: bytes) -> None:
         """Write any file; see FileSandbox.write_file."""

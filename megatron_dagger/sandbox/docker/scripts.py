@@ -6,9 +6,10 @@ before it is used.
 
 from __future__ import annotations
 
+from megatron_dagger.sandbox import file_scripts
 from megatron_dagger.sandbox.base import EnvironmentBroken
 
-_LEADS_OUT, _MISSING, _IS_DIRECTORY = 81, 82, 83
+_LEADS_OUT = 81
 
 # stdin: the agent's command. Its directory, exported variables and functions are saved for the next command, by an
 # atomic rename, because the command may be killed while they are written.
@@ -30,11 +31,20 @@ inside() {{ # exit if the path, or a link in it, leads out of the work tree
 }}
 """
 
-# stdin: names, one per line. Their parents must be in the work tree; files and links of these names are removed.
+# stdin: names, one per line. Their parents must be in the work tree. What has these names is removed, and what is in
+# the place of a parent without being a directory.
 CLEAR = f"""{_INSIDE}
 mapfile -t names
-for name in "${{names[@]}}"; do inside "$(dirname -- "$name")" "$name"; done
-rm -f -- "${{names[@]}}"
+for name in "${{names[@]}}"; do
+    above=$(dirname -- "$name")
+    while [ "$above" != . ]; do
+        [ -d "$above" ] || rm -f -- "$above"
+        above=$(dirname -- "$above")
+    done
+    inside "$(dirname -- "$name")" "$name"
+    chmod u+rwx -- "$(dirname -- "$name")" 2> /dev/null
+done
+rm -rf -- "${{names[@]}}"
 """
 
 UNPACK = "tar -x --no-same-owner -f -"
@@ -43,23 +53,22 @@ UNPACK = "tar -x --no-same-owner -f -"
 PACK = f"""{_INSIDE}
 folder=$(cat)
 inside "$folder" "$folder"
+chmod -R u+rwX -- "$folder" 2> /dev/null
 find "$folder" \\( -name .git -o -name __pycache__ \\) -prune -o -type f -print0 2> /dev/null |
     tar -c -f - --null --no-recursion --hard-dereference --verbatim-files-from -T - 2> /dev/null
 """
 
-# stdin: a number of bytes, a space, and a path.
+# stdin: a number of bytes and a path, each on a line.
 READ = f"""
-read -r bytes path
-[ -d "$path" ] && exit {_IS_DIRECTORY}
-[ -f "$path" ] || exit {_MISSING}
-head -c "$bytes" -- "$path"
+IFS= read -r bytes
+IFS= read -r path
+{file_scripts.READ}
 """
 
 # stdin: a path on the first line, then the content.
 WRITE = f"""
 IFS= read -r path
-[ -d "$path" ] && exit {_IS_DIRECTORY}
-mkdir -p -- "$(dirname -- "$path")" && cat > "$path"
+{file_scripts.WRITE}
 """
 
 
@@ -67,8 +76,6 @@ def failure(exit_code: int, output: str) -> Exception:
     """Return the exception for the exit code of a file script."""
     if exit_code == _LEADS_OUT:
         return EnvironmentBroken(f"{output!r} leads out of the work tree")
-    if exit_code == _MISSING:
-        return FileNotFoundError("there is no such file")
-    if exit_code == _IS_DIRECTORY:
-        return IsADirectoryError("it is a directory")
+    if exit_code in file_scripts.EXIT_CODES:
+        return file_scripts.error(exit_code, output)
     return EnvironmentBroken(f"files could not be moved: exit code {exit_code} {output[-300:]}".rstrip())

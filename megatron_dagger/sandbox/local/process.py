@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
+from megatron_dagger.sandbox import file_scripts
 from megatron_dagger.sandbox.base import FILE_LIMIT, READ_LIMIT, CommandResult, EnvironmentBroken, SandboxLimits
 from megatron_dagger.signals import parent_death_hook
 
@@ -35,7 +36,6 @@ ABANDONED_AFTER_S = 60.0  # an unlocked folder this old was left by a killed pro
 START_TIMEOUT_S = 60.0
 GRACE_S = 10.0  # beyond a command's own timeout, until the server itself counts as broken
 TRANSFER_FILE = ".sandbox-transfer"  # in the work tree, while write_file runs
-_MISSING, _IS_DIRECTORY = 82, 83  # exit codes of the file scripts
 # The parent-death signal comes when the *thread* that started the child ends: this one lives as long as the process.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sandbox-spawner")
 # -B is essential: two edits of one line within a second give files of the same size and time, and Python would run
@@ -136,19 +136,14 @@ class ProcessSandbox:
 
     def read_file(self, path: str, *, limit: int = FILE_LIMIT) -> bytes:
         """Return the first ``limit`` bytes of any file; see FileSandbox.read_file."""
-        quoted = shlex.quote(path)
-        script = f"[ -d {quoted} ] && exit {_IS_DIRECTORY}; [ -f {quoted} ] || exit {_MISSING}; "
-        script += f"head -c {limit} -- {quoted} | base64 -w 0"
-        return base64.b64decode(self._run_file_script(script, path, output_bytes=2 * limit + 64))
+        script = f'path={shlex.quote(path)} {file_scripts.CHECK_READABLE} head -c {limit} < "$path" | base64 -w 0'
+        return base64.b64decode(self._run_file_script(script, output_bytes=2 * limit + 1024))
 
     def write_file(self, path: str, content: bytes) -> None:
         """Write any file; see FileSandbox.write_file."""
-        quoted = shlex.quote(path)
-        script = f"[ -d {quoted} ] && exit {_IS_DIRECTORY}; "
-        script += f'mkdir -p -- "$(dirname -- {quoted})" && cat {TRANSFER_FILE} > {quoted}'
         self.write({TRANSFER_FILE: content})
         try:
-            self._run_file_script(script, path)
+            self._run_file_script(f"exec < {TRANSFER_FILE}; path={shlex.quote(path)} {file_scripts.WRITE}")
         finally:
             self.write({TRANSFER_FILE: None})
 
@@ -180,14 +175,12 @@ class ProcessSandbox:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _run_file_script(self, script: str, path: str, *, output_bytes: int | None = None) -> str:
+    def _run_file_script(self, script: str, *, output_bytes: int | None = None) -> str:
         result = self.run(script, output_bytes=output_bytes)
-        if result.exit_code == _MISSING:
-            raise FileNotFoundError(path)
-        if result.exit_code == _IS_DIRECTORY:
-            raise IsADirectoryError(path)
+        if result.exit_code in file_scripts.EXIT_CODES:
+            raise file_scripts.error(result.exit_code, result.output)
         if result.exit_code or result.timed_out:
-            raise EnvironmentBroken(f"{path} cannot be read or written: exit code {result.exit_code} {result.output}")
+            raise EnvironmentBroken(f"a file cannot be moved: exit code {result.exit_code} {result.output[-300:]}")
         return result.output
 
     # -- the pipe -----------------------------------------------------------------------------

@@ -185,27 +185,42 @@ class Server:
 
     def write(self, files: dict) -> dict:
         for name, content in files.items():
-            path = self._inside(name)
-            if content is None:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-                continue
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)  # remove a link of the agent's instead of following it
-            with open(path, "xb") as file:
-                file.write(base64.b64decode(content))
+            self._make_way(name)
+            if content is not None:
+                path = self._inside(name)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "xb") as file:
+                    file.write(base64.b64decode(content))
         return {"ok": True}
+
+    def _make_way(self, name: str) -> None:
+        """Remove what has this name, and what is in the place of a directory above it without being one."""
+        above = self.root
+        for part in os.path.dirname(name).split(os.sep):
+            above = os.path.join(above, part)
+            if os.path.lexists(above) and not os.path.isdir(above):
+                os.unlink(above)
+            elif os.path.isdir(above) and self._inside(os.path.relpath(above, self.root)):
+                os.chmod(above, 0o755)
+        path = os.path.join(self._inside(os.path.dirname(name)), os.path.basename(name))
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        elif os.path.lexists(path):
+            os.unlink(path)  # a link of the agent's is removed instead of followed
 
     def read(self, root: str, limit: int) -> dict:
         """Return the regular files below ``root``, at most ``limit`` bytes, without links and special files."""
         files, total = {}, 0
         for folder, names, leaves in os.walk(self._inside(root)):
             names[:] = sorted(n for n in names if n not in (".git", "__pycache__"))
+            for name in names:  # which the agent may have closed
+                if not os.path.islink(os.path.join(folder, name)):
+                    os.chmod(os.path.join(folder, name), 0o755)
             for leaf in sorted(leaves):
                 path = os.path.join(folder, leaf)
                 if not stat.S_ISREG(os.lstat(path).st_mode):
                     continue
+                os.chmod(path, os.stat(path).st_mode | 0o400)
                 with open(path, "rb") as file:
                     content = file.read(limit - total + 1)
                 total += len(content)

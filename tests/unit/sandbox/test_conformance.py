@@ -83,6 +83,57 @@ def test_any_file_is_read_and_written(sandbox):
         sandbox.write_file(root, b"")
 
 
+@pytest.mark.parametrize(
+    "path, reading, writing",
+    [
+        ("file/below", "Not a directory|does not exist", "Not a directory"),
+        ("file/far/below", "Not a directory|does not exist", "Not a directory"),
+        ("n" * 300, "File name too long", "File name too long"),
+        ("circle", "Too many levels", "Too many levels"),
+        ("closed", "Permission denied", "Permission denied"),
+        ("shut/file", "Permission denied|does not exist", "Permission denied"),
+        ("fifo", "not a regular file", "not a regular file"),
+        ("/dev/full", "not a regular file", "not a regular file"),
+        ("/proc/none.py", "does not exist", "No such file|nonexistent|Permission denied|Read-only"),
+        ("dangling", "does not exist", None),
+        (" leading and trailing ", "does not exist", None),
+        ("back\\slash '\"$(touch pwned)`", "does not exist", None),
+        ("\u00e9\u4e2d", "does not exist", None),
+        ("-n", "does not exist", None),
+    ],
+)
+def test_what_the_file_system_refuses_is_an_error_with_the_reason_and_the_sandbox_lives(
+    sandbox, engine, path, reading, writing
+):
+    if engine == "process" and os.geteuid() == 0 and "Permission denied" in reading:
+        pytest.skip("this engine runs commands as the tests' own user, to whom no file is closed")
+    sandbox.run("echo x > file; ln -s circle circle; echo x > closed; chmod 000 closed; mkdir shut; chmod 000 shut")
+    sandbox.run("python3 -c 'import os; os.mkfifo(\"fifo\")'; ln -s nowhere dangling")
+    with pytest.raises(OSError, match=reading):
+        sandbox.read_file(path)
+    if writing is None:
+        sandbox.write_file(path, b"content")
+        assert sandbox.read_file(path) == b"content"
+    else:
+        with pytest.raises(OSError, match=writing):
+            sandbox.write_file(path, b"content" * 2000)
+    assert sandbox.run("cat file; ls pwned 2> /dev/null").output == "x\n"
+
+
+def test_files_are_put_in_place_whatever_is_there(sandbox):
+    """What is judged is read and written after the agent's last command, which may have left anything."""
+    sandbox.run("mkdir -p taken/deep; echo x > way; ln -s loop loop; mkdir -p closed/in; echo x > closed/in/a")
+    sandbox.run("ln -s /nowhere link; echo s > secret; chmod 000 secret; chmod 000 closed/in; chmod 500 closed")
+    sandbox.write(dict.fromkeys(("taken", "way/on", "loop/b", "closed/in/b", "closed/c", "link", "gone"), b"new"))
+    sandbox.write({"gone": None, "never": None})
+    files = sandbox.read()
+    assert files == {
+        **dict.fromkeys(("taken", "way/on", "loop/b", "closed/in/b", "closed/c", "link"), b"new"),
+        "closed/in/a": b"x\n",
+        "secret": b"s\n",
+    }
+
+
 def test_reset_leaves_nothing(sandbox):
     sandbox.run("mkdir -p a/b; touch a/b/c .hidden")
     sandbox.reset()

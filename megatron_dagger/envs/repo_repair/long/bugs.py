@@ -20,6 +20,7 @@ from megatron_dagger.envs.repo_repair.mutate import Mutation
 from megatron_dagger.envs.repo_repair.testing import TestBench
 from megatron_dagger.sandbox.local import SandboxPool
 from megatron_dagger.store.atomic import write_text
+from megatron_dagger.text import split_lines
 
 MAX_BUGS = 32  # of one package
 MAX_TRIED = 160  # mutations
@@ -48,7 +49,7 @@ class Bug:
 
     def apply(self, source: str, added: int = 0) -> str:
         """Return the module's source, with ``added`` lines at its top, with the bug."""
-        lines = source.splitlines(keepends=True)
+        lines = split_lines(source, keepends=True)
         old = lines[self.line + added - 1]
         lines[self.line + added - 1] = self.text + old[len(old.rstrip("\r\n")) :]
         return "".join(lines)
@@ -142,7 +143,7 @@ def _pieces(source: str, mutation: Mutation) -> tuple[str, str] | None:
     if wrong in OPERATORS:
         wrong, right = f" {wrong} ", f" {right} "
     return (
-        (wrong, right) if mutation.mutated.replace(wrong, right, 1) == source.splitlines()[mutation.line - 1] else None
+        (wrong, right) if mutation.mutated.replace(wrong, right, 1) == split_lines(source)[mutation.line - 1] else None
     )
 
 

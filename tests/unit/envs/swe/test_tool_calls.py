@@ -24,6 +24,11 @@ def test_a_single_call_is_parsed(reply):
     assert parse_tool_call(reply, TOOLS) == CALL
 
 
+def test_half_characters_of_a_call_are_replaced():
+    reply = '<tool_call>{"name": "bash", "arguments": {"command": "cat \\ud83d; echo \\ud83d\\ude00"}}</tool_call>'
+    assert parse_tool_call(reply, TOOLS).arguments == {"command": "cat \ufffd; echo 😀"}
+
+
 def called(name, **arguments):
     return ToolCall(name=name, arguments=arguments).text()
 
@@ -40,6 +45,9 @@ def called(name, **arguments):
         (f"<think>\nI shall {CALL.text()}", "not closed"),
         (f"<think>{CALL.text()}</think> done", "holds 0"),
         ("<tool_call>{'name': 'bash'}</tool_call>", "not valid JSON"),
+        ("<tool_call>" + "[" * 100_000 + "</tool_call>", "not valid JSON: it is nested too deeply"),
+        ("<tool_call>" + '{"a":' * 5_000 + "</tool_call>", "not valid JSON"),
+        ('<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>', "there is no tool '\ufffd'"),
         ("<tool_call>[]</tool_call>", "a tool call is"),
         ('<tool_call>{"name": "bash"}</tool_call>', "a tool call is"),
         ('<tool_call>{"name": "bash", "arguments": "ls"}</tool_call>', "a tool call is"),

@@ -44,7 +44,7 @@ def test_the_agent_repairs_and_is_judged_in_a_fresh_container(calc_task, open_sa
         assert "     2\t    return sum(values) / len(values)" in shown
         bash(env, "rm -rf tests; echo 'raise SystemExit(0)' > conftest.py; rm conftest.py; git commit -qam mine")
         assert env.step(ToolCall(name="submit", arguments={}).text()).done
-        patch = env.patch()
+        patch = env.changes().patch
         assert "diff --git a/calc/__init__.py b/calc/__init__.py" in patch
         assert "notes.txt" not in patch and "built.txt" not in patch
         assert env.judge(), env.verdict

@@ -8,11 +8,12 @@ from typing import Self
 from megatron_dagger.config import SweConfig
 from megatron_dagger.envs.base import Observation, truncate
 from megatron_dagger.envs.swe.judge import OpenSandbox, Verdict, judge
-from megatron_dagger.envs.swe.repository import changes, prepare
+from megatron_dagger.envs.swe.repository import Changes, changes, prepare
 from megatron_dagger.envs.swe.task import SweTask
 from megatron_dagger.envs.swe.tool_calls import FormatError, parse_tool_call, tool_response, tools_message
 from megatron_dagger.envs.swe.tools import EDITOR, SUBMIT, TOOLS, Editor
 from megatron_dagger.sandbox.base import CommandResult, EnvironmentBroken, FileSandbox
+from megatron_dagger.text import encodable
 
 SYSTEM_MESSAGE = f"""\
 You are a software engineer at work in a Linux container. Solve the issue that you are given by changing the
@@ -51,7 +52,7 @@ class SweEnv:
         self._observation_characters = observation_characters
         self._sandbox: FileSandbox | None = None
         self._base = ""
-        self._patch: str | None = None
+        self._changes = Changes(patch=None)
 
     def reset(self) -> tuple[str, str]:
         self.close()
@@ -76,23 +77,29 @@ class SweEnv:
             text = _describe(sandbox.run(call.arguments["command"]), sandbox.limits.timeout_s)
         return Observation(text=tool_response(truncate(text, self._observation_characters)))
 
-    def patch(self) -> str | None:
-        """Return the agent's changes as a git patch; None if git cannot tell them (see repository.changes)."""
+    def changes(self) -> Changes:
+        """Return the agent's changes so far."""
         return changes(self._require_sandbox(), self.task, self._base)
 
     def judge(self) -> bool:
-        self._patch = patch = self.patch()
-        if not patch:
-            self.verdict = Verdict(resolved=False, reason="no repository is left" if patch is None else "no change")
+        self._changes = found = self.changes()
+        if found.patch is None:
+            self.verdict = Verdict(resolved=False, reason=f"the changes cannot be told: {found.left_out}")
+        elif not found.patch:
+            self.verdict = Verdict(resolved=False, reason="no change")
         else:
-            self.verdict = judge(self._open_sandbox, self.task, patch)
+            self.verdict = judge(self._open_sandbox, self.task, found.patch)
         return self.verdict.resolved
 
     def report(self) -> dict[str, object]:
-        """Return the patch, and why it does not resolve the task. Raises RuntimeError before ``judge``."""
+        """Return the patch, what it lacks, and why it does not resolve the task.
+
+        Raises RuntimeError before ``judge``.
+        """
         if self.verdict is None:
             raise RuntimeError(f"{self.task_id}: the episode is not judged yet, so there is nothing to report")
-        return {"patch": self._patch or "", "verdict": self.verdict.reason}
+        left_out = {"left_out": self._changes.left_out} if self._changes.left_out else {}
+        return {"patch": encodable(self._changes.patch or ""), "verdict": self.verdict.reason, **left_out}
 
     def close(self) -> None:
         """Close the sandbox. May be called twice."""

@@ -66,6 +66,7 @@ def open_run_context(
             environment = open_environment(config, run_dir, cache_dir(), progress, stack)
             student_dir = prepare_student(config, run_dir, environment)
         renderer = ChatRenderer.load(student_dir)
+        renderer.check_vocabulary(config.model.vocab_size)
         threads = stack.enter_context(ThreadPoolExecutor(environment.threads, thread_name_prefix="sandbox"))
 
         @functools.cache

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_dagger.config.base import require
 from megatron_dagger.rollout.reply_prefix import reply_prefix
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class ChatRenderer:
         self._reply_opening = f"assistant\n{reply_prefix}"
         # Text from tasks and sandboxes must never become control tokens.
         tokenizer.encode_special_tokens = True
+        # A training script's settings, which tokenizer.json keeps, would cut texts or fill them up.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self._start, self.end_token = (self._special(name) for name in (START, END))
         self._control = {self._start, self.end_token, self._special(END_OF_TEXT)}
 
@@ -45,6 +49,15 @@ class ChatRenderer:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {model_dir} must be a model directory")
         return cls(Tokenizer.from_file(str(path)), reply_prefix(model_dir))
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise ConfigError if the tokenizer has an id that a model with ``vocab_size`` embeddings lacks."""
+        last = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        require(
+            last < vocab_size,
+            f"the tokenizer has ids up to {last}, and model.vocab_size={vocab_size}: resize the embedding to the "
+            "tokenizer, or use the tokenizer that the model was made with",
+        )
 
     def opening(self, system: str, task: str) -> np.ndarray:
         """Return the first prompt: the system and task messages, and the header of the first reply."""

@@ -46,6 +46,8 @@ class HfCheckpoint:
         except (OSError, KeyError, json.JSONDecodeError) as error:
             raise CheckpointReadError(f"{directory} is not a Hugging Face checkpoint: {error!r}") from error
         self._open: dict[str, Any] = {}
+        # Older checkpoints hold this buffer, which is computed from the config
+        self._files = {name: file for name, file in self._files.items() if not name.endswith("rotary_emb.inv_freq")}
         if self.model.tie_embeddings and _TIED_HEAD in self._files:
             self._drop_tied_head()
         try:

@@ -37,7 +37,10 @@ def model(examination: Examination) -> Finding:
         check_init_checkpoint(config)
     except ConfigError as error:
         return problem(str(error), "the recipe's description has the command: `megatron-dagger recipes NAME`")
-    ChatRenderer.load(Path(config.init_checkpoint) / HF_FILES)
+    try:
+        ChatRenderer.load(Path(config.init_checkpoint) / HF_FILES).check_vocabulary(config.model.vocab_size)
+    except ConfigError as error:
+        return problem(str(error), "convert a checkpoint whose tokenizer and weights belong together")
     return ok(f"{config.init_checkpoint}, with its tokenizer")
 
 

@@ -82,13 +82,13 @@ class SweEnv:
         return changes(self._require_sandbox(), self.task, self._base)
 
     def judge(self) -> bool:
-        self._changes = found = self.changes()
-        if found.patch is None:
-            self.verdict = Verdict(resolved=False, reason=f"the changes cannot be told: {found.left_out}")
-        elif not found.patch:
+        self._changes = made = self.changes()
+        if made.patch is None:
+            self.verdict = Verdict(resolved=False, reason=f"the changes cannot be told: {made.left_out}")
+        elif not made.patch:
             self.verdict = Verdict(resolved=False, reason="no change")
         else:
-            self.verdict = judge(self._open_sandbox, self.task, found.patch)
+            self.verdict = judge(self._open_sandbox, self.task, made.patch)
         return self.verdict.resolved
 
     def report(self) -> dict[str, object]:

@@ -77,8 +77,8 @@ def _calls(message: dict[str, Any]) -> list[tuple[str, str]]:
         functions = [call.get("function") for call in calls if isinstance(call, dict)]
     elif message.get("function_call"):  # the older form
         functions = [message["function_call"]]
-    found = (function if isinstance(function, dict) else {} for function in functions)
-    return [(encodable(str(f.get("name") or "")), _arguments(f.get("arguments"))) for f in found]
+    named = (function if isinstance(function, dict) else {} for function in functions)
+    return [(encodable(str(f.get("name") or "")), _arguments(f.get("arguments"))) for f in named]
 
 
 def _arguments(arguments: Any) -> str:

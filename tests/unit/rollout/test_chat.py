@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from megatron_dagger.config import ConfigError
 from megatron_dagger.rollout.chat import ChatRenderer
@@ -116,6 +117,26 @@ def test_a_reply_that_was_cut_off_gets_its_end_token(renderer):
     after_cut = renderer.observation("ok", after=cut)
     after_whole = renderer.observation("ok", after=renderer.action("view @1"))
     assert after_cut.tolist() == [renderer.end_token, *after_whole.tolist()]
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding"])
+def test_a_tokenizer_that_was_saved_to_cut_or_pad_texts_does_neither(folder, renderer, setting, tmp_path):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(max_length=8) if setting == "truncation" else tokenizer.enable_padding(length=500)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "view @1 " * 20
+    assert ChatRenderer.load(tmp_path).opening("s", text).tolist() == renderer.opening("s", text).tolist()
+
+
+def test_ids_beyond_the_embedding_are_refused(folder, tmp_path):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    size = tokenizer.get_vocab_size()
+    ChatRenderer.load(folder).check_vocabulary(size)
+    tokenizer.add_tokens(["<tool_call>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=f"ids up to {size}, and model.vocab_size={size}"):
+        ChatRenderer.load(tmp_path).check_vocabulary(size)
+    ChatRenderer.load(tmp_path).check_vocabulary(size + 1)  # an embedding may be larger
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):

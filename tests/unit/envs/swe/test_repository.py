@@ -60,12 +60,12 @@ def repository(sandbox, tmp_path):
 def test_the_changes_are_told_whatever_the_agent_did_to_git(sandbox, repository, deed, also):
     task, base, copy = repository
     sandbox.run(f"echo 'x = 2' > a.py; {deed}")
-    told = changes(sandbox, task, base, copy=copy)
-    assert told.patch is not None, told.left_out
-    assert "-x = 1\n+x = 2\n" in told.patch
-    assert also in told.patch
-    assert "Subproject" not in told.patch
-    assert told.left_out == ""
+    result = changes(sandbox, task, base, copy=copy)
+    assert result.patch is not None, result.left_out
+    assert "-x = 1\n+x = 2\n" in result.patch
+    assert also in result.patch
+    assert "Subproject" not in result.patch
+    assert result.left_out == ""
 
 
 def test_nothing_changed_is_an_empty_patch(sandbox, repository):
@@ -83,9 +83,9 @@ def test_nothing_changed_is_an_empty_patch(sandbox, repository):
 def test_changes_that_cannot_be_told_have_the_reason(sandbox, repository, deed, reason):
     task, base, copy = repository
     sandbox.run(deed.format(copy=copy))
-    told = changes(sandbox, task, base, copy=copy)
-    assert told.patch is None
-    assert any(part in told.left_out for part in reason.split("|"))
+    result = changes(sandbox, task, base, copy=copy)
+    assert result.patch is None
+    assert any(part in result.left_out for part in reason.split("|"))
 
 
 def test_repositories_of_the_image_within_the_repository_are_plain_files(sandbox, tmp_path):

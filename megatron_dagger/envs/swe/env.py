@@ -82,13 +82,13 @@ class SweEnv:
         return changes(self._require_sandbox(), self.task, self._base)
 
     def judge(self) -> bool:
-        self._changes = made = self.changes()
-        if made.patch is None:
-            self.verdict = Verdict(resolved=False, reason=f"the changes cannot be told: {made.left_out}")
-        elif not made.patch:
+        self._changes = result = self.changes()
+        if result.patch is None:
+            self.verdict = Verdict(resolved=False, reason=f"the changes cannot be told: {result.left_out}")
+        elif not result.patch:
             self.verdict = Verdict(resolved=False, reason="no change")
         else:
-            self.verdict = judge(self._open_sandbox, self.task, made.patch)
+            self.verdict = judge(self._open_sandbox, self.task, result.patch)
         return self.verdict.resolved
 
     def report(self) -> dict[str, object]:

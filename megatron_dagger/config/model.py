@@ -43,14 +43,20 @@ class YarnConfig:
         return {"rope_type": "yarn", **{setting.name: getattr(self, setting.name) for setting in fields(self)}}
 
     @classmethod
-    def from_hf(cls, rope: dict[str, Any]) -> YarnConfig:
-        """Return the settings from ``rope_scaling`` in a config.json. Raises ConfigError for unsupported entries."""
+    def from_hf(cls, rope: dict[str, Any], max_position_embeddings: int) -> YarnConfig:
+        """Return the settings from ``rope_scaling`` in a config.json.
+
+        Without an original length it is the model's, as in Transformers. Raises ConfigError for unsupported entries and
+        without a factor, which has no default there.
+        """
         names = {setting.name for setting in fields(cls)}
         others = {
             k: v for k, v in rope.items() if k not in {*names, "rope_type", "type", "rope_theta"} and v is not None
         }
         require(not others, f"rope_scaling={others} is not supported with rope_type='yarn'")
-        return cls(**{name: rope[name] for name in names & rope.keys() if rope[name] is not None})
+        require(rope.get("factor") is not None, "rope_scaling has no factor, which rope_type='yarn' needs")
+        settings = {name: rope[name] for name in names & rope.keys() if rope[name] is not None}
+        return cls(**{"original_max_position_embeddings": max_position_embeddings} | settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +158,8 @@ class ModelConfig:
             require(config.get(name, plain) in (plain, None), f"{name}={config.get(name)!r} is not supported")
         kind = rope.get("rope_type", rope.get("type", "default"))
         require(kind in ("default", "yarn"), f"rope_type={kind!r} is not supported")
+        theta, longest = rope.get("rope_theta", config.get("rope_theta", 10_000)), config["max_position_embeddings"]
+        require(float(theta).is_integer(), f"rope_theta={theta!r} is not supported: it has a fraction")
         heads = config["num_attention_heads"]
         moe = FAMILIES[family].experts
         return cls(
@@ -163,9 +171,9 @@ class ModelConfig:
             num_query_groups=config.get("num_key_value_heads") or heads,
             kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
-            max_position_embeddings=config["max_position_embeddings"],
-            rotary_base=int(rope.get("rope_theta", config.get("rope_theta", 10_000))),
-            yarn=YarnConfig.from_hf(rope) if kind == "yarn" else None,
+            max_position_embeddings=longest,
+            rotary_base=int(theta),
+            yarn=YarnConfig.from_hf(rope, longest) if kind == "yarn" else None,
             layernorm_epsilon=config["rms_norm_eps"],
             tie_embeddings=config.get("tie_word_embeddings", False),
             init_std=config.get("initializer_range", 0.02),

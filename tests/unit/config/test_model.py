@@ -62,3 +62,31 @@ def test_old_settings_without_experts_are_read():
 def test_settings_that_a_family_does_not_allow_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig(**settings)
+
+
+@pytest.mark.parametrize("original", [None, 4096])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_yarn_without_an_original_length_is_read_as_transformers_reads_it(key, original):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    scaling = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e6}
+    if original is not None:
+        scaling["original_max_position_embeddings"] = original
+    config = ModelConfig(max_position_embeddings=8192).hf_config() | {key: scaling}
+    config.pop("rope_theta", None)
+    yarn = ModelConfig.from_hf(config).yarn
+    theirs = transformers.Qwen3Config(**{k: v for k, v in config.items() if k != "model_type"}).rope_parameters
+    expected = theirs["original_max_position_embeddings"], theirs["factor"]
+    assert (yarn.original_max_position_embeddings, yarn.factor) == expected == (original or 8192, 2.0)
+
+
+@pytest.mark.parametrize(
+    "entries, reason",
+    [
+        ({"rope_scaling": {"rope_type": "yarn"}}, "no factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "no factor"),
+        ({"rope_theta": 10_000.5}, "rope_theta=10000.5 is not supported"),
+    ],
+)
+def test_rope_that_would_be_read_otherwise_is_refused(entries, reason):
+    with pytest.raises(ConfigError, match=reason):
+        ModelConfig.from_hf(ModelConfig().hf_config() | entries)

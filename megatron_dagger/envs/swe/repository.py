@@ -22,7 +22,7 @@ PREPARE_TIMEOUT_S = 600.0
 PATCH_TIMEOUT_S = 120.0
 MAX_PATCH_BYTES = 4 << 20
 PATCH_FILE = "/tmp/patch.diff"
-COPY = "/.sandbox/repository"  # of .git, with the index of the starting state
+COPY = "/.sandbox/repository"  # of .git
 BRANCH = "main"
 _EXCLUDED = (".venv/", "__pycache__/", "*.pyc")
 _GIT = "git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c user.name=sandbox -c user.email=sandbox@localhost"
@@ -63,14 +63,16 @@ for part in .git/*; do [ "$part" = .git/objects ] || cp -a "$part" {copy}; done
 cp -al .git/objects {copy} 2> /dev/null || {{ rm -rf {copy}/objects; cp -a .git/objects {copy}; }}
 echo "base $(git rev-parse HEAD)"
 """
-# Without the agent's variables, functions and settings. Errors of files that git cannot read go to {copy}/problems.
+# Without the agent's variables, functions and settings, and without the times of files in an index: git would miss an
+# edit within a second that keeps the size. Errors of files that git cannot read go to {copy}/problems.
 _CHANGES = """
 cd {workdir} || exit 1
 export LC_ALL=C HOME=/nonexistent GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null
 export GIT_DIR={copy} GIT_WORK_TREE="$PWD" GIT_INDEX_FILE={copy}/index.now
 chmod -R u+rwX . 2> /dev/null
 {plain_files}
-cp {copy}/index {copy}/index.now
+rm -f {copy}/index.now
+{git} -c 'safe.directory=*' read-tree {base} || exit 1
 {git} -c 'safe.directory=*' add -A --ignore-errors . 2> {copy}/problems
 {git} -c 'safe.directory=*' diff {flags} {base} > {copy}/patch.diff || exit 1
 grep ^error: {copy}/problems

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -19,13 +18,13 @@ def encodable(text: str) -> str:
     return _SURROGATE.sub(REPLACEMENT, text)
 
 
-def parse_json(text: str, **options: Any) -> Any:
-    """Return the value of a JSON text whose strings can all be encoded; ``options`` are those of ``json.loads``.
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """Return the value of a JSON text, with strings that can all be encoded; ``options`` are those of ``json.loads``.
 
     Raises ValueError, also for a text that is nested too deeply.
     """
     try:
-        return _strings(json.loads(text, **options), encodable)
+        return _encodable_strings(json.loads(text, **options))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -43,12 +42,12 @@ def split_lines(text: str, *, keepends: bool = False) -> list[str]:
     return [line.removesuffix("\r") for line in lines] + ([last] if last else [])
 
 
-def _strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a JSON value with all its strings changed, the names of objects too."""
+def _encodable_strings(value: Any) -> Any:
+    """Return a JSON value with all its strings made encodable, the names of objects too."""
     if isinstance(value, str):
-        return change(value)
+        return encodable(value)
     if isinstance(value, list):
-        return [_strings(item, change) for item in value]
+        return [_encodable_strings(item) for item in value]
     if isinstance(value, dict):
-        return {change(name): _strings(item, change) for name, item in value.items()}
+        return {encodable(name): _encodable_strings(item) for name, item in value.items()}
     return value

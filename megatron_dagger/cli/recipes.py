@@ -18,9 +18,10 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.name:
         recipe = find_recipe(arguments.name)
         print((inspect.getdoc(recipe) or "").replace("``", "`"), end="\n\n")
-        for subject, fact in facts(recipe()).items():
+        config = recipe()
+        for subject, fact in facts(config).items():
             print(f"{subject:12} {fact}")
-        print(*_how_to_start(arguments.name, recipe()), sep="\n")
+        print(*_how_to_start(arguments.name, config), sep="\n")
         return 0
     for name, recipe in RECIPES.items():
         print(f"{name:32} {(recipe.__doc__ or '').strip().splitlines()[0]}")

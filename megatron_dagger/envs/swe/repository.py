@@ -25,7 +25,10 @@ PATCH_FILE = "/tmp/patch.diff"
 COPY = "/.sandbox/repository"  # of .git
 BRANCH = "main"
 _EXCLUDED = (".venv/", "__pycache__/", "*.pyc")
-_GIT = "git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c user.name=sandbox -c user.email=sandbox@localhost"
+_GIT = (
+    "git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c 'safe.directory=*'"
+    " -c user.name=sandbox -c user.email=sandbox@localhost"
+)
 _PLAIN_FILES = "find . -mindepth 2 -name .git -prune -exec rm -rf -- {} +"
 
 _FORGET = f"""
@@ -63,21 +66,6 @@ for part in .git/*; do [ "$part" = .git/objects ] || cp -a "$part" {copy}; done
 cp -al .git/objects {copy} 2> /dev/null || {{ rm -rf {copy}/objects; cp -a .git/objects {copy}; }}
 echo "base $(git rev-parse HEAD)"
 """
-# Without the agent's variables, functions and settings, and without the times of files in an index: git would miss an
-# edit within a second that keeps the size. Errors of files that git cannot read go to {copy}/problems.
-_CHANGES = """
-cd {workdir} || exit 1
-export LC_ALL=C HOME=/nonexistent GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null
-export GIT_DIR={copy} GIT_WORK_TREE="$PWD" GIT_INDEX_FILE={copy}/index.now
-chmod -R u+rwX . 2> /dev/null
-{plain_files}
-rm -f {copy}/index.now
-{git} -c 'safe.directory=*' read-tree {base} || exit 1
-{git} -c 'safe.directory=*' add -A --ignore-errors . 2> {copy}/problems
-{git} -c 'safe.directory=*' diff {flags} {base} > {copy}/patch.diff || exit 1
-grep ^error: {copy}/problems
-exit 0
-"""
 _DIFF = "--cached --binary --no-color --no-ext-diff --no-textconv --no-renames --src-prefix=a/ --dst-prefix=b/"
 
 
@@ -110,14 +98,7 @@ def prepare(sandbox: FileSandbox, task: SweTask, *, copy: str = COPY) -> str:
 
 def changes(sandbox: FileSandbox, task: SweTask, base: str, *, copy: str = COPY) -> Changes:
     """Return the agent's changes since the commit ``base``, whatever it did to ``.git``."""
-    script = _CHANGES.format(
-        workdir=shlex.quote(task.workdir),
-        copy=shlex.quote(copy),
-        git=_GIT,
-        flags=_DIFF,
-        base=base,
-        plain_files=_PLAIN_FILES,
-    )
+    script = _changes_script(shlex.quote(task.workdir), shlex.quote(copy), base)
     result = sandbox.run(f'env -i PATH="$PATH" bash -c {shlex.quote(script)}', timeout_s=PATCH_TIMEOUT_S)
     problems = result.output.strip()[-500:]
     if result.timed_out:
@@ -131,3 +112,24 @@ def changes(sandbox: FileSandbox, task: SweTask, base: str, *, copy: str = COPY)
     if len(content) > MAX_PATCH_BYTES:
         return Changes(patch=None, left_out=f"the patch is larger than {MAX_PATCH_BYTES >> 20} MiB")
     return Changes(patch=content.decode(errors="surrogateescape"), left_out=problems)
+
+
+def _changes_script(workdir: str, copy: str, base: str) -> str:
+    """Return the bash script that writes the patch to ``copy``/patch.diff; the paths are quoted.
+
+    It has none of the agent's variables, functions and settings, and no index with the times of files: git would miss
+    an edit within a second that keeps the size. It prints the errors of files that git cannot read.
+    """
+    return f"""
+cd {workdir} || exit 1
+export LC_ALL=C HOME=/nonexistent GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null
+export GIT_DIR={copy} GIT_WORK_TREE="$PWD" GIT_INDEX_FILE={copy}/index.now
+chmod -R u+rwX . 2> /dev/null
+{_PLAIN_FILES}
+rm -f {copy}/index.now
+{_GIT} read-tree {base} || exit 1
+{_GIT} add -A --ignore-errors . 2> {copy}/problems
+{_GIT} diff {_DIFF} {base} > {copy}/patch.diff || exit 1
+grep ^error: {copy}/problems
+exit 0
+"""

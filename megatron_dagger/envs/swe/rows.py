@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dagger.config.base import ConfigError
-from megatron_dagger.text import parse_json, split_lines
+from megatron_dagger.text import parse_json
 
 Row = Mapping[str, Any]
 
@@ -59,9 +59,9 @@ def _json(path: Path, *, lines: bool) -> list[dict[str, Any]]:
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     try:
         if lines:
-            rows = [parse_json(line) for line in split_lines(text.decode()) if line.strip()]
+            rows = [parse_json(line) for line in text.splitlines() if line.strip()]
         else:
-            rows = parse_json(text.decode())
+            rows = parse_json(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
     if isinstance(rows, dict):

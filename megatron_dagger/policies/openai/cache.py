@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_dagger.text import parse_json
+
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
@@ -100,9 +102,9 @@ class ResponseCache:
     def _read(self, path: Path) -> None:
         for line in path.read_bytes().splitlines():
             try:
-                values = json.loads(line)
+                values = parse_json(line)
                 key = values.pop("key")
                 calls = tuple((name, arguments) for name, arguments in values.pop("tool_calls"))
                 self._add(key, Response(**values, tool_calls=calls))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # cut short, or not a response

@@ -24,9 +24,8 @@ def parse_completion(url: str, body: dict[str, Any]) -> Response:
     Whatever else is odd about the choice becomes a response that has no action.
     """
     check_body(url, body)
-    choice = body["choices"][0]
-    message = choice.get("message") if isinstance(choice, dict) else None
-    message = message if isinstance(message, dict) else {}
+    choice = json_object(body["choices"][0])
+    message = json_object(choice.get("message"))
     text = encodable(_text(message.get("content")))
     calls = tuple(_calls(message))
     written = len(text) + sum(len(name) + len(arguments) for name, arguments in calls)
@@ -34,7 +33,7 @@ def parse_completion(url: str, body: dict[str, Any]) -> Response:
     return Response(
         text=text,
         tool_calls=calls,
-        finish_reason=str(choice.get("finish_reason") or "") if isinstance(choice, dict) else "",
+        finish_reason=str(choice.get("finish_reason") or ""),
         prompt_tokens=prompt,
         completion_tokens=written // _CHARACTERS_PER_TOKEN if completion is None else completion,
     )
@@ -42,10 +41,14 @@ def parse_completion(url: str, body: dict[str, Any]) -> Response:
 
 def token_counts(body: dict[str, Any]) -> tuple[int, int | None]:
     """Return the tokens of prompt (0 if the body does not count them) and completion (None likewise)."""
-    usage = body.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
+    usage = json_object(body.get("usage"))
     prompt, completion = (_count(usage.get(f"{part}_tokens")) for part in ("prompt", "completion"))
     return prompt or 0, completion
+
+
+def json_object(value: Any) -> dict[str, Any]:
+    """Return ``value`` if it is an object; an empty one in place of anything else that a server sent."""
+    return value if isinstance(value, dict) else {}
 
 
 def check_complete(response: Response) -> None:
@@ -77,8 +80,10 @@ def _calls(message: dict[str, Any]) -> list[tuple[str, str]]:
         functions = [call.get("function") for call in calls if isinstance(call, dict)]
     elif message.get("function_call"):  # the older form
         functions = [message["function_call"]]
-    named = (function if isinstance(function, dict) else {} for function in functions)
-    return [(encodable(str(f.get("name") or "")), _arguments(f.get("arguments"))) for f in named]
+    return [
+        (encodable(str(function.get("name") or "")), _arguments(function.get("arguments")))
+        for function in map(json_object, functions)
+    ]
 
 
 def _arguments(arguments: Any) -> str:

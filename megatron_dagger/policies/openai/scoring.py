@@ -18,7 +18,7 @@ import numpy as np
 from megatron_dagger.config import ConfigError, TeacherConfig
 from megatron_dagger.policies.base import PolicyError, PolicyGone
 from megatron_dagger.policies.openai.cache import Response, ResponseCache, request_key
-from megatron_dagger.policies.openai.completion import token_counts
+from megatron_dagger.policies.openai.completion import json_object, token_counts
 from megatron_dagger.policies.openai.endpoint_pool import EndpointPool
 from megatron_dagger.policies.openai.failures import check_body
 from megatron_dagger.types import ActedBy, Trajectory, Turn
@@ -100,8 +100,8 @@ class TeacherScores:
 def _parse(url: str, body: dict[str, Any]) -> tuple[_Scores, Response]:
     """Return the scores in a completion, and a response that holds its token counts only."""
     check_body(url, body)
-    choice, (prompt, completion) = body["choices"][0], token_counts(body)
-    scores = choice.get("prompt_logprobs") if isinstance(choice, dict) else None
+    scores = json_object(body["choices"][0]).get("prompt_logprobs")
+    prompt, completion = token_counts(body)
     if not isinstance(scores, list) or not all(score is None or isinstance(score, dict) for score in scores):
         raise ConfigError(f"{url} returned no prompt_logprobs; scoring needs a vLLM server, or {HINT}")
     return scores, Response(text="", prompt_tokens=prompt, completion_tokens=completion or 0)

@@ -200,8 +200,8 @@ class Server:
             above = os.path.join(above, part)
             if os.path.lexists(above) and not os.path.isdir(above):
                 os.unlink(above)
-            elif os.path.isdir(above) and self._inside(os.path.relpath(above, self.root)):
-                os.chmod(above, 0o755)
+            elif os.path.isdir(above):
+                self._open(self._inside(os.path.relpath(above, self.root)), 0o700)
         path = os.path.join(self._inside(os.path.dirname(name)), os.path.basename(name))
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
@@ -213,14 +213,13 @@ class Server:
         files, total = {}, 0
         for folder, names, leaves in os.walk(self._inside(root)):
             names[:] = sorted(n for n in names if n not in (".git", "__pycache__"))
-            for name in names:  # which the agent may have closed
-                if not os.path.islink(os.path.join(folder, name)):
-                    os.chmod(os.path.join(folder, name), 0o755)
+            for name in names:
+                self._open(os.path.join(folder, name), 0o500)
             for leaf in sorted(leaves):
                 path = os.path.join(folder, leaf)
                 if not stat.S_ISREG(os.lstat(path).st_mode):
                     continue
-                os.chmod(path, os.stat(path).st_mode | 0o400)
+                self._open(path, 0o400)
                 with open(path, "rb") as file:
                     content = file.read(limit - total + 1)
                 total += len(content)
@@ -228,6 +227,12 @@ class Server:
                     return {"ok": False, "error": f"more than {limit} bytes below {root}"}
                 files[os.path.relpath(path, self.root)] = base64.b64encode(content).decode()
         return {"ok": True, "files": files}
+
+    def _open(self, path: str, rights: int) -> None:
+        """Give this process the ``rights`` to a file or directory that the agent may have closed; not through links."""
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISLNK(mode) and mode & rights != rights:
+            os.chmod(path, stat.S_IMODE(mode) | rights)
 
     def _inside(self, name: str) -> str:
         path = os.path.realpath(os.path.join(self.root, name))

@@ -60,11 +60,7 @@ def test_the_pins_for_python_312_fit_together_and_can_be_had(file, engines, over
     settings = [value for value in settings if value != "--no-index"]
     command = [UV, "pip", "compile", "in.txt", "-c", "pins.txt", "--override", "overrides.txt", "--quiet"]
     command += ["--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_34", "--no-python-downloads"]
-    command += [
-        "--no-header",
-        "--no-annotate",
-        *settings,
-    ]
+    command += ["--no-header", "--no-annotate", *settings]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     if done.returncode and NO_INDEX.search(done.stderr):
         pytest.skip("the package index cannot be reached")

@@ -13,7 +13,6 @@ from megatron_dagger.envs.swe.task import SweTask
 from megatron_dagger.envs.swe.tool_calls import FormatError, parse_tool_call, tool_response, tools_message
 from megatron_dagger.envs.swe.tools import EDITOR, SUBMIT, TOOLS, Editor
 from megatron_dagger.sandbox.base import CommandResult, EnvironmentBroken, FileSandbox
-from megatron_dagger.text import encodable
 
 SYSTEM_MESSAGE = f"""\
 You are a software engineer at work in a Linux container. Solve the issue that you are given by changing the
@@ -99,7 +98,7 @@ class SweEnv:
         if self.verdict is None:
             raise RuntimeError(f"{self.task_id}: the episode is not judged yet, so there is nothing to report")
         left_out = {"left_out": self._changes.left_out} if self._changes.left_out else {}
-        return {"patch": encodable(self._changes.patch or ""), "verdict": self.verdict.reason, **left_out}
+        return {"patch": self._changes.patch or "", "verdict": self.verdict.reason, **left_out}
 
     def close(self) -> None:
         """Close the sandbox. May be called twice."""

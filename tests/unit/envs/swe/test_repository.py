@@ -68,6 +68,12 @@ def test_the_changes_are_told_whatever_the_agent_did_to_git(sandbox, repository,
     assert result.left_out == ""
 
 
+def test_bytes_that_are_no_text_come_through(sandbox, repository):
+    task, base, copy = repository
+    sandbox.run("printf 'caf\\351\\n' > latin.py")
+    assert b"+caf\xe9\n" in (changes(sandbox, task, base, copy=copy).patch or "").encode(errors="surrogateescape")
+
+
 def test_nothing_changed_is_an_empty_patch(sandbox, repository):
     task, base, copy = repository
     assert changes(sandbox, task, base, copy=copy).patch == ""

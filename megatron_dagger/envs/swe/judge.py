@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dagger.config.base import ConfigError
+from megatron_dagger.envs.swe.assets import with_assets
+from megatron_dagger.envs.swe.patch import file_name
 from megatron_dagger.envs.swe.r2e_gym import LOG_PARSER as R2E_GYM
 from megatron_dagger.envs.swe.task import SweTask
 from megatron_dagger.sandbox.base import EnvironmentBroken, FileSandbox
@@ -73,7 +75,7 @@ def judge(open_sandbox: OpenSandbox, task: SweTask, patch: str, *, reverse: bool
             if not _apply(sandbox, patch, commands):
                 return Verdict(resolved=False, reason="the patch does not apply")
         _put_back(sandbox, aside)
-        sandbox.write_file(SCRIPT_FILE, _script(task).encode())
+        sandbox.write_file(SCRIPT_FILE, with_assets(_script(task), sandbox, task.assets).encode())
         result = sandbox.run(f"bash {SCRIPT_FILE}", timeout_s=TEST_TIMEOUT_S, output_bytes=LOG_BYTES)
     if result.timed_out:
         return Verdict(resolved=False, reason=f"the tests took over {TEST_TIMEOUT_S:.0f} s", log=result.output)
@@ -145,7 +147,7 @@ def _apply(sandbox: FileSandbox, patch: str, commands: tuple[str, ...]) -> bool:
 
 def _reaches_beyond(patch: str) -> bool:
     """Return whether a patch names a file outside the tree or in .git. Git refuses those, ``patch`` not all of them."""
-    names = [name.strip('"').partition("\t")[0] for header in _HEADER.findall(patch) for name in header if name]
+    names = [file_name(name) for header in _HEADER.findall(patch) for name in header if name]
     parts = [part for name in names if name != "/dev/null" for part in name.split("/")]
     return any(part in ("", "..", ".git") for part in parts)
 

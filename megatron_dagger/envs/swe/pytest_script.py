@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable
 
+from megatron_dagger.envs.swe.patch import changed_files
 from megatron_dagger.envs.swe.task import CONDA
 
 START, END = ">>>>> Start Test Output", ">>>>> End Test Output"
-_FILE = re.compile(r"^diff --git a/(.*) b/(.*)$", re.MULTILINE)
 
 
 def eval_script(
@@ -22,27 +21,22 @@ def eval_script(
     lines += ["git config --global --add safe.directory '*'", *restore]
     if test_patch:
         end = f"EOF_{hashlib.sha256(test_patch.encode()).hexdigest()[:12]}"
-        lines += [f"git apply -v - <<'{end}'", test_patch.rstrip("\n"), end]
+        lines += [f"git apply -v - <<'{end}'", test_patch.removesuffix("\n"), end]
     lines += [f": '{START}'", test_command, f": '{END}'", *restore]
     return "\n".join(lines) + "\n"
 
 
-def patched_files(patch: str) -> list[str]:
-    """Return the names of the files that a patch touches, as they are after it."""
-    return list(dict.fromkeys(match[2] for match in _FILE.finditer(patch)))
-
-
-def quoted(arguments: Sequence[str]) -> str:
+def quoted(arguments: Iterable[str]) -> str:
     """Return the arguments quoted for a shell, separated by blanks."""
     return " ".join(shlex.quote(argument) for argument in arguments)
 
 
 def _restore(test_patch: str, base_commit: str) -> list[str]:
-    """Return commands that reset the files of the test patch to the base commit and remove those it adds."""
-    if not test_patch:
+    """Return commands that bring the files of the test patch, whatever they are now, back to the base commit."""
+    changes = changed_files(test_patch)
+    if not changes:
         return []
-    parts = re.split(r"^(?=diff --git )", test_patch, flags=re.MULTILINE)
-    added = [name for part in parts if "\nnew file mode" in part for name in patched_files(part)]
-    changed = [name for name in patched_files(test_patch) if name not in added]
-    commands = [f"rm -f -- {quoted(added)}"] if added else []
-    return commands + ([f"git checkout {base_commit} -- {quoted(changed)}"] if changed else [])
+    before = dict.fromkeys(change.before for change in changes if change.before)
+    names = dict.fromkeys(name for change in changes for name in (change.before, change.after) if name)
+    commands = [f"rm -rf -- {quoted(names)}"]
+    return commands + ([f"git checkout {base_commit} -- {quoted(before)}"] if before else [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,18 @@ def require_fields(row: Row, names: Iterable[str], explanation: str) -> None:
 
 
 def ids_of(value: Any) -> tuple[str, ...]:
-    """Return a list of test ids, which some data sets store as JSON text."""
-    return tuple(json.loads(value) if isinstance(value, str) else value or ())
+    """Return a list of test ids, which some data sets store as JSON text. Raises ValueError if it is none."""
+    ids = parse_json(value) if value and isinstance(value, str) else value or ()
+    if not isinstance(ids, list | tuple) or not all(isinstance(name, str) and name.strip() for name in ids):
+        raise ValueError(f"expected a list of test ids, not {value!r}")
+    return tuple(ids)
+
+
+def tests_to_pass(row: Row) -> tuple[str, ...]:
+    """Return the tests that only a repair passes. Raises ConfigError if there is none."""
+    if not (ids := ids_of(row.get("FAIL_TO_PASS"))):
+        raise ConfigError(f"{row['instance_id']}: FAIL_TO_PASS names no test, so any patch would count as a repair")
+    return ids
 
 
 def _json(path: Path, *, lines: bool) -> list[dict[str, Any]]:

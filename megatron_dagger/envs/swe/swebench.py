@@ -7,7 +7,8 @@ derived from. Such a row is refused: scores from a script that only resembles th
 from __future__ import annotations
 
 from megatron_dagger.config.base import ConfigError
-from megatron_dagger.envs.swe.rows import Row, ids_of, require_fields
+from megatron_dagger.envs.swe.assets import assets_of
+from megatron_dagger.envs.swe.rows import Row, ids_of, require_fields, tests_to_pass
 from megatron_dagger.envs.swe.task import SweTask
 
 FIELDS_SINCE_5 = ("eval_script", "log_parser", "eval_type")
@@ -33,8 +34,9 @@ def swebench_task(row: Row) -> SweTask:
         eval_type=row["eval_type"],
         version=row.get("version") or "",
         patch=row.get("patch") or "",
-        fail_to_pass=ids_of(row.get("FAIL_TO_PASS")),
+        fail_to_pass=tests_to_pass(row),
         pass_to_pass=ids_of(row.get("PASS_TO_PASS")),
+        assets=assets_of(row.get("image_assets")),
     )
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 
 from megatron_dagger.config.base import ConfigError
-from megatron_dagger.envs.swe.pytest_script import eval_script, patched_files, quoted
-from megatron_dagger.envs.swe.rows import Row, ids_of, require_fields
+from megatron_dagger.envs.swe.patch import changed_files
+from megatron_dagger.envs.swe.pytest_script import eval_script, quoted
+from megatron_dagger.envs.swe.rows import Row, ids_of, require_fields, tests_to_pass
 from megatron_dagger.envs.swe.task import WORKDIR, SweTask
 
 TEST_COMMANDS = {
@@ -42,12 +43,6 @@ def swegym_task(row: Row) -> SweTask:
     if repo not in TEST_COMMANDS:
         known = ", ".join(sorted(TEST_COMMANDS))
         raise ConfigError(f"{row['instance_id']}: no test command is known for {row['repo']}, only for {known}")
-    fail_to_pass = ids_of(row["FAIL_TO_PASS"])
-    cases = list(dict.fromkeys(_CASE.findall(row["test_patch"]))) if repo == "python/mypy" else []
-    if cases:
-        chosen = f"-k {quoted([' or '.join(cases)])}"
-    else:
-        chosen = quoted([name for name in patched_files(row["test_patch"]) if name.endswith(".py")])
     return SweTask(
         instance_id=row["instance_id"],
         repo=row["repo"],
@@ -55,7 +50,7 @@ def swegym_task(row: Row) -> SweTask:
         image=swegym_image(row["instance_id"]),
         problem_statement=row["problem_statement"],
         eval_script=eval_script(
-            "\n".join([*filter(None, [SET_UP.get(repo)]), f"{TEST_COMMANDS[repo]} {chosen}"]),
+            "\n".join([*filter(None, [SET_UP.get(repo)]), f"{TEST_COMMANDS[repo]} {_chosen_tests(row)}"]),
             workdir=WORKDIR,
             base_commit=row["base_commit"],
             test_patch=row["test_patch"],
@@ -63,9 +58,25 @@ def swegym_task(row: Row) -> SweTask:
         log_parser=LOG_PARSERS.get(repo, "parse_log_pytest"),
         version=row.get("version") or "",
         patch=row.get("patch") or "",
-        fail_to_pass=fail_to_pass,
+        fail_to_pass=tests_to_pass(row),
         pass_to_pass=ids_of(row.get("PASS_TO_PASS")),
     )
+
+
+def _chosen_tests(row: Row) -> str:
+    """Return pytest's arguments for the tests of the test patch. Raises ConfigError if they cannot be run."""
+    name, patch = row["instance_id"], row["test_patch"]
+    changes = changed_files(patch)
+    binary = [change.after or change.before for change in changes if not change.complete]
+    if binary:
+        raise ConfigError(f"{name}: the test patch lacks the content of {', '.join(binary)}, so git cannot apply it")
+    cases = dict.fromkeys(_CASE.findall(patch)) if row["repo"].lower() == "python/mypy" else {}
+    if cases:
+        return f"-k {quoted([' or '.join(cases)])}"
+    files = [change.after for change in changes if change.after.endswith(".py")]
+    if not files:
+        raise ConfigError(f"{name}: the test patch has no Python file that could be run")
+    return quoted(files)
 
 
 def swegym_image(instance_id: str) -> str:

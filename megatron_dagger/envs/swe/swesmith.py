@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from megatron_dagger.config.base import ConfigError
 from megatron_dagger.envs.swe.pytest_script import eval_script, quoted
-from megatron_dagger.envs.swe.rows import Row, ids_of, require_fields
+from megatron_dagger.envs.swe.rows import Row, ids_of, require_fields, tests_to_pass
 from megatron_dagger.envs.swe.task import WORKDIR, SweTask
 
 TEST_COMMAND = "pytest -rA --disable-warnings --color=no --tb=no --verbose"
@@ -19,7 +19,7 @@ def swesmith_task(row: Row) -> SweTask:
     """Return a row's task. Raises ConfigError with the reason if the row cannot be used."""
     fields = ("instance_id", "repo", "patch", "image_name", "FAIL_TO_PASS", "problem_statement")
     require_fields(row, fields, "it cannot be used (SWE-smith has bugs without an issue text)")
-    fail_to_pass, pass_to_pass = ids_of(row["FAIL_TO_PASS"]), ids_of(row.get("PASS_TO_PASS"))
+    fail_to_pass, pass_to_pass = tests_to_pass(row), ids_of(row.get("PASS_TO_PASS"))
     files = tuple(dict.fromkeys(test.partition("::")[0] for test in fail_to_pass))
     if not all(name.endswith(".py") for name in files):
         raise ConfigError(f"{row['instance_id']}: only pytest tests are supported, not {fail_to_pass[0]}")

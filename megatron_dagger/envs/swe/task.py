@@ -38,6 +38,7 @@ class SweTask:
     fail_to_pass: tuple[str, ...] = ()
     pass_to_pass: tuple[str, ...] = ()
     expected_outcomes: tuple[tuple[str, str], ...] = ()  # (test, outcome), instead of the two lists (R2E-Gym)
+    assets: tuple[tuple[str, str], ...] = ()  # (path, address) of binary files that the tests read, put there for them
     hidden: tuple[str, ...] = ()  # files that only the judge may see, absolute or relative to ``workdir``
     startup: str = CONDA_IF_PRESENT  # run in the agent's shell before its first command
     workdir: str = WORKDIR
@@ -73,6 +74,7 @@ class SweTask:
             "PASS_TO_PASS": list(self.pass_to_pass),
             "patch": self.patch,
             "problem_statement": self.problem_statement,
+            "image_assets": {"test_patch": [{"path": path, "url": url} for path, url in self.assets]},
         }
 
 
@@ -156,7 +158,7 @@ def _name(task: SweTask) -> str:
     repo = task.repo.lower().rpartition("/")[2]
     if task.repo.lower().startswith("swesmith/"):
         repo = repo.rpartition(".")[0].rpartition("__")[2]
-    return repo
+    return repo.replace("_", "-")  # data sets spell some names either way
 
 
 def _commit(task: SweTask) -> tuple[str, str]:

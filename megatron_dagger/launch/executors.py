@@ -10,9 +10,30 @@ from collections.abc import Callable
 import nemo_run as run  # reads annotations as objects: this file must not postpone them
 from nemo_run.cli.api import EXECUTOR_CLASSES, list_factories
 
+from megatron_dagger.signals import STOPPED
+
 PLANNED = "planned"  # as an executor's time limit: that of the stage
-# Megatron's ranks meet on the first node; the port depends on the job, so two jobs can share a node.
-_RENDEZVOUS = "export MASTER_ADDR=$head_node_ip MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))"
+_STOP_S = 120  # seconds before the time limit at which a job is told to stop
+# Megatron's ranks meet on the first node, by its name: the address in NeMo-Run's script may be 127.0.1.1, or several.
+# The port depends on the job, so two jobs can share a node.
+_RENDEZVOUS = "export MASTER_ADDR=$head_node MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))"
+# NeMo-Run's script counts every restart as a retry. Here only failures count, in a file beside the job's log; a job
+# that stopped for its time limit or a preemption (exit code 75, or another that srun gives a task that it kills) always
+# goes on. A job that scancel ended is no longer running.
+_REQUEUE = f"""\
+retries=$TORCHX_MAX_RETRIES TORCHX_MAX_RETRIES=0
+failures=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o 'StdOut=[^ ]*' | cut -d= -f2).failures
+requeue() {{
+    read -r state end <<< "$(squeue -h -j "$SLURM_JOB_ID" -o '%T %e')"
+    [ $1 != 0 ] && [ "$state" = RUNNING ] || return 0
+    stop=$(date -d "$end {_STOP_S} seconds ago" +%s 2> /dev/null)
+    if [ $1 != {STOPPED} ] && [ $(date +%s) -lt ${{stop:-9999999999}} ]; then
+        echo "exit code $1" >> "$failures"
+        [ $(wc -l < "$failures") -le $retries ] || return 0
+    fi
+    scontrol requeue "$SLURM_JOB_ID"
+}}
+trap 'requeue $?' EXIT"""
 
 
 @run.cli.factory
@@ -28,15 +49,15 @@ def slurm() -> run.SlurmExecutor:
     """Submit with sbatch on this login node; nodes and login node share the file system of checkout and run directory.
 
     Set what your cluster requires: ``run.executor.gpus_per_node=8``, and ``account``, ``partition``, ``time``, ``mem``,
-    ``container_image``, ``container_mounts`` in the same way. A job that was preempted, failed or ran out of time is
-    requeued up to ``retries`` times and resumes. Without a ``time`` each job asks for the hours that
-    ``megatron-dagger plan`` expects, twice over.
+    ``container_image``, ``container_mounts`` in the same way. A job that was preempted or ran out of time is requeued
+    and resumes, as often as needed; one that failed, up to ``retries`` times. Without a ``time`` each job asks for the
+    hours that ``megatron-dagger plan`` expects, twice over.
     """
     return run.SlurmExecutor(
         account=None,
         job_name_prefix="dagger-",
         time=PLANNED,
-        signal="TERM@120",  # seconds before the time limit: the job fails, and is therefore requeued
+        signal=f"TERM@{_STOP_S}",  # the stage ends with exit code 75, and the job is requeued
         retries=3,
         tunnel=run.LocalTunnel(job_dir=""),
         packager=run.Packager(),
@@ -69,8 +90,8 @@ def executor_names() -> list[str]:
 
 def _on_slurm(executor: run.SlurmExecutor, nodes: int) -> None:
     executor.nodes, executor.ntasks_per_node = nodes, 1
-    if nodes > 1:
-        executor.setup_lines = "\n".join(filter(None, [executor.setup_lines, _RENDEZVOUS]))
+    ours = [_REQUEUE, *([_RENDEZVOUS] if nodes > 1 else [])]
+    executor.setup_lines = "\n".join(filter(None, [executor.setup_lines, *ours]))
 
 
 def _on_one_node(executor: run.Executor, nodes: int) -> None:

@@ -69,3 +69,40 @@ def test_a_round_of_jobs_on_slurm_and_one_that_fails(cluster, cache, tmp_path):
     output = launch(tmp_path, environment, *SLURM, program("false"), "run.executor.retries=0", expected=1)
     assert "round0-rollout (FAILED)" in output
     assert "round0-train (CANCELLED)" in output
+
+
+STAGE = """\
+import os, pathlib, signal, sys, time
+stage = sys.argv[1]
+if stage == "create" or os.environ.get("SLURM_PROCID") != "0":
+    sys.exit(0)
+log = pathlib.Path(f"{stage}.log")
+attempt = len(log.read_text().splitlines()) if log.exists() else 0
+with log.open("a") as file:
+    print(os.environ.get("MASTER_ADDR"), file=file)
+if pathlib.Path("wait").exists():
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
+    time.sleep(60)
+sys.exit({"rollout": [75, 1, 75, 75, 0], "train": [75, 1, 1]}[stage][attempt])
+"""
+
+
+@pytest.mark.skipif(why_unavailable(accounting=True) is not None, reason=str(why_unavailable(accounting=True)))
+def test_only_failures_use_up_the_retries(cluster, tmp_path):
+    (tmp_path / "stage.py").write_text(STAGE)
+    stage = program(sys.executable, str(tmp_path / "stage.py"))
+    two_nodes = ["config.training.parallel.nodes=2", "config.training.parallel.world_size=4"]
+    retries = "run.executor.retries=1"
+    output = launch(tmp_path, cluster.environment, *SLURM, stage, retries, *two_nodes, expected=1)
+    assert "round0-train (FAILED)" in output
+    assert (tmp_path / "rollout.log").read_text().splitlines() == ["None"] * 5
+    assert (tmp_path / "train.log").read_text().splitlines() == ["n1"] * 3
+
+    (tmp_path / "wait").touch()
+    (tmp_path / "rollout.log").unlink()
+    (file,) = tmp_path.glob("nemo/experiments/*/*/round0-rollout_sbatch.sh")
+    job = cluster.submit(str(file))
+    cluster.wait((tmp_path / "rollout.log").exists, 60, "the job to run", lambda: cluster.log(job))
+    cluster.call("scancel", job)
+    cluster.wait_for(job, "CANCELLED", deadline_s=30)
+    assert cluster.job(job)["Restarts"] == "0"

@@ -6,18 +6,10 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from megatron_dagger.config.base import ConfigError, check_numbers, number, require
+from megatron_dagger.config.base import ConfigError, build, check_numbers, number, require
 from megatron_dagger.config.families import FAMILIES
+from megatron_dagger.config.hf_entries import check_plain, count, entry, experts, head_size, rope_entries
 
-# A config.json is supported only if these entries are missing or have these values.
-_HF_PLAIN = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "hidden_act": "silu",
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
 VLLM_VOCAB_MULTIPLE = 64  # DEFAULT_VOCAB_PADDING_SIZE in vllm/model_executor/layers/vocab_parallel_embedding.py
 _VOCAB_MULTIPLE = 128  # Megatron's; it gives the same padding for every power-of-two tensor-parallel size
 
@@ -56,7 +48,7 @@ class YarnConfig:
         require(not others, f"rope_scaling={others} is not supported with rope_type='yarn'")
         require(rope.get("factor") is not None, "rope_scaling has no factor, which rope_type='yarn' needs")
         settings = {name: rope[name] for name in names & rope.keys() if rope[name] is not None}
-        return cls(**{"original_max_position_embeddings": max_position_embeddings} | settings)
+        return build(cls, {"original_max_position_embeddings": max_position_embeddings} | settings, "rope_scaling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,41 +139,41 @@ class ModelConfig:
     def from_hf(cls, config: dict[str, Any]) -> ModelConfig:
         """Return the settings of a model with this Hugging Face config.json.
 
-        Raises ConfigError, naming the entry, for an unknown family and for an unsupported feature: RoPE scaling other
-        than YaRN, sliding windows, other biases, dense layers among experts.
+        Raises ConfigError, naming the entry, for an unknown family, for a missing entry and for an unsupported feature:
+        RoPE scaling other than YaRN, sliding windows, other biases, dense layers among experts, quantised weights.
         """
-        family = str(config.get("model_type"))
-        if family not in FAMILIES:
-            raise ConfigError(f"model_type={family!r} is not known; there are {', '.join(FAMILIES)}")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        for name, plain in _HF_PLAIN.items():
-            require(config.get(name, plain) in (plain, None), f"{name}={config.get(name)!r} is not supported")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        require(kind in ("default", "yarn"), f"rope_type={kind!r} is not supported")
-        theta, longest = rope.get("rope_theta", config.get("rope_theta", 10_000)), config["max_position_embeddings"]
-        require(float(theta).is_integer(), f"rope_theta={theta!r} is not supported: it has a fraction")
-        heads = config["num_attention_heads"]
-        moe = FAMILIES[family].experts
-        return cls(
-            family=family,
-            num_layers=config["num_hidden_layers"],
-            hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
-            num_attention_heads=heads,
-            num_query_groups=config.get("num_key_value_heads") or heads,
-            kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
-            vocab_size=config["vocab_size"],
-            max_position_embeddings=longest,
-            rotary_base=int(theta),
-            yarn=YarnConfig.from_hf(rope, longest) if kind == "yarn" else None,
-            layernorm_epsilon=config["rms_norm_eps"],
-            tie_embeddings=config.get("tie_word_embeddings", False),
-            init_std=config.get("initializer_range", 0.02),
-            num_moe_experts=config.get("num_experts", config.get("num_local_experts")) if moe else None,
-            moe_ffn_hidden_size=config["moe_intermediate_size"] if moe else None,
-            moe_router_topk=config["num_experts_per_tok"] if moe else 2,
-            norm_topk_prob=config.get("norm_topk_prob", False) if moe else True,
-        )
+        name = str(config.get("model_type"))
+        if name not in FAMILIES:
+            raise ConfigError(f"model_type={name!r} is not known; there are {', '.join(FAMILIES)}")
+        check_plain(config)
+        rope, longest = rope_entries(config), count(config, "max_position_embeddings")
+        # Transformers' default for a missing entry is a constant; null means one for each head
+        grouped = name == "llama" or "num_key_value_heads" in config
+        require(grouped, "num_key_value_heads is missing from the config.json")
+        settings = {
+            "family": name,
+            "num_layers": count(config, "num_hidden_layers"),
+            "hidden_size": count(config, "hidden_size"),
+            "ffn_hidden_size": count(config, "intermediate_size"),
+            "num_attention_heads": count(config, "num_attention_heads"),
+            "num_query_groups": entry(config, "num_key_value_heads", config["num_attention_heads"]),
+            "kv_channels": head_size(config),
+            "vocab_size": count(config, "vocab_size"),
+            "max_position_embeddings": longest,
+            "rotary_base": rope["rope_theta"],
+            "yarn": YarnConfig.from_hf(rope, longest) if rope["rope_type"] == "yarn" else None,
+            "layernorm_epsilon": entry(config, "rms_norm_eps"),
+            "tie_embeddings": entry(config, "tie_word_embeddings", False),
+            "init_std": entry(config, "initializer_range", 0.02),
+        }
+        if FAMILIES[name].experts:
+            settings |= {
+                "num_moe_experts": experts(config),
+                "moe_ffn_hidden_size": count(config, "moe_intermediate_size"),
+                "moe_router_topk": count(config, "num_experts_per_tok"),
+                "norm_topk_prob": entry(config, "norm_topk_prob", False),
+            }
+        return build(cls, settings)
 
     def _hf_family(self) -> dict[str, Any]:
         """Return the entries that only this family's config.json has."""

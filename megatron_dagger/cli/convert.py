@@ -1,7 +1,7 @@
 """Convert, reshard, compare and inspect checkpoints of Hugging Face and Megatron-Core.
 
   megatron-dagger convert hf-to-megatron Qwen3-8B out/megatron --tensor-parallel 4 --dtype bfloat16
-  megatron-dagger convert megatron-to-hf RUN/rounds/0002/train/checkpoint out/hf --files RUN/student
+  megatron-dagger convert megatron-to-hf RUN/rounds/0002/train/checkpoint out/hf
   megatron-dagger convert reshard out/megatron out/tp8 --tensor-parallel 8 --pipeline-parallel 2
   megatron-dagger convert verify out/megatron Qwen3-8B
   megatron-dagger convert inspect out/megatron
@@ -9,14 +9,14 @@
 
 Formats: safetensors, and Megatron-Core's torch_dist. A conversion needs memory for a few tensors, whatever the size
 of the model; only gguf-to-hf holds all of it, in float32. The target appears under its name once it is complete.
-Repeating an interrupted command resumes it; with another source or setting it starts again. Tokenizer and other small
-files are copied along; an optimizer's state is not. No code from a checkpoint is run.
+Repeating an interrupted command resumes it; with another source or setting it starts again. Each tensor keeps its dtype
+unless --dtype is given. Tokenizer, chat template and other small files are copied along, for a run's checkpoint those
+of RUN/student. The special token ids are kept; an optimizer's state is not. No code from a checkpoint is run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -32,12 +32,14 @@ from megatron_dagger.store.errors import StoreError
 from megatron_dagger.store.resumable import fingerprint, unfinished
 from megatron_dagger.weights import families
 from megatron_dagger.weights.checkpoints import HF_FILES, MARKER, Checkpoint, MegatronFiles, open_checkpoint
+from megatron_dagger.weights.companions import CONFIG, copy_companions, read_config, token_ids, token_ids_in
 from megatron_dagger.weights.errors import CheckpointReadError, WeightMapError
-from megatron_dagger.weights.hf_files import CONFIG, copy_companion_files, write_hf
+from megatron_dagger.weights.hf_files import write_hf
 from megatron_dagger.weights.layouts import SourceLayout, padded_vocab_size
 from megatron_dagger.weights.torch_dist.writer import write_megatron
 
 DTYPES = ("float32", "bfloat16", "float16")
+STUDENT = "student"  # in a run
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -48,12 +50,13 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def hf_to_megatron(arguments: argparse.Namespace) -> int:
-    return _to_megatron(arguments, _open(arguments.source), arguments.files or arguments.source)
+    source = _open(arguments.source)
+    return _to_megatron(arguments, source, arguments.files or source.directory)
 
 
 def reshard(arguments: argparse.Namespace) -> int:
     source = _open(arguments.source, _model(arguments))
-    code = _to_megatron(arguments, source, arguments.files or arguments.source / HF_FILES)
+    code = _to_megatron(arguments, source, arguments.files or _companions(source.directory))
     if isinstance(source, MegatronFiles) and source.weights.has_optimizer:
         print("the optimizer's state was left out: training from these weights starts at step 0")
     return code
@@ -67,11 +70,13 @@ def gguf_to_hf(arguments: argparse.Namespace) -> int:
     require(arguments.source.is_file(), f"{arguments.source}: no such file; download the checkpoint first")
     source = {"pretrained_model_name_or_path": str(arguments.source.parent), "gguf_file": arguments.source.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    model, tensors = ModelConfig.from_hf(loaded.config.to_dict()), loaded.state_dict()
+    config, tensors = loaded.config.to_dict() | {"quantization_config": None}, loaded.state_dict()  # dequantised
+    model = ModelConfig.from_hf(config)
     names = families.canonical_names(model)
     with _output(arguments) as folder:
         with _counted(tensors.__getitem__, len(names), "writing") as read:
-            write_hf(folder, model, read, arguments.dtype or "float32", max_bytes=arguments.shard_mib << 20)
+            dtype, max_bytes = arguments.dtype or "float32", arguments.shard_mib << 20
+            write_hf(folder, model, read, dtype, max_bytes=max_bytes, entries=token_ids(config))
         AutoTokenizer.from_pretrained(**source).save_pretrained(str(folder))
     print(f"wrote {arguments.target}: {len(names)} tensors")
     return 0
@@ -79,15 +84,20 @@ def gguf_to_hf(arguments: argparse.Namespace) -> int:
 
 def megatron_to_hf(arguments: argparse.Namespace) -> int:
     source = _open(arguments.source, _model(arguments))
-    dtype = arguments.dtype or source.dtype()
     total = len(families.canonical_names(source.model))
+    files = arguments.files or _companions(source.directory)
     with _output(arguments) as folder:
         with _counted(source.read, total, "writing") as read:
-            write_hf(folder, source.model, read, dtype, max_bytes=arguments.shard_mib << 20)
-        files = arguments.files or arguments.source / HF_FILES
-        if files.is_dir():
-            copy_companion_files(files, folder)
-    print(f"wrote {arguments.target}: {total} tensors in {dtype}")
+            write_hf(
+                folder,
+                source.model,
+                read,
+                arguments.dtype or source.dtype,
+                max_bytes=arguments.shard_mib << 20,
+                entries=token_ids_in(files),
+            )
+        copy_companions(files, folder)
+    print(f"wrote {arguments.target}: {total} tensors in {arguments.dtype or source.dtype()}")
     return 0
 
 
@@ -135,7 +145,7 @@ def _open(directory: Path, model: ModelConfig | None = None) -> Checkpoint:
 
 
 def _to_megatron(arguments: argparse.Namespace, source: Checkpoint, files: Path) -> int:
-    model, dtype = source.model, arguments.dtype or source.dtype()
+    model = source.model
     layout = SourceLayout(
         padded_vocab_size=padded_vocab_size(model, arguments.tensor_parallel),
         tensor_model_parallel_size=arguments.tensor_parallel,
@@ -153,14 +163,24 @@ def _to_megatron(arguments: argparse.Namespace, source: Checkpoint, files: Path)
     total = len(table.megatron_tensors(model))
     with _output(arguments) as folder:
         with _counted(build, total, "writing") as read:
-            write_megatron(folder, model, read, layout, dtype, max_bytes=arguments.shard_mib << 20)
-        if files.is_dir():
-            copy_companion_files(files, folder / HF_FILES)
+            write_megatron(
+                folder, model, read, layout, arguments.dtype or source.dtype, max_bytes=arguments.shard_mib << 20
+            )
+        copy_companions(files, folder / HF_FILES)
         (folder / HF_FILES).mkdir(exist_ok=True)
-        atomic.write_json(folder / HF_FILES / CONFIG, model.hf_config() | {"torch_dtype": dtype})
+        dtype = arguments.dtype or source.dtype()
+        config = model.hf_config() | {"torch_dtype": dtype, **token_ids_in(files)}
+        atomic.write_json(folder / HF_FILES / CONFIG, config)
         atomic.write_json(folder / MARKER, _marker(model))
     print(f"wrote {arguments.target}: {total} tensors in {dtype}")
     return 0
+
+
+def _companions(checkpoint: Path) -> Path:
+    """Return the folder with the small files of a Megatron checkpoint: its own, or its run's student."""
+    of_run = [parent / STUDENT for parent in checkpoint.resolve().parents if (parent / STUDENT / CONFIG).is_file()]
+    own = checkpoint / HF_FILES
+    return of_run[0] if of_run and not own.is_dir() else own
 
 
 def _marker(model: ModelConfig) -> dict[str, Any]:
@@ -210,7 +230,7 @@ def _output(arguments: argparse.Namespace) -> AbstractContextManager[Path]:
 def _model(arguments: argparse.Namespace) -> ModelConfig | None:
     if arguments.model is None:
         return None
-    return ModelConfig.from_hf(json.loads(arguments.model.read_text()))
+    return ModelConfig.from_hf(read_config(arguments.model))
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -224,8 +244,10 @@ def add_arguments(parser: CommandParser) -> None:
 
     def writes(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("target", type=Path, help="the directory to write; it must not exist")
-        sub.add_argument("--dtype", choices=DTYPES, help="default: the source's")
-        sub.add_argument("--files", type=Path, help="where tokenizer and other small files are (default: the source)")
+        sub.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: each keeps its own)")
+        sub.add_argument(
+            "--files", type=Path, help="where the small files are (default: the source, or its RUN/student)"
+        )
         sub.add_argument("--shard-mib", type=int, default=4096, help="approximate file size (default: %(default)s)")
 
     def parallel(sub: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -136,7 +137,7 @@ class ModelConfig:
         }
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> ModelConfig:
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Return the settings of a model with this Hugging Face config.json.
 
         Raises ConfigError, naming the entry, for an unknown family, for a missing entry and for an unsupported feature:

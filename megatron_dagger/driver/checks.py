@@ -15,7 +15,7 @@ from megatron_dagger.planning import GPUS, Assumptions, nearest_that_fits
 from megatron_dagger.planning.gpus import ANY_GPU, DEFAULT_GPU
 from megatron_dagger.planning.memory import GIB
 from megatron_dagger.planning.run_plan import memory_of
-from megatron_dagger.weights.checkpoints import HF_FILES, model_of
+from megatron_dagger.weights.checkpoints import HF_FILES, MegatronFiles, model_of
 from megatron_dagger.weights.errors import CheckpointReadError
 
 
@@ -50,7 +50,10 @@ def check_trainer(config: RunConfig, *, cuda: bool | None) -> None:
 
 
 def check_init_checkpoint(config: RunConfig) -> None:
-    """Raise ConfigError unless ``init_checkpoint``, if there is one, is a checkpoint of the run's model."""
+    """Raise ConfigError unless ``init_checkpoint``, if there is one, is a whole checkpoint of the run's model.
+
+    Reads no weights: their names, shapes and files are compared with the settings.
+    """
     if config.init_checkpoint is None:
         return
     folder = Path(config.init_checkpoint)
@@ -71,6 +74,10 @@ def check_init_checkpoint(config: RunConfig) -> None:
         f"init_checkpoint={folder} is of another model: "
         + ", ".join(f"model.{name}={checkpoint[name]}, not {configured[name]}" for name in wrong[:3]),
     )
+    try:
+        MegatronFiles(folder)
+    except CheckpointReadError as error:
+        raise ConfigError(f"init_checkpoint: {error}") from None
 
 
 def _check_data_sets(config: RunConfig) -> None:

@@ -24,11 +24,12 @@ from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.status_file import RunProcess, failure_recorded
 from megatron_dagger.policies.base import Policy
 from megatron_dagger.rollout.chat import ChatRenderer
-from megatron_dagger.rollout.tokenizer import take_tokenizer, train_tokenizer
+from megatron_dagger.rollout.tokenizer import control_ids, take_tokenizer, train_tokenizer
 from megatron_dagger.store.atomic import write_json
 from megatron_dagger.store.fence import VARIABLE, claim
 from megatron_dagger.store.lock import exclusive
 from megatron_dagger.weights.checkpoints import HF_FILES
+from megatron_dagger.weights.companions import token_ids_in
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +150,13 @@ def prepare_student(config: RunConfig, run_dir: Path, environment: Environment) 
     if not (folder / "config.json").exists():
         environment.prepare(run_dir / "tasks")
         if config.init_checkpoint is not None:
-            take_tokenizer(Path(config.init_checkpoint) / HF_FILES, folder)
+            files = Path(config.init_checkpoint) / HF_FILES
+            take_tokenizer(files, folder)
+            ids = token_ids_in(files)
         elif environment.tokenizer_texts is not None:
             train_tokenizer(environment.tokenizer_texts(), config.model.vocab_size, folder)
+            ids = control_ids(folder)
         else:
             raise ConfigError("init_checkpoint is missing: this environment has no texts to train a tokenizer on")
-        write_json(folder / "config.json", config.model.hf_config())
+        write_json(folder / "config.json", config.model.hf_config() | ids)
     return folder

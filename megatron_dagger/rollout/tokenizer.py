@@ -14,6 +14,8 @@ from typing import Any
 from megatron_dagger.config import ConfigError
 from megatron_dagger.rollout.chat import END, END_OF_TEXT, START
 from megatron_dagger.store.atomic import write_json, write_text
+from megatron_dagger.weights.companions import copy_companions
+from megatron_dagger.weights.errors import CheckpointReadError
 
 # Qwen2's and Qwen3's pattern (pre_tokenizer in the tokenizer.json of Qwen/Qwen3-8B).
 QWEN_PATTERN = (
@@ -56,13 +58,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     write_json(folder / "tokenizer_config.json", settings)
 
 
+def control_ids(folder: Path) -> dict[str, int | None]:
+    """Return the ids that end and pad a sequence, as a config.json has them, of a tokenizer that was trained here."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return {"eos_token_id": tokenizer.token_to_id(END), "pad_token_id": tokenizer.token_to_id(END_OF_TEXT)}
+
+
 def take_tokenizer(source: Path, folder: Path) -> None:
-    """Copy a converted checkpoint's tokenizer from ``source``, its HF_FILES. Raises ConfigError if it has none."""
+    """Copy a converted checkpoint's tokenizer and other small files from ``source``, its HF_FILES.
+
+    Raises ConfigError if it has no tokenizer, or only a pointer to one.
+    """
     if not (source / "tokenizer.json").is_file():
         raise ConfigError(
             f"init_checkpoint: {source}/tokenizer.json is missing; make the checkpoint with "
             "`megatron-dagger convert hf-to-megatron` from a model directory that contains its tokenizer"
         )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (source / name).is_file():
-            write_text(folder / name, (source / name).read_text())
+    try:
+        copy_companions(source, folder)
+    except CheckpointReadError as error:
+        raise ConfigError(f"init_checkpoint: {error}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 pytest.importorskip("transformers", reason="Transformers is not installed")
@@ -17,9 +18,10 @@ from megatron_dagger.config import ConfigError, ModelConfig, OptimizerConfig, Ru
 from megatron_dagger.driver.run_dir import create_run
 from megatron_dagger.driver.training import train_job
 from megatron_dagger.rollout.tokenizer import take_tokenizer, train_tokenizer
-from megatron_dagger.store.atomic import write_json
 from megatron_dagger.training.data.episode_file import save_episodes
 from megatron_dagger.types import LabelledEpisode, StateLabel
+from megatron_dagger.weights.checkpoints import open_checkpoint
+from tests.support.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=96, vocab_size=300)
@@ -38,7 +40,6 @@ def run_python(*command):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A small Transformers model with a tokenizer, converted by ``megatron-dagger convert``."""
-    import torch
     import transformers
 
     folder = tmp_path_factory.mktemp("init")
@@ -46,14 +47,24 @@ def checkpoint(tmp_path_factory):
     settings = MODEL.hf_config() | {"head_dim": MODEL.kv_channels}
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings))
     model.save_pretrained(folder / "hf")
-    train_tokenizer(["some text to learn from, and more of it"] * 3, MODEL.vocab_size, folder / "hf")
-    run_python(*CONVERT, "hf-to-megatron", folder / "hf", folder / "megatron")
-    return folder / "megatron"
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.data = parameter.data.bfloat16()
+    model.save_pretrained(folder / "mixed")
+    for name in ("hf", "mixed"):
+        train_tokenizer(["some text to learn from, and more of it"] * 3, MODEL.vocab_size, folder / name)
+        run_python(*CONVERT, "hf-to-megatron", folder / name, folder / f"megatron-{name}")
+    return folder / "megatron-hf"
 
 
 @pytest.mark.slow
-def test_round_zero_starts_from_the_checkpoints_weights(checkpoint, tmp_path):
-    """With a learning rate too small to change any weight, the trained weights equal the checkpoint's bit for bit."""
+@pytest.mark.parametrize("precision", ["hf", "mixed"])
+def test_round_zero_starts_from_the_checkpoints_weights(checkpoint, tmp_path, precision):
+    """With a learning rate too small to change any weight, the trained weights equal the checkpoint's bit for bit.
+
+    Also if only its norms are in float32.
+    """
+    checkpoint = checkpoint.with_name(f"megatron-{precision}")
     optimizer = OptimizerConfig(lr=1e-14, warmup_steps=0, decay="constant", weight_decay=0.0)
     config = RunConfig(
         model=MODEL,
@@ -69,14 +80,21 @@ def test_round_zero_starts_from_the_checkpoints_weights(checkpoint, tmp_path):
     run_python("-m", "megatron_dagger.training", tmp_path / "episodes.npz", tmp_path / "job.json")
     trained = Path(job.output_dir)
     assert json.loads((trained / "manifest.json").read_text())["steps"] == 1
-    output = run_python(*CONVERT, "verify", trained / "checkpoint", checkpoint)
-    assert output.split()[0] == output.split()[2] != "0"  # N of N tensors are equal
+    first, second = (
+        dict(open_checkpoint(folder).canonical_tensors()) for folder in (trained / "checkpoint", checkpoint)
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name].float()) for name in first)
+    assert {str(tensor.dtype) for tensor in second.values()} == {
+        "hf": {"torch.float32"}, "mixed": {"torch.float32", "torch.bfloat16"}
+    }[precision]  # fmt: skip
     assert train_job(config, tmp_path / "run", 1).init_checkpoint == str(trained / "checkpoint")
 
 
-def test_the_checkpoints_tokenizer_is_copied(checkpoint, tmp_path):
+def test_all_small_files_of_the_checkpoint_are_copied(checkpoint, tmp_path):
+    (checkpoint / "hf" / "chat_template.jinja").write_text("{{ messages }}")
     take_tokenizer(checkpoint / "hf", tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (checkpoint / "hf" / name).read_bytes()
     with pytest.raises(ConfigError, match=r"tokenizer\.json is missing; make the checkpoint with"):
         take_tokenizer(tmp_path / "nowhere", tmp_path)
@@ -84,7 +102,6 @@ def test_the_checkpoints_tokenizer_is_copied(checkpoint, tmp_path):
 
 def test_a_relative_path_of_a_checkpoint_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "converted" / "hf").mkdir(parents=True)
-    write_json(tmp_path / "converted" / "hf" / "config.json", RunConfig().model.hf_config())
+    write_checkpoint(tmp_path / "converted", RunConfig().model)
     config = create_run(replace(RunConfig(), init_checkpoint="converted"), tmp_path / "run")
     assert config.init_checkpoint == str(tmp_path / "converted")

@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import mmap
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ from megatron_dagger.weights.torch_dist.stacking import unstack
 if TYPE_CHECKING:
     import torch
 
-_OPTIMIZER = ("optimizer.", "optimizer_state.")
-_NOT_WEIGHTS = (*_OPTIMIZER, "opt_param_scheduler", "rng_state", "rerun_state_machine")
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer(_state)?\.")  # chained: one for dense weights, one for experts
+_NOT_WEIGHTS = re.compile(rf"{_OPTIMIZER.pattern}|opt_param_scheduler|rng_state|rerun_state_machine")
+_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +60,7 @@ class MegatronCheckpoint:
     @property
     def has_optimizer(self) -> bool:
         """Whether the checkpoint contains an optimizer's state."""
-        return any(name.startswith(_OPTIMIZER) for name in self.tensors)
+        return any(map(_OPTIMIZER.match, self.tensors))
 
     def sources(self, model: ModelConfig) -> list[Source]:
         """Return the model's Megatron tensors with their places, in the model's order. Reads no weights.
@@ -155,10 +157,13 @@ class MegatronCheckpoint:
         return table[source.lead]
 
     def _unstacked(self) -> Iterator[Source]:
-        for stored in self.tensors.values():
-            if not stored.name.startswith(_NOT_WEIGHTS):
-                for name, lead in unstack(stored.name, stored.shape):
-                    yield Source(name=name, stored=stored, lead=lead)
+        """Yield the model's tensors; some programs put ``module.`` before all names."""
+        weights = {name: stored for name, stored in self.tensors.items() if not _NOT_WEIGHTS.match(name)}
+        embedding = next((name for name in weights if name.endswith(f".{_EMBEDDING}")), _EMBEDDING)
+        prefix = embedding.removesuffix(_EMBEDDING)
+        for name, stored in weights.items():
+            for unstacked, lead in unstack(name.removeprefix(prefix), stored.shape):
+                yield Source(name=unstacked, stored=stored, lead=lead)
 
     def _check_files(self) -> None:
         """Raise CheckpointReadError if a file is missing or shorter than its chunks."""

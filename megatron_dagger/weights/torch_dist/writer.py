@@ -13,7 +13,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ def write_megatron(
     model: ModelConfig,
     read: Callable[[str], torch.Tensor],
     source: SourceLayout,
-    dtype: str,
+    dtype: str | Callable[[str], str],
     *,
     max_bytes: int = _MAX_BYTES,
 ) -> None:
@@ -51,29 +51,46 @@ def write_megatron(
 
     Files already in ``directory`` must be of the same weights and arguments, which ``store.resumable`` ensures.
     ``read(name)`` returns a full Megatron tensor by global name (``WeightMap.megatron_tensors``), including padding
-    rows; it is cast to ``dtype`` (torch's name). Raises ConfigError or WeightMapError if the model does not fit the
-    layout ``source``.
+    rows, cast to ``dtype``: torch's name, or a function of a canonical tensor's name. Tensors that Megatron stores
+    as one, such as those of all layers, get the dtype that holds them all. Raises ConfigError or WeightMapError if the
+    model does not fit the layout ``source``.
     """
     import torch
 
     source.check_model(model)
-    for number, names in enumerate(_files(model, source, getattr(torch, dtype).itemsize, max_bytes)):
+    dtypes = _dtypes(model, dtype if callable(dtype) else lambda name: dtype)
+    for number, names in enumerate(_files(model, source, dtypes, max_bytes)):
         stage = source.stage(names[0], model)
         path = directory / f"__{stage}_{number}.distcp"
         if not _chunk_list(path).exists():
-            _write_file(path, names, model, read, source, dtype)
-    _write_index(directory, dtype)
+            _write_file(path, names, model, read, source, dtypes)
+    _write_index(directory, dtypes)
     torch.save({}, directory / "common.pt")
     atomic.write_json(directory / "metadata.json", _FORMAT)
     for path in directory.glob("__*.json"):
         path.unlink()
 
 
+def _dtypes(model: ModelConfig, dtype: Callable[[str], str]) -> dict[str, torch.dtype]:
+    """Return the dtype of every stored tensor."""
+    import torch
+
+    dtypes: dict[str, torch.dtype] = {}
+    for name, entry in families.lookup(model).megatron_tensors(model).items():
+        key, _ = stacked(name)
+        for part in entry.parts:
+            one = getattr(torch, dtype(part.name))
+            dtypes[key] = torch.promote_types(dtypes.get(key, one), one)
+    return dtypes
+
+
 def _shape(entry: MegatronTensor, source: SourceLayout) -> tuple[int, ...]:
     return (source.padded_vocab_size, *entry.tail) if entry.padded else entry.shape
 
 
-def _files(model: ModelConfig, source: SourceLayout, itemsize: int, max_bytes: int) -> list[list[str]]:
+def _files(
+    model: ModelConfig, source: SourceLayout, dtypes: Mapping[str, torch.dtype], max_bytes: int
+) -> list[list[str]]:
     """Return the names of the tensors in each file, ordered by pipeline stage."""
     table = families.lookup(model).megatron_tensors(model)
     files: list[list[str]] = []
@@ -86,7 +103,7 @@ def _files(model: ModelConfig, source: SourceLayout, itemsize: int, max_bytes: i
                 files.append([])
                 bytes_free = max_bytes
             files[-1].append(name)
-            bytes_free -= math.prod(_shape(entry, source)) * itemsize
+            bytes_free -= math.prod(_shape(entry, source)) * dtypes[stacked(name)[0]].itemsize
     return files
 
 
@@ -96,7 +113,7 @@ def _write_file(
     model: ModelConfig,
     read: Callable[[str], torch.Tensor],
     source: SourceLayout,
-    dtype: str,
+    dtypes: Mapping[str, torch.dtype],
 ) -> None:
     import torch
 
@@ -105,9 +122,9 @@ def _write_file(
     with open(temporary, "wb") as file:
         for name in names:
             entry, shape = table[name], _shape(table[name], source)
-            tensor = read(name).to(getattr(torch, dtype))
-            assert tuple(tensor.shape) == shape, (name, tuple(tensor.shape), shape)
             key, lead = stacked(name)
+            tensor = read(name).to(dtypes[key])
+            assert tuple(tensor.shape) == shape, (name, tuple(tensor.shape), shape)
             size = source.tensor_model_parallel_size if entry.shard_dim is not ShardDim.NONE else 1
             for box in [box for rank in range(size) for box in entry.shard_boxes(shape, rank, size)]:
                 start = file.tell()
@@ -123,7 +140,7 @@ def _chunk_list(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _write_index(directory: Path, dtype: str) -> None:
+def _write_index(directory: Path, dtypes: Mapping[str, torch.dtype]) -> None:
     import torch
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
@@ -140,7 +157,7 @@ def _write_index(directory: Path, dtype: str) -> None:
         entry = entries.get(key)
         if entry is None:
             entry = TensorStorageMetadata(
-                properties=TensorProperties(dtype=getattr(torch, dtype)), size=torch.Size(()), chunks=[]
+                properties=TensorProperties(dtype=dtypes[key]), size=torch.Size(()), chunks=[]
             )
             entries[key] = entry
         entry.size = torch.Size(

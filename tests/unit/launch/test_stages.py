@@ -1,6 +1,5 @@
 """The chain of jobs, independent of any launcher."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from megatron_dagger.config import RunConfig, load_yaml, override
 from megatron_dagger.launch.stages import round_stages
 from megatron_dagger.recipes import find_recipe
+from tests.support.checkpoints import write_index
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -46,9 +46,7 @@ def test_several_workers_collect_before_the_round_is_sealed():
 def test_the_first_script_creates_the_run(tmp_path):
     """Run the script up to ``create`` by bash, with the real command line."""
     directory, work_dir = tmp_path / "a run", tmp_path / "work dir"
-    (work_dir / "here" / "it" / "hf").mkdir(parents=True)  # looks like a converted checkpoint
-    config = find_recipe("short_repair")().model.hf_config()
-    (work_dir / "here" / "it" / "hf" / "config.json").write_text(json.dumps(config))
+    write_index(work_dir / "here" / "it", find_recipe("short_repair")().model)
     program = f"{sys.executable} -m megatron_dagger.cli.main"
     first = stages("init_checkpoint=here/it", directory=directory, work_dir=work_dir, program=program)[0]
     script, marker, rest = first.script.rpartition(f"exec {program}")

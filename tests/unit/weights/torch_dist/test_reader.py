@@ -30,7 +30,9 @@ def weights(model: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str,
     return {name: torch.randn(shape).to(dtype) for name, shape in families.canonical_names(model).items()}
 
 
-def write(directory: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def write(
+    directory: Path, model: ModelConfig, dtype: torch.dtype = torch.float32, *, prefix: str = "", optimizer: str = ""
+) -> dict[str, torch.Tensor]:
     """Write a checkpoint of random weights with stacked layers and an optimizer's tensor; returns the weights."""
     tensors = weights(model, dtype)
     stacked: dict[str, list[torch.Tensor]] = {}
@@ -41,7 +43,8 @@ def write(directory: Path, model: ModelConfig, dtype: torch.dtype = torch.float3
         full = families.from_canonical(name, tensors, model, padded_rows=rows)
         stacked.setdefault(key, []).append(full)
     state = {key: torch.stack(parts) if ".layers." in key else parts[0] for key, parts in stacked.items()}
-    state["optimizer.state.exp_avg.decoder.final_layernorm.weight"] = torch.zeros(8)
+    state = {f"{prefix}{key}": tensor for key, tensor in state.items()}
+    state[f"{optimizer}optimizer.state.exp_avg.decoder.final_layernorm.weight"] = torch.zeros(8)
     dcp.save(state, checkpoint_id=str(directory), no_dist=True)
     return tensors
 
@@ -74,6 +77,16 @@ def test_canonical_tensors_are_bit_exact_and_in_order(tmp_path, dtype, tied):
         assert tensor.is_contiguous()
         assert torch.equal(tensor, tensors[name]), name
         assert tensor.dtype == dtype
+
+
+@pytest.mark.parametrize("prefix, optimizer", [("module.", ""), ("", "chained_0."), ("model.", "chained_1.")])
+def test_names_with_the_prefixes_of_other_programs_are_read(tmp_path, prefix, optimizer):
+    tensors = write(tmp_path, MODEL, prefix=prefix, optimizer=optimizer)
+    checkpoint = MegatronCheckpoint(tmp_path)
+    assert checkpoint.has_optimizer
+    read = dict(checkpoint.canonical_tensors(MODEL))
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 def test_parts_yields_views_of_the_files_chunk_by_chunk(tmp_path):

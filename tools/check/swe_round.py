@@ -117,9 +117,8 @@ def run_rounds(
     model = make_model(folder, tasks, teacher)
     with chat_server(teacher) as server:
         config = settings(folder, model, tasks, docker_url, server.url)
-        changed = differing(config.swe, SweConfig())
-        swe_settings = [f"swe.{name}={getattr(config.swe, name)}" for name in changed if name != "validation"]
-        seconds = {"validation": cli("validate", config.swe.validation, "--repeats", repeats, *swe_settings)}
+        validate = ("validate", config.swe.validation, "--repeats", repeats)
+        seconds = {"validation": cli(*validate, *swe_settings(config))}
         valid = len(valid_tasks(Path(config.swe.validation)))
         halves = [f"dagger.sft_tasks={valid - valid // 2}", f"dagger.tasks_per_round={valid // 2}"]
         create_run(override(config, [*halves, *overrides]), folder / "run")
@@ -129,6 +128,12 @@ def run_rounds(
     with DockerHost("swe-round", docker_url) as host:
         result["leaked_containers"] = len(host.client.containers.list(all=True)) - before
     return result
+
+
+def swe_settings(config: RunConfig) -> list[str]:
+    """Return the settings of the tasks for `megatron-dagger validate`."""
+    changed = differing(config.swe, SweConfig())
+    return [f"swe.{name}={getattr(config.swe, name)}" for name in changed if name != "validation"]
 
 
 def make_tasks(source: str, train: int, heldout: int) -> TaskSet:

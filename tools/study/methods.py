@@ -152,8 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         "--arms", type=_list(str), metavar="NAME,...", help=f"sft and others (default: {_shown(FULL['arms'])})"
     )
     parser.add_argument(
-        "--variants", action="store_true",
-        help=f"ablations of dagger, at the longest horizon with the smaller amount: {_shown(list(VARIANTS))}",
+        "--variants", type=_list(str), default=[], metavar="NAME,...",
+        help="ablations of dagger, at the longest horizon with the smaller amount: all, or some of "
+        f"{_shown(list(VARIANTS))}",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, help=f"at least 2 (default: {FULL['seeds']})")
     parser.add_argument("--heldout", type=int, help=f"held-out tasks of each seed (default: {FULL['heldout']})")
@@ -188,11 +189,14 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     require(set(horizons) <= set(range(10)), f"--horizons {_shown(horizons)}: write numbers of bugs from 0 to 9")
     require(set(arms) <= set(ARMS), f"--arms {_shown(arms)}: choose from {_shown(list(ARMS))}")
     require(BASELINE in arms, f"--arms {_shown(arms)}: add {BASELINE}, with which the others are compared")
+    variants = list(VARIANTS) if arguments.variants == ["all"] else arguments.variants
+    known = f"choose all, or from {_shown(list(VARIANTS))}"
+    require(set(variants) <= set(VARIANTS), f"--variants {_shown(variants)}: {known}")
     arguments.control_seeds = chosen["control_seeds"]
     arguments.out = arguments.out or ROOT / "runs" / ("methods-quick" if arguments.quick else "methods")
     return Plan(
         arms=tuple(arm for arm in ARMS if arm in arms),
-        variants=tuple(VARIANTS) if arguments.variants else (),
+        variants=tuple(name for name in VARIANTS if name in variants),
         amounts=parse_amounts(horizons, arguments.amounts or _applicable(chosen["amounts"], horizons)),
         seeds=seeds,
         heldout=heldout,

@@ -1,5 +1,6 @@
 """Containers that die or are abandoned, and a daemon that is killed."""
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -85,3 +86,20 @@ def test_a_killed_daemon_breaks_the_episode_and_leaves_nothing(daemon, docker_ho
         assert next_sandbox.run("echo alive").output == "alive\n"
         assert container not in docker_host.containers()
     assert not processes_with("sleep 23456")
+
+
+def test_a_container_that_a_killed_daemon_has_forgotten_is_ended_by_the_next_start(daemon, docker_host):
+    sandbox = DockerSandbox(docker_host, IMAGE, LIMITS)
+    container = sandbox._container
+    threading.Timer(0.5, daemon.kill).start()
+    with pytest.raises(EnvironmentBroken):
+        sandbox.run("sleep 34567", timeout_s=30)
+    shutil.rmtree(daemon.home / "data" / "containers" / container)  # as if it was killed while it removed it
+    daemon.start()
+    assert container not in docker_host.containers()
+    assert processes_with(f"containerd-shim.*{container}"), "the daemon has ended it itself: nothing is tested"
+    with DockerHost("next", daemon.url) as host:
+        host.reap()
+    assert not processes_with(f"containerd-shim.*{container}")
+    assert not processes_with("sleep 34567")
+    sandbox.close()

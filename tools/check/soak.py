@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -58,6 +59,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of victims and moments (default %(default)s)")
     parser.add_argument("--folder", type=Path, help="keep the runs in this folder (default: a temporary one)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends what was started
     if arguments.docker and missing():
         sys.exit(f"no Docker daemon can be started: {missing()}")
     with tempfile.TemporaryDirectory(prefix="soak-") as temporary:

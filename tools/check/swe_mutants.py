@@ -117,7 +117,8 @@ class _Repair:
         self.edit = ToolCall(name="str_replace_editor", arguments=edit).text()
         force = f"git checkout -q HEAD -- {name} && python - <<'END'\np = {path!r}\nt = open(p).read()\n"
         self.edit_by_force = _call("bash", f"{force}open(p, 'w').write(t.replace({old!r}, {new!r}))\nEND")
-        self.test = _call("bash", f"python -m pytest -q -p no:cacheprovider {files} 2>&1 | tail -n 3")
+        tests = f"python -m pytest -q -p no:cacheprovider {files} 2>&1 | tail -n 3"
+        self.test = _call("bash", f"{tests} | sed 's/ in [0-9.]*s$//'")  # the same observation each time
         self.submit = ToolCall(name="submit", arguments={}).text()
 
 

@@ -2,8 +2,8 @@
 
 Every container carries two labels: its run, and the process that made it (host, boot id, process id and start time, so
 a reused process id is not mistaken for the owner). ``reap`` removes the containers of killed processes of this host.
-It leaves containers of living processes and of other hosts alone. The docker SDK is imported only here, when a
-DockerHost is made.
+It leaves containers of living processes and of other hosts alone. What a killed daemon has forgotten is ended
+too (``forgotten.py``). The docker SDK is imported only here, when a DockerHost is made.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_dagger.sandbox.base import EnvironmentBroken
+from megatron_dagger.sandbox.docker.forgotten import StartedContainers
 
 RUN_LABEL = "megatron-dagger.run"
 OWNER_LABEL = "megatron-dagger.owner"
@@ -44,6 +45,7 @@ class DockerHost:
             docker = _sdk()
             self.client = docker.DockerClient(base_url=url, **options) if url else docker.from_env(**options)
             self.client.ping()
+            self._started = StartedContainers(self.client.info()["ID"])
         self._unremoved: set[str] = set()
         self._lock = threading.Lock()
 
@@ -64,18 +66,27 @@ class DockerHost:
         for container in retry:
             self.discard(container)
 
+    def start(self, container: str) -> None:
+        """Start a container that was created."""
+        self._started.add(container)
+        self.client.api.start(container)
+
     def containers(self) -> list[str]:
         """Return the ids of this run's containers, running or not."""
         return [container["Id"] for container in self._containers(label=f"{RUN_LABEL}={self.run}")]
 
     def reap(self) -> list[str]:
-        """Remove the containers, of any run, whose process on this host has ended; return their ids."""
+        """Remove the containers, of any run, whose process on this host has ended; return their ids.
+
+        What the daemon has forgotten is ended.
+        """
         owned = self._containers(label=OWNER_LABEL)
         orphans = [container["Id"] for container in owned if is_gone(container["Labels"][OWNER_LABEL])]
         for container in orphans:
             self.remove(container)
         if orphans:
             logger.warning("removed %d containers that killed processes had left", len(orphans))
+        self._end_forgotten()
         return orphans
 
     def remove_own(self) -> None:
@@ -95,7 +106,8 @@ class DockerHost:
         with broken_as(f"container {container[:12]} cannot be removed"):
             try:
                 self.client.api.remove_container(container, force=True, v=True)
-            except _sdk().errors.NotFound:
+                self._started.drop(container)
+            except _sdk().errors.NotFound:  # removed before, or forgotten
                 pass
             except _sdk().errors.APIError as error:
                 if error.status_code != 409:  # its removal is already in progress
@@ -115,6 +127,8 @@ class DockerHost:
         for container in self._unremoved:
             with contextlib.suppress(EnvironmentBroken):
                 self.remove(container)
+        with contextlib.suppress(EnvironmentBroken):
+            self._end_forgotten()
         self.client.close()
 
     def __enter__(self) -> Self:
@@ -122,6 +136,17 @@ class DockerHost:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _end_forgotten(self) -> None:
+        with broken_as("containers cannot be listed"):
+            self._started.end_forgotten(self._is_known)
+
+    def _is_known(self, container: str) -> bool:
+        try:
+            self.client.api.inspect_container(container)
+        except _sdk().errors.NotFound:
+            return False
+        return True
 
     def _containers(self, **filters: str | list[str]) -> list[dict[str, Any]]:
         """Return the daemon's records of the containers that match its API's ``filters``, running or not."""

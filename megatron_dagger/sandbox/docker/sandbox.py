@@ -190,7 +190,7 @@ class DockerSandbox:
                     ),
                 )
                 self._container = created["Id"]
-                api.start(self._container)
+                self._host.start(self._container)
             self._killed = 0
             self._new_shell()
         except BaseException as error:

@@ -1,0 +1,79 @@
+"""Containers that a killed Docker daemon has forgotten: found by a list of those started here, and ended.
+
+A daemon that is killed while it removes a container may not know it when it comes back, and leave its parent process
+(containerd's shim) and what runs below it. The list is a folder of this host, with a file for each container that was
+started and is not removed yet. Ending processes needs the daemon's rights; without them they stay listed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+class StartedContainers:
+    """The list of containers that were started on the daemon with this id, by any process of this user."""
+
+    def __init__(self, daemon: str, folder: Path | None = None):
+        self._daemon = daemon
+        self._folder = folder or Path(tempfile.gettempdir(), f"megatron-dagger-{os.getuid()}", "containers")
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def add(self, container: str) -> None:
+        """List a container that is about to be started."""
+        (self._folder / container).write_text(self._daemon)
+
+    def drop(self, container: str) -> None:
+        """Forget a container that was removed."""
+        (self._folder / container).unlink(missing_ok=True)
+
+    def end_forgotten(self, is_known: Callable[[str], bool]) -> list[str]:
+        """End what remains of the containers that the daemon no longer knows; return their ids."""
+        ended = []
+        for path in self._ours():
+            if not is_known(path.name):
+                shims = list(_shims(path.name))
+                if all(_end(shim) for shim in shims):
+                    self.drop(path.name)
+                    ended += [path.name] if shims else []
+        if ended:
+            logger.warning("ended %d containers that a killed Docker daemon had forgotten", len(ended))
+        return ended
+
+    def _ours(self) -> Iterator[Path]:
+        """Yield the files of this daemon's containers; a folder that others could write in counts as empty."""
+        if self._folder.stat().st_uid == os.getuid():
+            for path in self._folder.iterdir():
+                with contextlib.suppress(OSError):  # another process may have removed the container
+                    if path.read_text() == self._daemon:
+                        yield path
+
+
+def _shims(container: str) -> Iterator[int]:
+    """Yield the ids of the container's parent processes on this host."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            program, *arguments = (process / "cmdline").read_bytes().split(b"\0")
+            if b"containerd-shim" in program and container.encode() in arguments:
+                yield int(process.name)
+
+
+def _end(process: int) -> bool:
+    """Kill a process after those below it; return whether this was allowed."""
+    for task in Path(f"/proc/{process}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            for child in (task / "children").read_text().split():
+                _end(int(child))
+    with contextlib.suppress(ProcessLookupError):
+        try:
+            os.kill(process, signal.SIGKILL)
+        except PermissionError:
+            return False
+    return True

@@ -137,10 +137,10 @@ def canonical_names(stored: Iterable[str]) -> dict[str, str]:
     for wrapper in _WRAPPERS:
         names = {name: canonical.replace(wrapper, "") for name, canonical in names.items()}
     embedding = _EMBEDDING.removeprefix("model.")
-    found = [name for name in names.values() if name == embedding or name.endswith(f".{embedding}")]
-    if len(found) == 1 and found[0] == embedding:
+    embeddings = [name for name in names.values() if name == embedding or name.endswith(f".{embedding}")]
+    if embeddings == [embedding]:
         names = {name: f"model.{rest}" if rest != "lm_head.weight" else rest for name, rest in names.items()}
-    elif len(found) == 1 and found[0].endswith(_EMBEDDING):
-        prefix = found[0].removesuffix(_EMBEDDING)
+    elif len(embeddings) == 1 and embeddings[0].endswith(_EMBEDDING):
+        prefix = embeddings[0].removesuffix(_EMBEDDING)
         names = {name: rest.removeprefix(prefix) for name, rest in names.items()}
     return {name: rest for name, rest in names.items() if not _BUFFER.search(rest)}

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("megatron.core", reason="Megatron-Core is not installed")
 pytest.importorskip("transformers", reason="Transformers is not installed")
+
+import torch
+import transformers
 
 from megatron_dagger.config import ConfigError, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from megatron_dagger.driver.run_dir import create_run
@@ -21,7 +23,7 @@ from megatron_dagger.rollout.tokenizer import take_tokenizer, train_tokenizer
 from megatron_dagger.training.data.episode_file import save_episodes
 from megatron_dagger.types import LabelledEpisode, StateLabel
 from megatron_dagger.weights.checkpoints import open_checkpoint
-from tests.support.checkpoints import write_checkpoint
+from tools.support.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=96, vocab_size=300)
@@ -40,8 +42,6 @@ def run_python(*command):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A small Transformers model with a tokenizer, converted by ``megatron-dagger convert``."""
-    import transformers
-
     folder = tmp_path_factory.mktemp("init")
     torch.manual_seed(1)
     settings = MODEL.hf_config() | {"head_dim": MODEL.kv_channels}
@@ -92,10 +92,12 @@ def test_round_zero_starts_from_the_checkpoints_weights(checkpoint, tmp_path, pr
 
 
 def test_all_small_files_of_the_checkpoint_are_copied(checkpoint, tmp_path):
-    (checkpoint / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    (checkpoint / "hf" / "chat_template.jinja").write_text("{{ messages[0].content }} only")
     take_tokenizer(checkpoint / "hf", tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (checkpoint / "hf" / name).read_bytes()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "x only"
     with pytest.raises(ConfigError, match=r"tokenizer\.json is missing; make the checkpoint with"):
         take_tokenizer(tmp_path / "nowhere", tmp_path)
 

@@ -22,6 +22,7 @@ from megatron_dagger.cli.main import main
 from megatron_dagger.recipes import find_recipe
 from megatron_dagger.store.aggregated import DataStore
 from megatron_dagger.types import ActedBy, Action, StopReason, Trajectory, Turn
+from tools.support.checkpoints import write_index
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,9 +126,8 @@ def _directory() -> Iterator[None]:
             Path("empty/config.yaml").touch()
             Path("damaged").mkdir()
             Path("damaged/config.yaml").write_text("name: [")
-            Path("checkpoint/hf").mkdir(parents=True)
             model = find_recipe("qwen3_8b_swegym_8h100")().model
-            Path("checkpoint/hf/config.json").write_text(json.dumps(model.hf_config()))
+            write_index(Path("checkpoint"), model)
             Path("rows.jsonl").write_text("")
             yield
         finally:

@@ -213,18 +213,18 @@ def leftover_processes(services: Sequence[Service], *, settle_s: float = 10.0) -
     Of a container daemon's descendants the containers' parents count, not the daemon's own containerd.
     """
     end = time.monotonic() + settle_s
-    while left := _left(services):
+    while processes := _descendants(services):
         if time.monotonic() > end:
-            for process in left:
+            for process in processes:
                 print(f"left behind: {process.pid} {' '.join(process.cmdline())[:200]}", flush=True)
             break
         time.sleep(POLL_S)
-    return left
+    return processes
 
 
-def _left(services: Sequence[Service]) -> list[psutil.Process]:
+def _descendants(services: Sequence[Service]) -> list[psutil.Process]:
     known = {pid for service in services for pid in service.victims()}
-    left = []
+    processes = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.status() == psutil.STATUS_ZOMBIE:
@@ -232,8 +232,8 @@ def _left(services: Sequence[Service]) -> list[psutil.Process]:
                     with contextlib.suppress(ChildProcessError):
                         os.waitpid(process.pid, os.WNOHANG)
             elif process.pid not in known and Path(process.exe()).name != "containerd":
-                left.append(process)
-    return left
+                processes.append(process)
+    return processes
 
 
 def _log(run: Path) -> Path:

@@ -36,16 +36,16 @@ class StartedContainers:
 
     def end_forgotten(self, is_known: Callable[[str], bool]) -> list[str]:
         """End what remains of the containers that the daemon no longer knows; return their ids."""
-        ended = []
+        containers = []
         for path in self._ours():
             if not is_known(path.name):
                 shims = list(_shims(path.name))
                 if all(_end(shim) for shim in shims):
                     self.drop(path.name)
-                    ended += [path.name] if shims else []
-        if ended:
-            logger.warning("ended %d containers that a killed Docker daemon had forgotten", len(ended))
-        return ended
+                    containers += [path.name] if shims else []
+        if containers:
+            logger.warning("ended %d containers that a killed Docker daemon had forgotten", len(containers))
+        return containers
 
     def _ours(self) -> Iterator[Path]:
         """Yield the files of this daemon's containers; a folder that others could write in counts as empty."""

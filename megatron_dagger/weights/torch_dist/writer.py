@@ -79,8 +79,8 @@ def _dtypes(model: ModelConfig, dtype: Callable[[str], str]) -> dict[str, torch.
     for name, entry in families.lookup(model).megatron_tensors(model).items():
         key, _ = stacked(name)
         for part in entry.parts:
-            one = getattr(torch, dtype(part.name))
-            dtypes[key] = torch.promote_types(dtypes.get(key, one), one)
+            of_part = getattr(torch, dtype(part.name))
+            dtypes[key] = torch.promote_types(dtypes.get(key, of_part), of_part)
     return dtypes
 
 

@@ -10,7 +10,7 @@ from megatron_dagger.driver import checks
 from megatron_dagger.driver.checks import check_run
 from megatron_dagger.driver.run_dir import create_run
 from megatron_dagger.recipes import find_recipe
-from tests.support.checkpoints import write_index
+from tools.support.checkpoints import write_index
 
 
 @pytest.fixture

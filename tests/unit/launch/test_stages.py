@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_dagger.config import RunConfig, load_yaml, override
 from megatron_dagger.launch.stages import round_stages
 from megatron_dagger.recipes import find_recipe
-from tests.support.checkpoints import write_index
+from tools.support.checkpoints import write_index
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -15,8 +15,8 @@ from megatron_dagger.weights import families
 from megatron_dagger.weights.checkpoints import find_checkpoint, open_checkpoint
 from megatron_dagger.weights.errors import CheckpointReadError
 from megatron_dagger.weights.hf_files import write_hf
-from tests.support.checkpoints import write_checkpoint
 from tests.unit.weights.sample_models import FAMILIES, sample_model
+from tools.support.checkpoints import write_checkpoint
 
 MODEL = sample_model("qwen3")
 

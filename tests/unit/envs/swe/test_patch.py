@@ -73,12 +73,12 @@ def write(root, files):
 
 def told_by_git(root, options):
     """Return the names of each changed file before and after the last commit, as git says without quotes."""
-    words = git(root, "diff", *options, "--name-status", "-z", "HEAD~", "HEAD").decode().split("\0")[:-1]
+    fields = git(root, "diff", *options, "--name-status", "-z", "HEAD~", "HEAD").decode().split("\0")[:-1]
     names = []
-    while words:
-        status, name = words.pop(0), words.pop(0)
+    while fields:
+        status, name = fields.pop(0), fields.pop(0)
         if status[0] in "RC":
-            names.append((name, words.pop(0)))
+            names.append((name, fields.pop(0)))
         else:
             names.append(("" if status == "A" else name, "" if status == "D" else name))
     return names
@@ -88,7 +88,7 @@ def told_by_git(root, options):
 def test_the_patches_of_real_rows_change_the_files_that_git_tells(tmp_path):
     for row in read_rows(str(VERIFIED)):
         for patch in (row["patch"], row["test_patch"]):
-            told = git(tmp_path, "apply", "--numstat", "-z", "-", input=patch.encode()).decode().split("\0")[:-1]
+            listed = git(tmp_path, "apply", "--numstat", "-z", "-", input=patch.encode()).decode().split("\0")[:-1]
             assert [change.after or change.before for change in changed_files(patch)] == [
-                line.split("\t")[2] for line in told
+                line.split("\t")[2] for line in listed
             ]

@@ -32,7 +32,7 @@ def write(root, files):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def repository_and_patch(tmp_path_factory):
     """A repository, its first commit, and the patch to the tests of the second."""
     root = tmp_path_factory.mktemp("repository")
     git(root, "init", "-q")
@@ -59,8 +59,8 @@ def made(tmp_path_factory):
         "ln -sf /dev/null tests/empty.py; ln -sf nowhere tests/new.py",
     ],
 )
-def test_the_rows_own_tests_are_run_whatever_the_agent_did(tmp_path, made, deed):
-    origin, base, patch = made
+def test_the_rows_own_tests_are_run_whatever_the_agent_did(tmp_path, repository_and_patch, deed):
+    origin, base, patch = repository_and_patch
     repository, seen = tmp_path / "repository", tmp_path / "seen"
     git(tmp_path, "clone", "-q", origin, repository)
     git(repository, "reset", "-q", "--hard", base)
@@ -71,10 +71,10 @@ def test_the_rows_own_tests_are_run_whatever_the_agent_did(tmp_path, made, deed)
     environment = {**ENVIRONMENT, "GIT_CONFIG_GLOBAL": str(tmp_path / "config")}  # in which the script writes
     log = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True).stderr
     assert [log.count(f": '{mark}'") for mark in (START, END)] == [1, 1]
-    found = {f"tests/{path.name}": path.read_text() for path in seen.iterdir()}
-    assert {name: found.get(name) for name in AFTER} == AFTER, log
-    assert "tests/old.py" not in found
-    assert "tests/gone.py" not in found
+    present = {f"tests/{path.name}": path.read_text() for path in seen.iterdir()}
+    assert {name: present.get(name) for name in AFTER} == AFTER, log
+    assert "tests/old.py" not in present
+    assert "tests/gone.py" not in present
     for name, text in BEFORE.items():  # and afterwards the files are as before the patch
         assert (repository / name).read_text() == text
     assert not (repository / "tests" / "added.py").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from megatron_dagger.config.base import ConfigError, require
+from megatron_dagger.config.base import ConfigError, build, require, to_dict
 from megatron_dagger.envs.swe.r2e_gym import r2e_gym_task
 from megatron_dagger.envs.swe.rows import Row, read_rows
 from megatron_dagger.envs.swe.swebench import swebench_task
@@ -35,7 +35,7 @@ def read_tasks(dataset: str, source: str, *, split: str = "test") -> tuple[list[
     refused: dict[str, str] = {}
     for number, row in enumerate(read_rows(source, split=split), 1):
         try:
-            task = DATASETS[dataset](row)
+            task = build(SweTask, to_dict(DATASETS[dataset](row)))  # with values of the right types
         except ConfigError as error:
             refused[f"row {number}"] = str(error)
             continue

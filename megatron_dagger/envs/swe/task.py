@@ -7,15 +7,17 @@ patch, and SWE-bench 5.x's way to judge a patch (a script and the parser of its 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
-from megatron_dagger.config.base import ConfigError
+from megatron_dagger.config.base import ConfigError, require
 from megatron_dagger.text import split_lines
 
 WORKDIR = "/testbed"  # where images of SWE-bench's kind have the repository
 CONDA = "source /opt/miniconda3/bin/activate && conda activate testbed"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@:-]{0,199}")  # not "..", for one
 CONDA_IF_PRESENT = f"[ ! -f /opt/miniconda3/bin/activate ] || {{ {CONDA}; }}"
 
 
@@ -42,6 +44,12 @@ class SweTask:
     hidden: tuple[str, ...] = ()  # files that only the judge may see, absolute or relative to ``workdir``
     startup: str = CONDA_IF_PRESENT  # run in the agent's shell before its first command
     workdir: str = WORKDIR
+
+    def __post_init__(self) -> None:
+        require(
+            _ID.fullmatch(self.instance_id) is not None,
+            f"instance_id={self.instance_id!r} names folders: it must be letters, digits and . _ + - @ :",
+        )
 
     def with_image_of(self, registry: str) -> SweTask:
         """Return the task with its image at ``registry``, a mirror's address with any path; empty: where it is."""

@@ -9,8 +9,11 @@ pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
 import torch
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 
 from megatron_dagger.cli.main import main
+from megatron_dagger.config import ConfigError
 from megatron_dagger.weights import families
 from megatron_dagger.weights.checkpoints import find_checkpoint, open_checkpoint
 from megatron_dagger.weights.errors import CheckpointReadError
@@ -121,3 +124,64 @@ def test_transformers_stops_at_the_ids_of_an_exported_model(tmp_path):
     convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert model.generation_config.eos_token_id == [5, 6]
+
+
+ODD_JSON = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "3",
+    '{"weight_map": {"a": 1}}',
+    '{"weight_map": []}',
+    '{"model": 3}',
+    "\ufeff{}",
+    "[" * 9999,
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A Hugging Face folder with an index and a Megatron checkpoint of the same weights."""
+    root = tmp_path_factory.mktemp("folders")
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(shape) for name, shape in families.canonical_names(MODEL).items()}
+    (root / "hf").mkdir()
+    write_hf(root / "hf", MODEL, tensors.__getitem__, "float32", max_bytes=400)
+    convert("hf-to-megatron", root / "hf", root / "megatron")
+    return root
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_folder_with_any_damage_is_read_or_refused(folders, tmp_path_factory, data):
+    """Whatever the damage is, it is an error of ours that names the folder, and never a crash."""
+    folder = tmp_path_factory.mktemp("damaged") / "copy"
+    shutil.copytree(folders / data.draw(st.sampled_from(["hf", "megatron"])), folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for _ in range(data.draw(st.integers(1, 2))):
+        file = data.draw(st.sampled_from(files))
+        content = file.read_bytes() if file.is_file() else b""
+        place = data.draw(st.integers(0, len(content)))
+        match data.draw(st.sampled_from(["remove", "cut", "byte", "pointer", "folder", "json"])):
+            case "remove":
+                file.unlink(missing_ok=True)
+            case "cut":
+                file.write_bytes(content[:place])
+            case "byte":
+                file.write_bytes(content[:place] + data.draw(st.binary(min_size=1, max_size=4)) + content[place + 1 :])
+            case "pointer":
+                file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+            case "folder":
+                file.unlink(missing_ok=True)
+                file.mkdir(exist_ok=True)
+            case "json":
+                file.write_text(data.draw(st.sampled_from(ODD_JSON)))
+        files = [path for path in files if path.is_file()] or files
+    try:
+        for name, tensor in open_checkpoint(folder).canonical_tensors():
+            assert tuple(tensor.shape) == families.canonical_names(MODEL)[name]
+    except (CheckpointReadError, ConfigError):
+        event("refused")
+    else:
+        event("read")

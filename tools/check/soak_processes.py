@@ -169,14 +169,15 @@ class Disturbed:
         return driver.poll() is None
 
     def _kill_one(self, driver: subprocess.Popen[bytes]) -> bool:
-        """Kill a process of one of the kinds that are there; return whether one was."""
+        """Kill a process of one of the kinds that are there, rather of a rare one; return whether one was."""
         victims = run_processes(driver.pid)
         for service in self.services:
             victims[service.kind] = service.victims()
             if isinstance(service, DockerDaemon):
                 victims["sandbox"] = service.containers()
         kinds = sorted(kind for kind, pids in victims.items() if pids)
-        kind = self._random.choice(kinds)
+        rarely = [1 / (1 + self.killed[kind]) for kind in kinds]  # some kinds are there only at times
+        (kind,) = self._random.choices(kinds, rarely)
         try:
             os.kill(self._random.choice(victims[kind]), signal.SIGKILL)
         except ProcessLookupError:

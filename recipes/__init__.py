@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Callable
 
 from megatron_dagger.config import ConfigError, RunConfig
+from megatron_dagger.parts import import_part
 from megatron_dagger.recipes.long_repair import long_repair
 from megatron_dagger.recipes.positive_control import positive_control
 from megatron_dagger.recipes.quickstart import quickstart
@@ -47,7 +48,13 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def find_recipe(name: str) -> Callable[[], RunConfig]:
-    """Return the recipe of that name. Raises ConfigError with the nearest name, or all names, if there is none."""
+    """Return the recipe of that name, or one of your own by its import path, ``package.module:function``.
+
+    Raises ConfigError with the nearest name, or all names, if there is none.
+    """
+    if ":" in name:
+        own: Callable[[], RunConfig] = import_part(name, "--recipe")
+        return own
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(RECIPES)}"

@@ -100,6 +100,8 @@ def type_name(hint: Any) -> str:
         return ", ".join(f"`{arg}`" for arg in args)
     if origin is tuple:
         return f"list of {type_name(args[0])}"
+    if origin is dict:
+        return "mapping"
     if dataclasses.is_dataclass(hint):
         return "group"
     return {str: "text", int: "integer", float: "number", bool: "true, false"}[hint]
@@ -113,6 +115,8 @@ def plain(value: Any) -> str:
         return f"[{', '.join(value)}]"
     if isinstance(value, (int, float)):
         return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, dict):
+        return "{}"
     return value or '""'
 
 

@@ -54,11 +54,15 @@ def facts(config: RunConfig) -> dict[str, str]:
     device = "CPU processes" if training.precision == "fp32" else "GPU" if parallel.world_size == 1 else "GPUs"
     tasks = config.repo_repair
     environment = f"repair tasks, {tasks.train_tasks} to train on and {tasks.heldout_tasks} held out"
-    if config.road.stops:
+    if config.environment == "road":
         road = config.road
         environment = f"roads, {road.train_tasks} to train on and {road.heldout_tasks} held out"
-    elif config.swe.train:
+    elif config.environment == "swe":
         environment = f"{config.swe.train_dataset} tasks in Docker containers (swe.train={config.swe.train})"
+    elif config.environment != "repair":
+        environment = " ".join(
+            [config.environment, *(f"{name}={value}" for name, value in config.tasks.options.items())]
+        )
     return {
         "model": f"{config.model.family}, {model_size(config.model)} from {config.init_checkpoint or 'random weights'}",
         "hardware": f"{parallel.world_size} {device}, {training.precision}: TP{parallel.tensor_model_parallel_size} "

@@ -17,6 +17,7 @@ from megatron_dagger.config.road import RoadConfig
 from megatron_dagger.config.rollout import LimitsConfig, RolloutConfig, SamplingConfig, VllmEngineConfig
 from megatron_dagger.config.run import RunConfig
 from megatron_dagger.config.swe import SweConfig
+from megatron_dagger.config.tasks import TasksConfig
 from megatron_dagger.config.teacher import TeacherConfig
 from megatron_dagger.config.training import OptimizerConfig, Packing, ParallelConfig, Precision, TrainingConfig
 
@@ -38,6 +39,7 @@ __all__ = [
     "SamplingConfig",
     "SweConfig",
     "RepoRepairConfig",
+    "TasksConfig",
     "TeacherConfig",
     "TrainingConfig",
     "YarnConfig",

@@ -12,7 +12,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -155,8 +155,9 @@ def current_name(cls: Any, name: str) -> str:
 
 def differing(first: Any, second: Any) -> list[str]:
     """Return the dotted names of the settings in which two configs of one class differ."""
-    others = dict(leaves(to_dict(second)))
-    return [name for name, value in leaves(to_dict(first)) if name not in others or others[name] != value]
+    values, others = (dict(leaves(to_dict(config))) for config in (first, second))
+    absent = object()
+    return [name for name in values | others if values.get(name, absent) != others.get(name, absent)]
 
 
 def load_yaml(cls: type[T], path: Path) -> T:
@@ -191,14 +192,22 @@ def _assign(cls: type, values: dict[str, Any], name: str, value: Any) -> None:
             require(_group_class(cls, where) is not None, f"{where} is a value, not a group of settings")
             raise ConfigError(f"{where} is null: write '{where}={{{leaf}: {value}}}'")
         node = node[group]
-    if leaf not in node:
+    free = _is_free(cls, groups)
+    if leaf not in node and not free:
         raise ConfigError(f"unknown setting {name}{_suggest_path(name, values)}")
-    if isinstance(value, dict) and isinstance(node[leaf], dict):
+    if isinstance(value, dict) and isinstance(node.get(leaf), dict) and not free:
         for key, item in value.items():
             _assign(cls, values, f"{name}.{key}", item)
         return
-    group_class = _group_class(cls, ".".join([*groups, leaf])) if isinstance(value, dict) else None
+    group_class = _group_class(cls, ".".join([*groups, leaf])) if isinstance(value, dict) and not free else None
     node[leaf] = to_dict(build(group_class, value, name)) if group_class else value
+
+
+def _is_free(cls: Any, groups: Sequence[str]) -> bool:
+    """Return whether ``groups`` lead to a mapping that may have any names."""
+    for group in groups:
+        cls = _without_none(_settings(cls)[group]) if dataclasses.is_dataclass(cls) else cls
+    return bool(typing.get_origin(cls) is dict)
 
 
 def _settings(cls: Any) -> dict[str, Any]:
@@ -280,6 +289,9 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return value
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
+    if origin is dict:
+        require(isinstance(value, dict), f"{where}: expected a mapping, got {value!r}")
+        return dict(value)
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:  # YAML reads 3e-6 as a string
             return float(value)

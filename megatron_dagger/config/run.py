@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from megatron_dagger.config.base import check_numbers, differing, number, require
 from megatron_dagger.config.dagger import DaggerConfig
@@ -12,6 +11,7 @@ from megatron_dagger.config.repo_repair import RepoRepairConfig
 from megatron_dagger.config.road import RoadConfig
 from megatron_dagger.config.rollout import RolloutConfig, SamplingConfig
 from megatron_dagger.config.swe import SweConfig
+from megatron_dagger.config.tasks import TasksConfig
 from megatron_dagger.config.teacher import TeacherConfig
 from megatron_dagger.config.training import TrainingConfig
 
@@ -67,11 +67,10 @@ BETWEEN_ROUNDS = (
 class RunConfig:
     """Everything a run depends on. On the CPU the same config and seed give the same run."""
 
-    RENAMED: ClassVar = {"tasks": "repo_repair"}
-
     name: str = "run"
     wandb_project: str | None = None  # None: no W&B; mode and key come from WANDB_MODE and WANDB_API_KEY
     seed: int = number(1234, ge=0)
+    tasks: TasksConfig = TasksConfig()
     repo_repair: RepoRepairConfig = RepoRepairConfig()
     swe: SweConfig = SweConfig()
     road: RoadConfig = RoadConfig()
@@ -87,19 +86,7 @@ class RunConfig:
         check_numbers(self, "")
         self.training.parallel.check_model(self.model)
         self.rollout.engine.check_model(self.model)
-        require(
-            not self.swe.train or bool(self.teacher.urls),
-            "swe.train needs teacher.urls: these tasks have no expert of their own",
-        )
-        require(
-            not self.swe.train or self.init_checkpoint is not None,
-            "swe.train needs init_checkpoint: these tasks are for a model that is trained already",
-        )
-        require(
-            not self.swe.train or not self.road.stops,
-            f"swe.train={self.swe.train} and road.stops={self.road.stops} name two environments: a run has one; "
-            "set road.stops=0 or swe.train=''",
-        )
+        self._check_environment()
         need = self.rollout.limits.max_tokens
         require(
             need <= self.rollout.engine.max_model_len,
@@ -116,6 +103,31 @@ class RunConfig:
             f"rollout.limits.max_tokens={need} exceeds model.max_position_embeddings="
             f"{self.model.max_position_embeddings}",
         )
+
+    @property
+    def environment(self) -> str:
+        """The name of the environment that the tasks come from."""
+        return self.tasks.kind or ("swe" if self.swe.train else "road" if self.road.stops else "repair")
+
+    def _check_environment(self) -> None:
+        """Raise ConfigError unless the settings are of one environment, and all that it needs are there."""
+        for name, setting, value in (("swe", "swe.train", self.swe.train), ("road", "road.stops", self.road.stops)):
+            require(
+                not value or self.environment == name,
+                f"{setting}={value} and tasks.kind={self.environment} name two environments, but a run has one: "
+                f"set {setting}={'0' if name == 'road' else repr('')} or tasks.kind={name}",
+            )
+            require(bool(value) or self.environment != name, f"tasks.kind={name} needs {setting}")
+        ours = self.environment in ("repair", "swe", "road")
+        require(
+            not self.tasks.options or not ours,
+            f"tasks.options are for environments of your own: {self.environment} has settings of its own",
+        )
+        if self.environment == "swe":
+            why = "needs teacher.urls: these tasks have no expert of their own"
+            require(bool(self.teacher.urls), f"swe.train {why}")
+            why = "needs init_checkpoint: these tasks are for a model that is trained already"
+            require(self.init_checkpoint is not None, f"swe.train {why}")
 
 
 def fixed_differences(existing: RunConfig, config: RunConfig) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_dagger.config import ConfigError, RepoRepairConfig, RunConfig, to_dict
 from megatron_dagger.config.base import require
 from megatron_dagger.config.trainer_support import check_supported
+from megatron_dagger.envs.registry import find_environment
 from megatron_dagger.envs.repo_repair import sources
 from megatron_dagger.envs.repo_repair.pinned_packages import find_package
 from megatron_dagger.gpus import has_gpus
@@ -20,7 +21,7 @@ from megatron_dagger.weights.errors import CheckpointReadError
 
 
 def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) -> None:
-    """Raise ConfigError unless the run can work: trainer, memory of the GPUs, checkpoint, packages, data sets.
+    """Raise ConfigError unless the run can work: trainer, memory of the GPUs, checkpoint, environment.
 
     ``here``: one process on this machine does all of the run, so the rules for a machine with or without GPUs apply,
     and trainer and engine must fit the GPUs together; otherwise the settings need to work on one of the two kinds.
@@ -29,9 +30,10 @@ def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) 
     """
     check_trainer(config, cuda=has_gpus(os.environ) if here else None)
     check_init_checkpoint(config)
-    if config.swe.train:
+    find_environment(config.environment)
+    if config.environment == "swe":
         _check_data_sets(config)
-    elif not config.road.stops:
+    elif config.environment == "repair":
         check_packages(config.repo_repair)
     check_memory(config, gpu, one_process=here)
 

@@ -9,18 +9,12 @@ from typing import Any
 
 from megatron_dagger.config import RunConfig
 from megatron_dagger.envs.environment import Environment, EnvironmentContext
+from megatron_dagger.envs.registry import find_environment
 
 
 def open_environment(
     config: RunConfig, run_dir: Path, cache_dir: Path, track: Callable[..., Any], stack: ExitStack
 ) -> Environment:
     """Load the run's environment; ``stack`` closes it. Raises ConfigError, EnvironmentBroken."""
-    if config.swe.train:
-        from megatron_dagger.envs.swe.load import load_environment
-    elif config.road.stops:
-        from megatron_dagger.envs.road import load_environment
-    else:
-        from megatron_dagger.envs.repo_repair.load import load_environment
-    return load_environment(
-        EnvironmentContext(config=config, run_dir=run_dir, cache_dir=cache_dir, track=track, stack=stack)
-    )
+    load = find_environment(config.environment)
+    return load(EnvironmentContext(config=config, run_dir=run_dir, cache_dir=cache_dir, track=track, stack=stack))

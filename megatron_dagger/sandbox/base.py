@@ -35,6 +35,11 @@ class CommandResult:
     duration_s: float = 0.0
 
 
+def as_command(text: str) -> str:
+    """Return what a shell can be told of a command: without NUL characters, which it drops, and encodable."""
+    return text.replace("\0", "").encode(errors="replace").decode()
+
+
 @dataclass(frozen=True, kw_only=True)
 class SandboxLimits:
     """The limits of a command in a sandbox. Sizes are in MiB, times in seconds."""

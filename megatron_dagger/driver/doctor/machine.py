@@ -27,7 +27,7 @@ def packages(examination: Examination) -> Finding:
     modules = dict(_MODULES)
     if needs_gpus(examination):
         modules["transformer_engine"] = "transformer-engine"
-    if examination.config.swe.train:
+    if examination.config.environment == "swe":
         modules |= {"docker": "docker", "swebench": "swebench"}
     absent = [package for module, package in modules.items() if not _is_installed(module)]
     if absent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_dagger.driver.environments import open_environment
 from megatron_dagger.envs.environment import last_line
 from megatron_dagger.envs.swe.responses import read_tool_call
 from megatron_dagger.observability.progress import track
+from megatron_dagger.policies.openai.cache import Response
 from megatron_dagger.types import Message, State
 from megatron_dagger.weights.checkpoints import HF_FILES
 
@@ -47,7 +49,7 @@ def model(examination: Examination) -> Finding:
 def tasks(examination: Examination) -> Finding:
     """Check that the tasks can be read; those that a run makes itself are not made here."""
     config = examination.config
-    if not config.swe.train and not config.road.stops:
+    if config.environment == "repair":
         check_packages(config.repo_repair)
         count = len(config.repo_repair.train_packages) + len(config.repo_repair.heldout_packages)
         return ok(f"{count or 'the default'} packages; the run's first stage makes the tasks")
@@ -62,7 +64,7 @@ def tasks(examination: Examination) -> Finding:
 def sandbox(examination: Examination) -> Finding:
     """Start a task's sandbox, with its image, and read the task in it."""
     config = examination.config
-    if config.swe.train or config.road.stops:
+    if config.environment != "repair":
         if examination.environment is None:
             return skipped("needs the tasks")
         task = examination.environment.train_tasks[0]
@@ -96,7 +98,7 @@ def teacher(examination: Examination) -> Finding:
     )
     system, task = examination.prompt or _prompt(examination)
     messages = (Message(role="system", content=system), Message(role="user", content=task))
-    read = read_tool_call if examination.config.swe.train else last_line
+    read = examination.environment.read if examination.environment else _read(examination)
     began = time.monotonic()
     with (
         closing(ResponseCache(examination.work_dir / "teacher")) as cache,
@@ -121,4 +123,9 @@ def _prompt(examination: Examination) -> tuple[str, str]:
     from megatron_dagger.envs.swe.env import SYSTEM_MESSAGE
 
     task = "The tests of this repository fail. Look around first."
-    return (SYSTEM_MESSAGE if examination.config.swe.train else "Reply with one shell command.", task)
+    return (SYSTEM_MESSAGE if examination.config.environment == "swe" else "Reply with one shell command.", task)
+
+
+def _read(examination: Examination) -> Callable[[Response], str]:
+    """Return how the teacher's response is read, where the environment could not be opened."""
+    return read_tool_call if examination.config.environment == "swe" else last_line

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_dagger.sandbox.base import as_command
+
 SHELL = Path(__file__).with_name("container_shell.sh")
 START_TIMEOUT_S = 60.0
 POLL_S = 1.0
@@ -73,7 +75,7 @@ class ContainerShell:
         """
         marker = secrets.token_hex(16).encode()
         if isinstance(stdin, str):  # bash reads no zero bytes
-            kind, body = b"text", stdin.replace("\0", "").encode(errors="replace")
+            kind, body = b"text", as_command(stdin).encode()
         else:
             kind, body = b"base64", base64.b64encode(stdin)
         code = script.encode()

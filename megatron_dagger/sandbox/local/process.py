@@ -27,7 +27,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_dagger.sandbox import file_scripts
-from megatron_dagger.sandbox.base import FILE_LIMIT, READ_LIMIT, CommandResult, EnvironmentBroken, SandboxLimits
+from megatron_dagger.sandbox.base import (
+    FILE_LIMIT,
+    READ_LIMIT,
+    CommandResult,
+    EnvironmentBroken,
+    SandboxLimits,
+    as_command,
+)
 from megatron_dagger.signals import parent_death_hook
 
 SERVER = Path(__file__).with_name("server.py")
@@ -118,7 +125,9 @@ class ProcessSandbox:
     ) -> CommandResult:
         """Run a shell command, or an applet (its name and arguments) without a shell; see Sandbox.run."""
         limit = timeout_s if timeout_s is not None else self.limits.timeout_s
-        request: dict[str, Any] = {"command": command} if isinstance(command, str) else {"argv": list(command)}
+        request: dict[str, Any] = (
+            {"command": as_command(command)} if isinstance(command, str) else {"argv": list(map(as_command, command))}
+        )
         request |= {"op": "run", "timeout_s": limit, "output_limit": output_bytes or self.limits.output_bytes}
         answer = self._ask(request, limit)
         fields = ("output", "exit_code", "timed_out", "duration_s")

@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable
 
 PR_SET_DUMPABLE = 4
+MAX_ARGUMENT_BYTES = 100_000  # Linux allows 131,071 (MAX_ARG_STRLEN)
 
 
 class Server:
@@ -93,19 +94,27 @@ class Server:
     def _spawn_shell(self, request: dict, writer: int) -> int:
         """Start a shell that waits for its limits, then runs the command; return its process id."""
         gate, opener = os.pipe()  # the command starts when the limits are set
-        script = 'read -r go <&3; exec /bin/sh -c "$1" 3<&-'
+        command = request["command"]
+        script, arguments = 'read -r go <&3; exec /bin/sh -c "$1" 3<&-', ["sh", command]
+        file_actions: list[tuple] = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, writer, 1),
+            (os.POSIX_SPAWN_DUP2, writer, 2),
+            (os.POSIX_SPAWN_DUP2, gate, 3),
+        ]
+        text = None
+        if len(command.encode()) > MAX_ARGUMENT_BYTES:
+            script, arguments = 'read -r go <&3; text=$(cat <&4); exec 3<&- 4<&-; eval "$text"', []
+            text = os.memfd_create("command")
+            with open(os.dup(text), "wb") as file:
+                file.write(command.encode())
+            os.lseek(text, 0, os.SEEK_SET)
+            file_actions.append((os.POSIX_SPAWN_DUP2, text, 4))
         child = os.posix_spawn(
-            "/bin/sh",
-            ["/bin/sh", "-c", script, "sh", request["command"]],
-            os.environ,
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_DUP2, writer, 1),
-                (os.POSIX_SPAWN_DUP2, writer, 2),
-                (os.POSIX_SPAWN_DUP2, gate, 3),
-            ],
-            setsid=True,
+            "/bin/sh", ["/bin/sh", "-c", script, *arguments], os.environ, file_actions=file_actions, setsid=True
         )
+        if text is not None:
+            os.close(text)
         for limit, value in self._limits(request["timeout_s"]):
             resource.prlimit(child, limit, (value, value))
         os.close(gate)

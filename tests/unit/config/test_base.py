@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 
 from megatron_dagger.config import (
     ConfigError,
@@ -10,9 +11,11 @@ from megatron_dagger.config import (
     ParallelConfig,
     RepoRepairConfig,
     RunConfig,
+    TasksConfig,
     TrainingConfig,
     build,
     current_name,
+    differing,
     dump_yaml,
     load_yaml,
     override,
@@ -39,7 +42,7 @@ def test_override_changes_one_setting():
 
 def test_a_mapping_changes_the_settings_it_names_and_keeps_the_others_of_the_group():
     config = find_recipe("short_repair")()
-    changed = override(config, ["dagger={rounds: 9, beta: {start: 0.5}}", "tasks={train_tasks: 7}"])
+    changed = override(config, ["dagger={rounds: 9, beta: {start: 0.5}}", "repo_repair={train_tasks: 7}"])
     settings = ["dagger.rounds=9", "dagger.beta.start=0.5", "repo_repair.train_tasks=7"]
     assert changed == override(config, settings)
     assert changed.dagger.tasks_per_round == config.dagger.tasks_per_round
@@ -106,17 +109,27 @@ def test_defaults_fit_together():
 
 
 def test_settings_of_old_runs_and_scripts_keep_their_names():
-    config = override(RunConfig(), ["tasks.train_tasks=7", "swe.admission=report.json"])
-    assert (config.repo_repair.train_tasks, config.swe.validation) == (7, "report.json")
+    config = override(RunConfig(), ["swe.admission=report.json"])
+    assert config.swe.validation == "report.json"
     values = to_dict(config)
-    values["tasks"] = values.pop("repo_repair")
     values["swe"]["admission"] = values["swe"].pop("validation")
     assert build(RunConfig, values) == config
-    assert (
-        current_name(RunConfig, "tasks.repeats")
-        == current_name(RunConfig, "repo_repair.repeats")
-        == "repo_repair.repeats"
+    assert current_name(RunConfig, "swe.admission") == current_name(RunConfig, "swe.validation") == "swe.validation"
+
+
+def test_a_mapping_of_options_takes_any_names():
+    config = override(
+        RunConfig(), ["tasks.kind=a:b", "tasks.options.depth=3", "tasks.options={names: [x], more: {y: 1}}"]
     )
+    assert config.tasks == TasksConfig(kind="a:b", options={"depth": 3, "names": ["x"], "more": {"y": 1}})
+    changed = override(config, ["tasks.options.depth=4"])
+    assert changed.tasks.options == {"depth": 4, "names": ["x"], "more": {"y": 1}}
+    assert build(RunConfig, yaml.safe_load(dump_yaml(changed))) == changed
+    assert differing(config, changed) == differing(changed, config) == ["tasks.options.depth"]
+    with pytest.raises(ConfigError, match=r"tasks\.options: expected a mapping, got 3"):
+        override(config, ["tasks.options=3"])
+    with pytest.raises(ConfigError, match=r"unknown setting tasks\.option"):
+        override(config, ["tasks.option.depth=3"])
 
 
 def test_a_list_of_one_needs_no_brackets():

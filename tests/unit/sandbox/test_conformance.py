@@ -20,6 +20,22 @@ def test_runs_commands_on_written_files(sandbox):
     assert sandbox.read() == {"a/b.txt": b"hello\nmore\n", "c/d": b"x\n"}
 
 
+@pytest.mark.parametrize(
+    "command, output",
+    [
+        ("echo a\0b", "ab\n"),
+        ("\0", ""),
+        ("echo '\ud83d'", "?\n"),
+        ("printf '%s' 'a\u2028\x0c\x1b'", "a\u2028\x0c\x1b"),
+        ("echo é", "é\n"),
+        (f"echo {'x' * 200_000} | wc -c", "200001\n"),
+    ],
+)
+def test_any_text_is_a_command(sandbox, command, output):
+    assert sandbox.run(command).output == output
+    assert sandbox.run("echo alive").output == "alive\n"
+
+
 def test_a_timeout_kills_every_process_of_the_command(sandbox):
     duration = f"31{os.getpid()}"
     started = time.monotonic()

@@ -5,9 +5,8 @@ megatron-dagger run runs/own --recipe own_environment:guess_a_number tasks.optio
 
 import random
 import re
-from dataclasses import replace
 
-from megatron_dagger.config import RoadConfig, RunConfig, TasksConfig
+from megatron_dagger.config import RunConfig, override
 from megatron_dagger.envs.base import Env, Observation
 from megatron_dagger.envs.environment import Environment, EnvironmentContext, Expert
 from megatron_dagger.recipes.positive_control import positive_control
@@ -57,4 +56,4 @@ def load(context: EnvironmentContext) -> Environment:
 
 def guess_a_number() -> RunConfig:
     """A tiny Qwen3 learns to guess a number; CPU, one process, a minute."""
-    return replace(positive_control(), name="guess", road=RoadConfig(), tasks=TasksConfig(kind=f"{__name__}:load"))
+    return override(positive_control(), ["name=guess", "road.stops=0", f"tasks.kind={__name__}:load"])

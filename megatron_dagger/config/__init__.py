@@ -11,13 +11,13 @@ from megatron_dagger.config.base import (
     to_dict,
 )
 from megatron_dagger.config.dagger import AggregationConfig, BetaConfig, DaggerConfig
+from megatron_dagger.config.environment import EnvironmentConfig
 from megatron_dagger.config.model import ModelConfig, YarnConfig
 from megatron_dagger.config.repo_repair import RepoRepairConfig
 from megatron_dagger.config.road import RoadConfig
 from megatron_dagger.config.rollout import LimitsConfig, RolloutConfig, SamplingConfig, VllmEngineConfig
 from megatron_dagger.config.run import RunConfig
 from megatron_dagger.config.swe import SweConfig
-from megatron_dagger.config.tasks import TasksConfig
 from megatron_dagger.config.teacher import TeacherConfig
 from megatron_dagger.config.training import OptimizerConfig, Packing, ParallelConfig, Precision, TrainingConfig
 
@@ -39,7 +39,7 @@ __all__ = [
     "SamplingConfig",
     "SweConfig",
     "RepoRepairConfig",
-    "TasksConfig",
+    "EnvironmentConfig",
     "TeacherConfig",
     "TrainingConfig",
     "YarnConfig",

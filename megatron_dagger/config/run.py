@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 from megatron_dagger.config.base import check_numbers, differing, number, require
 from megatron_dagger.config.dagger import DaggerConfig
+from megatron_dagger.config.environment import EnvironmentConfig
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.config.repo_repair import RepoRepairConfig
 from megatron_dagger.config.road import RoadConfig
 from megatron_dagger.config.rollout import RolloutConfig, SamplingConfig
 from megatron_dagger.config.swe import SweConfig
-from megatron_dagger.config.tasks import TasksConfig
 from megatron_dagger.config.teacher import TeacherConfig
 from megatron_dagger.config.training import TrainingConfig
 
@@ -70,7 +70,7 @@ class RunConfig:
     name: str = "run"
     wandb_project: str | None = None  # None: no W&B; mode and key come from WANDB_MODE and WANDB_API_KEY
     seed: int = number(1234, ge=0)
-    tasks: TasksConfig = TasksConfig()
+    tasks: EnvironmentConfig = EnvironmentConfig()
     repo_repair: RepoRepairConfig = RepoRepairConfig()
     swe: SweConfig = SweConfig()
     road: RoadConfig = RoadConfig()

@@ -197,8 +197,8 @@ RUN_CASES = (
     ),
     right(
         "old names of settings are read",
-        ("create", "n", "--recipe", "short_repair", "--dry-run", "tasks.train_tasks=17"),
-        "train_tasks: 17",
+        ("create", "n", "--recipe", "short_repair", "--dry-run", "swe.admission=report.json"),
+        "validation: report.json",
     ),
     wrong(
         "a mapping in place of a value",

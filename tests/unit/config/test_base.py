@@ -7,11 +7,11 @@ import yaml
 
 from megatron_dagger.config import (
     ConfigError,
+    EnvironmentConfig,
     ModelConfig,
     ParallelConfig,
     RepoRepairConfig,
     RunConfig,
-    TasksConfig,
     TrainingConfig,
     build,
     current_name,
@@ -121,7 +121,7 @@ def test_a_mapping_of_options_takes_any_names():
     config = override(
         RunConfig(), ["tasks.kind=a:b", "tasks.options.depth=3", "tasks.options={names: [x], more: {y: 1}}"]
     )
-    assert config.tasks == TasksConfig(kind="a:b", options={"depth": 3, "names": ["x"], "more": {"y": 1}})
+    assert config.tasks == EnvironmentConfig(kind="a:b", options={"depth": 3, "names": ["x"], "more": {"y": 1}})
     changed = override(config, ["tasks.options.depth=4"])
     assert changed.tasks.options == {"depth": 4, "names": ["x"], "more": {"y": 1}}
     assert build(RunConfig, yaml.safe_load(dump_yaml(changed))) == changed

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dagger.config import RoadConfig, RunConfig, TasksConfig
+from megatron_dagger.config import EnvironmentConfig, RoadConfig, RunConfig
 from megatron_dagger.envs.base import Env, Observation
 from megatron_dagger.envs.environment import Environment
 from megatron_dagger.envs.testing import check_environment
@@ -82,10 +82,12 @@ def load_wrong(context):
     ],
 )
 def test_each_fault_is_noticed(fault, tmp_path):
-    tasks = TasksConfig(kind=f"{__name__}:load_wrong", options={"fault": fault})
+    tasks = EnvironmentConfig(kind=f"{__name__}:load_wrong", options={"fault": fault})
     with pytest.raises((AssertionError, IndexError, TypeError, RuntimeError)):
         check_environment(RunConfig(tasks=tasks, road=RoadConfig()), tmp_path)
 
 
 def test_without_a_fault_it_conforms(tmp_path):
-    check_environment(RunConfig(tasks=TasksConfig(kind=f"{__name__}:load_wrong", options={"fault": ""})), tmp_path)
+    check_environment(
+        RunConfig(tasks=EnvironmentConfig(kind=f"{__name__}:load_wrong", options={"fault": ""})), tmp_path
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class TasksConfig:
+class EnvironmentConfig:
     """The environment by name: ``repair``, ``swe``, ``road``, that of an installed package, or ``package.module:load``.
 
     Such a function gets an ``EnvironmentContext`` and returns an ``Environment``, with ``options`` as it likes; see

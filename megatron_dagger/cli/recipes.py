@@ -50,7 +50,7 @@ def facts(config: RunConfig) -> dict[str, str]:
     """Return the main facts about a config, in words, by subject."""
     from megatron_dagger.cli.plan import model_size
 
-    training, parallel = config.training, config.training.parallel
+    training, parallel, source = config.training, config.training.parallel, config.teacher.source
     device = "CPU processes" if training.precision == "fp32" else "GPU" if parallel.world_size == 1 else "GPUs"
     tasks = config.repo_repair
     environment = f"repair tasks, {tasks.train_tasks} to train on and {tasks.heldout_tasks} held out"
@@ -68,6 +68,6 @@ def facts(config: RunConfig) -> dict[str, str]:
         "hardware": f"{parallel.world_size} {device}, {training.precision}: TP{parallel.tensor_model_parallel_size} "
         f"x PP{parallel.pipeline_model_parallel_size} x DP{parallel.data_parallel_size}",
         "environment": environment,
-        "teacher": config.teacher.model if config.teacher.urls else "the environment's expert",
+        "teacher": {"expert": "the environment's expert", "endpoint": config.teacher.model}.get(source, source),
         "rounds": f"{config.dagger.rounds} after round 0, of {config.dagger.tasks_per_round} tasks each",
     }

@@ -125,14 +125,14 @@ class RunConfig:
         )
         if self.environment == "swe":
             why = "needs teacher.urls: these tasks have no expert of their own"
-            require(bool(self.teacher.urls), f"swe.train {why}")
+            require(self.teacher.source != "expert", f"swe.train {why}")
             why = "needs init_checkpoint: these tasks are for a model that is trained already"
             require(self.init_checkpoint is not None, f"swe.train {why}")
 
 
 def fixed_differences(existing: RunConfig, config: RunConfig) -> list[str]:
     """Return the names of the settings in which ``config`` differs from ``existing`` and which the run must keep."""
-    teachers = bool(existing.teacher.urls) != bool(config.teacher.urls)  # the environment's expert, or a model
+    teachers = existing.teacher.source != config.teacher.source  # the environment's expert, a model, or another
     more_rounds = config.dagger.rounds > existing.dagger.rounds  # no round so far depends on how many there will be
 
     def fixed(name: str) -> bool:

@@ -1,8 +1,9 @@
-"""A language model as teacher: an OpenAI-compatible endpoint, its prices and budgets."""
+"""The teacher: a program, or a language model behind an OpenAI-compatible endpoint, with its prices and budgets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_dagger.config.base import check_numbers, number, require
 from megatron_dagger.config.rollout import SamplingConfig
@@ -10,12 +11,17 @@ from megatron_dagger.config.rollout import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """A model behind the chat completions API (vLLM, SGLang, hosted models), on one or several replicas.
+    """Who labels: the environment's expert, a model behind the chat completions API, or a policy of your own.
+
+    A model (vLLM, SGLang, hosted ones) has one or several replicas. A policy of your own is a function
+    ``package.module:name``, which gets a ``TeacherContext``; see megatron_dagger/policies/README.md.
 
     The key is not a setting: ``api_key_env`` names the environment variable that holds it. The variable
     MEGATRON_DAGGER_TEACHER_URLS (addresses, separated by blanks) overrides ``urls``, for jobs that start the replicas.
     """
 
+    kind: str = ""  # expert, endpoint, or one of your own; empty: endpoint if urls are set, or else expert
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # of one of your own
     urls: tuple[str, ...] = ()  # one per replica, e.g. http://node1:8000/v1; empty: the environment's expert
     model: str = ""  # the name that the endpoint serves
     api_key_env: str = "OPENAI_API_KEY"
@@ -32,8 +38,17 @@ class TeacherConfig:
     price_per_million_completion_tokens: float = number(0.0, ge=0)
     money_budget: float | None = number(None, ge=0)  # of the whole run, in the currency of the prices
 
+    @property
+    def source(self) -> str:
+        """Where labels come from: ``expert``, ``endpoint``, or the name of a policy of the user's own."""
+        return self.kind or ("endpoint" if self.urls else "expert")
+
     def __post_init__(self) -> None:
         check_numbers(self, "teacher")
+        require(bool(self.urls) or self.kind != "endpoint", "teacher.kind=endpoint needs teacher.urls")
+        require(not self.urls or self.kind != "expert", "teacher.kind=expert asks no endpoint: set teacher.urls=[]")
+        ours = self.source in ("expert", "endpoint")
+        require(not self.options or not ours, f"teacher.options are for a policy of your own, not for {self.source}")
         for url in self.urls:
             require(url.startswith(("http://", "https://")), f"teacher.urls: {url!r} is not an http address")
             require(
@@ -47,7 +62,9 @@ class TeacherConfig:
             f"teacher.max_tokens_parameter={self.max_tokens_parameter!r}: name a parameter of its own",
         )
         require(not self.urls or bool(self.model), "teacher.model is missing: the name the endpoint serves")
-        require(bool(self.urls) or not self.score_student_turns, "teacher.score_student_turns needs teacher.urls")
+        require(
+            self.source == "endpoint" or not self.score_student_turns, "teacher.score_student_turns needs teacher.urls"
+        )
         prices = self.price_per_million_prompt_tokens + self.price_per_million_completion_tokens
         require(
             self.money_budget is None or prices > 0,

@@ -33,7 +33,7 @@ REFERENCE_ROUND = 0  # of references.zarr: the teacher's episodes are the same i
 def diagnoses(config: RunConfig) -> bool:
     """Return whether evaluations are diagnosed. Unless it is set, they are if labels are free."""
     wanted = config.dagger.diagnose
-    return not config.teacher.urls if wanted is None else wanted
+    return config.teacher.source == "expert" if wanted is None else wanted
 
 
 @dataclass(frozen=True, kw_only=True)

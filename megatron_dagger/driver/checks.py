@@ -16,12 +16,13 @@ from megatron_dagger.planning import GPUS, Assumptions, nearest_that_fits
 from megatron_dagger.planning.gpus import ANY_GPU, DEFAULT_GPU
 from megatron_dagger.planning.memory import GIB
 from megatron_dagger.planning.run_plan import memory_of
+from megatron_dagger.policies.registry import TEACHERS, find_teacher
 from megatron_dagger.weights.checkpoints import HF_FILES, MegatronFiles, model_of
 from megatron_dagger.weights.errors import CheckpointReadError
 
 
 def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) -> None:
-    """Raise ConfigError unless the run can work: trainer, memory of the GPUs, checkpoint, environment.
+    """Raise ConfigError unless the run can work: trainer, memory of the GPUs, checkpoint, environment, teacher.
 
     ``here``: one process on this machine does all of the run, so the rules for a machine with or without GPUs apply,
     and trainer and engine must fit the GPUs together; otherwise the settings need to work on one of the two kinds.
@@ -31,6 +32,8 @@ def check_run(config: RunConfig, *, here: bool = False, gpu: str | None = None) 
     check_trainer(config, cuda=has_gpus(os.environ) if here else None)
     check_init_checkpoint(config)
     find_environment(config.environment)
+    if config.teacher.source not in TEACHERS:
+        find_teacher(config.teacher.source)
     if config.environment == "swe":
         _check_data_sets(config)
     elif config.environment == "repair":

@@ -23,6 +23,7 @@ from megatron_dagger.observability.metrics import StageMetrics
 from megatron_dagger.observability.progress import track
 from megatron_dagger.observability.status_file import RunProcess, failure_recorded
 from megatron_dagger.policies.base import Policy
+from megatron_dagger.policies.registry import TeacherContext, find_teacher
 from megatron_dagger.rollout.chat import ChatRenderer
 from megatron_dagger.rollout.tokenizer import control_ids, take_tokenizer, train_tokenizer
 from megatron_dagger.store.atomic import write_json
@@ -114,13 +115,18 @@ def make_teacher(
 ) -> tuple[Policy, Score | None]:
     """Return the teacher, and the function that scores the student's tokens with it (None unless configured).
 
-    The teacher is the environment's own expert or a language model behind endpoints. Raises ConfigError if there is no
-    teacher.
+    The teacher is the environment's own expert, a language model behind endpoints, or a policy of the user's own.
+    Raises ConfigError if there is no teacher.
     """
-    if not config.teacher.urls:
+    if config.teacher.source == "expert":
         if environment.expert is None:
             raise ConfigError("teacher.urls is missing: this environment has no expert of its own")
         return environment.expert(renderer.action), None
+    if config.teacher.source != "endpoint":
+        context = TeacherContext(
+            config=config, run_dir=run_dir, read=environment.read, encode=renderer.action, stack=stack
+        )
+        return find_teacher(config.teacher.source)(context), None
     from megatron_dagger.policies.openai.cache import ResponseCache
     from megatron_dagger.policies.openai.endpoint_pool import EndpointPool
     from megatron_dagger.policies.openai.policy import EndpointPolicy

@@ -74,7 +74,7 @@ class Environment:
     prefetch: Callable[[Sequence[str]], None] = lambda task_ids: None
     """Start to fetch the images and files of these tasks in the background, and return at once."""
     expert: Callable[[Encode], Policy] | None = None
-    """Make the environment's own teacher; None if labels come from a language model (``teacher.urls``)."""
+    """Make the environment's own teacher; None if it has none: labels come from a model or a policy of the user's."""
     read: Callable[[Response], str] = last_line
     """Return the action in a teacher's response, in the student's format, or raise MalformedResponse."""
     threads: int = DEFAULT_THREADS

@@ -20,6 +20,7 @@ from megatron_dagger.envs.environment import last_line
 from megatron_dagger.envs.swe.responses import read_tool_call
 from megatron_dagger.observability.progress import track
 from megatron_dagger.policies.openai.cache import Response
+from megatron_dagger.policies.registry import find_teacher
 from megatron_dagger.types import Message, State
 from megatron_dagger.weights.checkpoints import HF_FILES
 
@@ -86,8 +87,12 @@ def sandbox(examination: Examination) -> Finding:
 
 def teacher(examination: Examination) -> Finding:
     """Ask the teacher one question as a run does: a task's first state, for an action in the student's format."""
-    if not examination.config.teacher.urls:
+    source = examination.config.teacher.source
+    if source == "expert":
         return ok("the environment's own expert")
+    if source != "endpoint":
+        find_teacher(source)
+        return ok(f"{source} can be imported")
     from megatron_dagger.policies.base import PolicyError
     from megatron_dagger.policies.openai.cache import ResponseCache
     from megatron_dagger.policies.openai.endpoint_pool import EndpointPool

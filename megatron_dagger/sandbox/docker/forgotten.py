@@ -2,7 +2,8 @@
 
 A daemon that is killed while it removes a container may not know it when it comes back, and leave its parent process
 (containerd's shim) and what runs below it. The list is a folder of this host, with a file for each container that was
-started and is not removed yet. Ending processes needs the daemon's rights; without them they stay listed.
+started and is not removed yet. Ending processes needs the daemon's rights; without them they stay listed. A folder
+that others can write in is not used: it could name what is not ours.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import logging
 import os
 import signal
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,16 +25,23 @@ class StartedContainers:
 
     def __init__(self, daemon: str, folder: Path | None = None):
         self._daemon = daemon
-        self._folder = folder or Path(tempfile.gettempdir(), f"megatron-dagger-{os.getuid()}", "containers")
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder or Path(tempfile.gettempdir(), f"megatron-dagger-containers-{os.getuid()}")
+        self._private = False
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = os.lstat(self._folder)
+            own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+            self._private = own and not status.st_mode & 0o022
 
     def add(self, container: str) -> None:
         """List a container that is about to be started."""
-        (self._folder / container).write_text(self._daemon)
+        if self._private:
+            (self._folder / container).write_text(self._daemon)
 
     def drop(self, container: str) -> None:
         """Forget a container that was removed."""
-        (self._folder / container).unlink(missing_ok=True)
+        if self._private:
+            (self._folder / container).unlink(missing_ok=True)
 
     def end_forgotten(self, is_known: Callable[[str], bool]) -> list[str]:
         """End what remains of the containers that the daemon no longer knows; return their ids."""
@@ -48,12 +57,11 @@ class StartedContainers:
         return containers
 
     def _ours(self) -> Iterator[Path]:
-        """Yield the files of this daemon's containers; a folder that others could write in counts as empty."""
-        if self._folder.stat().st_uid == os.getuid():
-            for path in self._folder.iterdir():
-                with contextlib.suppress(OSError):  # another process may have removed the container
-                    if path.read_text() == self._daemon:
-                        yield path
+        """Yield the files of this daemon's containers."""
+        for path in self._folder.iterdir() if self._private else ():
+            with contextlib.suppress(OSError):  # another process may have removed the container
+                if path.read_text() == self._daemon:
+                    yield path
 
 
 def _shims(container: str) -> Iterator[int]:

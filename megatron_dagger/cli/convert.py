@@ -88,14 +88,9 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
     files = arguments.files or _companions(source.directory)
     with _output(arguments) as folder:
         with _counted(source.read, total, "writing") as read:
-            write_hf(
-                folder,
-                source.model,
-                read,
-                arguments.dtype or source.dtype,
-                max_bytes=arguments.shard_mib << 20,
-                entries=token_ids_in(files),
-            )
+            ids = token_ids_in(_companions(source.directory)) | token_ids_in(files)
+            dtype, max_bytes = arguments.dtype or source.dtype, arguments.shard_mib << 20
+            write_hf(folder, source.model, read, dtype, max_bytes=max_bytes, entries=ids)
         copy_companions(files, folder)
     print(f"wrote {arguments.target}: {total} tensors in {arguments.dtype or source.dtype()}")
     return 0
@@ -169,7 +164,8 @@ def _to_megatron(arguments: argparse.Namespace, source: Checkpoint, files: Path)
         copy_companions(files, folder / HF_FILES)
         (folder / HF_FILES).mkdir(exist_ok=True)
         dtype = arguments.dtype or source.dtype()
-        config = model.hf_config() | {"torch_dtype": dtype, **token_ids_in(files)}
+        ids = token_ids_in(_companions(source.directory)) | token_ids_in(files)
+        config = model.hf_config() | {"torch_dtype": dtype, **ids}
         atomic.write_json(folder / HF_FILES / CONFIG, config)
         atomic.write_json(folder / MARKER, _marker(model))
     print(f"wrote {arguments.target}: {total} tensors in {dtype}")
@@ -177,10 +173,15 @@ def _to_megatron(arguments: argparse.Namespace, source: Checkpoint, files: Path)
 
 
 def _companions(checkpoint: Path) -> Path:
-    """Return the folder with the small files of a Megatron checkpoint: its own, or its run's student."""
-    of_run = [parent / STUDENT for parent in checkpoint.resolve().parents if (parent / STUDENT / CONFIG).is_file()]
-    own = checkpoint / HF_FILES
-    return of_run[0] if of_run and not own.is_dir() else own
+    """Return the folder with a checkpoint's small files: it, its HF_FILES, or the student of its run."""
+    if (checkpoint / CONFIG).is_file():
+        return checkpoint
+    *_, rounds, _, train, _ = ("", "", "", *checkpoint.resolve().parts)
+    if (rounds, train) == ("rounds", "train") and not (checkpoint / HF_FILES).is_dir():
+        run = checkpoint.resolve().parents[3]
+        if (run / "config.yaml").is_file():
+            return run / STUDENT
+    return checkpoint / HF_FILES
 
 
 def _marker(model: ModelConfig) -> dict[str, Any]:

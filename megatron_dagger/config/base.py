@@ -186,7 +186,9 @@ def _assign(cls: type, values: dict[str, Any], name: str, value: Any) -> None:
     node = values
     for depth, group in enumerate(groups):
         if group not in node:
-            raise ConfigError(f"unknown setting {name}{_suggest_path(name, values)}")
+            if not _is_free(cls, groups[:depth]):
+                raise ConfigError(f"unknown setting {name}{_suggest_path(name, values)}")
+            node[group] = {}
         if not isinstance(node[group], dict):
             where = ".".join(groups[: depth + 1])
             require(_group_class(cls, where) is not None, f"{where} is a value, not a group of settings")
@@ -219,6 +221,8 @@ def _settings(cls: Any) -> dict[str, Any]:
 def _group_class(cls: Any, name: str) -> Any:
     """Return the class of the group with the dotted ``name``, which may be null; None if ``name`` is a value."""
     for part in name.split("."):
+        if not dataclasses.is_dataclass(cls):
+            return None
         cls = _without_none(_settings(cls)[part])
     return cls if dataclasses.is_dataclass(cls) else None
 

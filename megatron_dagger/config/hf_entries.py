@@ -31,7 +31,8 @@ def check_plain(config: Mapping[str, Any]) -> None:
         value = config.get(name)
         require(value is None or value in plain, f"{name}={value!r} is not supported")
     kinds = config.get("layer_types") or []
-    require(set(kinds) <= {"full_attention"}, f"layer_types={kinds!r} is not supported")
+    plain_kinds = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+    require(plain_kinds, f"layer_types={kinds!r} is not supported")
 
 
 def entry(config: Mapping[str, Any], name: str, default: Any = _NO_DEFAULT) -> Any:
@@ -80,5 +81,5 @@ def rope_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     theta = stored.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA))
     if isinstance(theta, bool) or not isinstance(theta, int | float):
         raise ConfigError(f"rope_theta={theta!r} must be a number")
-    require(float(theta).is_integer(), f"rope_theta={theta!r} is not supported: it has a fraction")
+    require(isinstance(theta, int) or theta.is_integer(), f"rope_theta={theta!r} is not supported: it has a fraction")
     return {**stored, "rope_type": kind, "rope_theta": int(theta)}

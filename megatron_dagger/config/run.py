@@ -115,7 +115,7 @@ class RunConfig:
             require(
                 not value or self.environment == name,
                 f"{setting}={value} and tasks.kind={self.environment} name two environments, but a run has one: "
-                f"set {setting}={'0' if name == 'road' else repr('')} or tasks.kind={name}",
+                f"set {setting}={'0' if name == 'road' else repr('')}, or the other's setting",
             )
             require(bool(value) or self.environment != name, f"tasks.kind={name} needs {setting}")
         ours = self.environment in ("repair", "swe", "road")

@@ -40,6 +40,8 @@ def check_environment(config: RunConfig, folder: Path, *, max_turns: int | None 
     """
     with ExitStack() as stack:
         places = {"run_dir": folder / "run", "cache_dir": folder / "cache"}
+        for place in places.values():
+            place.mkdir(parents=True, exist_ok=True)
         context = EnvironmentContext(config=config, track=_track, stack=stack, **places)
         environment = find_environment(config.environment)(context)
         check_tasks(environment)

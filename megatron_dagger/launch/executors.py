@@ -13,21 +13,24 @@ from nemo_run.cli.api import EXECUTOR_CLASSES, list_factories
 from megatron_dagger.signals import STOPPED
 
 PLANNED = "planned"  # as an executor's time limit: that of the stage
-_STOP_S = 120  # seconds before the time limit at which a job is told to stop
 # Megatron's ranks meet on the first node, by its name: the address in NeMo-Run's script may be 127.0.1.1, or several.
 # The port depends on the job, so two jobs can share a node.
 _RENDEZVOUS = "export MASTER_ADDR=$head_node MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))"
-# NeMo-Run's script counts every restart as a retry. Here only failures count, in a file beside the job's log; a job
-# that stopped for its time limit or a preemption (exit code 75, or another that srun gives a task that it kills) always
-# goes on. A job that scancel ended is no longer running.
+# NeMo-Run's script counts every restart as a retry. Here only failures count, in a file beside the job's log. A job
+# that stopped for its time limit or a preemption always goes on: a task's exit code is 75, and srun kills the others. A
+# job that scancel ended is no longer running.
+_STOPPED = f"'task.*Exited with exit code [{STOPPED // 10}]{STOPPED % 10}$'"  # not found in the script that bash prints
 _REQUEUE = f"""\
 retries=$TORCHX_MAX_RETRIES TORCHX_MAX_RETRIES=0
-failures=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o 'StdOut=[^ ]*' | cut -d= -f2).failures
+log=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o 'StdOut=[^ ]*' | cut -d= -f2)
+failures=$log.failures first_line=$(($(wc -l < "$log") + 1))
+stopped() {{
+    [ $1 = {STOPPED} ] || tail -n +$first_line "$log" | grep -q {_STOPPED}
+}}
 requeue() {{
-    read -r state end <<< "$(squeue -h -j "$SLURM_JOB_ID" -o '%T %e')"
-    [ $1 != 0 ] && [ "$state" = RUNNING ] || return 0
-    stop=$(date -d "$end {_STOP_S} seconds ago" +%s 2> /dev/null)
-    if [ $1 != {STOPPED} ] && [ $(date +%s) -lt ${{stop:-9999999999}} ]; then
+    set +e
+    [ $1 != 0 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T | head -n1)" = RUNNING ] || return 0
+    if ! stopped $1; then
         echo "exit code $1" >> "$failures"
         [ $(wc -l < "$failures") -le $retries ] || return 0
     fi
@@ -57,7 +60,7 @@ def slurm() -> run.SlurmExecutor:
         account=None,
         job_name_prefix="dagger-",
         time=PLANNED,
-        signal=f"TERM@{_STOP_S}",  # the stage ends with exit code 75, and the job is requeued
+        signal="TERM@120",  # seconds before the time limit: the stage ends with exit code 75, and the job is requeued
         retries=3,
         tunnel=run.LocalTunnel(job_dir=""),
         packager=run.Packager(),

@@ -7,6 +7,7 @@ a result. Everything that is the sandbox's fault raises EnvironmentBroken.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -35,9 +36,15 @@ class CommandResult:
     duration_s: float = 0.0
 
 
+_UNENCODABLE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
 def as_command(text: str) -> str:
-    """Return what a shell can be told of a command: without NUL characters, which it drops, and encodable."""
-    return text.replace("\0", "").encode(errors="replace").decode()
+    """Return what a shell can be told of a command: without NUL characters, which it drops, and encodable.
+
+    What stands for the bytes of a file's name that is no UTF-8 (``os.fsdecode``) stays.
+    """
+    return _UNENCODABLE.sub("?", text.replace("\0", ""))
 
 
 @dataclass(frozen=True, kw_only=True)

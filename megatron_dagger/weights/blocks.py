@@ -16,7 +16,7 @@ from megatron_dagger.weights.errors import WeightMapError
 
 Index = tuple[int, ...]
 # Bytes per element, by torch's name of the dtype.
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 Span = tuple[int, int]  # start and extent along one dimension
 
 

@@ -92,6 +92,7 @@ def find_checkpoint(directory: Path) -> Path:
         name = latest.read_text(errors="replace").strip()
         folder = directory / (f"iter_{int(name):07d}" if name.isdecimal() else "release")
         if not _is_checkpoint(folder):
+            _refuse_old_format(folder)
             raise CheckpointReadError(f"{latest} names iteration {name!r}, but {folder} holds no checkpoint")
         return folder
     within = [path for pattern in _WITHIN for path in sorted(directory.glob(pattern)) if _is_checkpoint(path)]
@@ -101,12 +102,16 @@ def find_checkpoint(directory: Path) -> Path:
         raise CheckpointReadError(f"{directory} holds several checkpoints: name one, such as {within[-1]}")
     if (directory / "adapter_config.json").exists():
         raise CheckpointReadError(f"{directory} holds an adapter, not a model: merge it into its model first")
+    _refuse_old_format(directory)
+    raise CheckpointReadError(f"{directory} holds neither {METADATA_FILE} (Megatron) nor {CONFIG} (Hugging Face)")
+
+
+def _refuse_old_format(directory: Path) -> None:
     if any(directory.glob("mp_rank_0*")) or any(directory.glob("*/mp_rank_0*")):
         raise CheckpointReadError(
             f"{directory} is in Megatron-LM's old format, pickles that may run any code and are never read: save it in "
             "the format torch_dist (--ckpt-convert-format)"
         )
-    raise CheckpointReadError(f"{directory} holds neither {METADATA_FILE} (Megatron) nor {CONFIG} (Hugging Face)")
 
 
 def _is_checkpoint(directory: Path) -> bool:

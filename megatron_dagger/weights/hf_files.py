@@ -26,7 +26,7 @@ from megatron_dagger.weights.hf_index import SINGLE, StoredTensors
 if TYPE_CHECKING:
     import torch
 
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _TORCH_NAMES = {stored: name for name, stored in _DTYPES.items()}
 _TIED_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -77,7 +77,7 @@ class HfCheckpoint:
             yield name, self.read(name)
 
     def dtype(self, name: str = _EMBEDDING) -> str:
-        """Return torch's name of a tensor's dtype. Raises CheckpointReadError if it is quantised."""
+        """Return torch's name of a tensor's dtype. Raises CheckpointReadError if it is quantised, or no float."""
         stored = self._tensors.dtype(name)
         if stored not in _TORCH_NAMES:
             raise CheckpointReadError(f"{self._tensors.file(name)}: {name!r} is stored as {stored}, which is not read")

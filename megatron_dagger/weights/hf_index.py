@@ -63,7 +63,8 @@ class StoredTensors:
 
     def _locate(self) -> dict[str, tuple[str, str]]:
         """Return (file, stored name) by canonical name."""
-        weight_map = self._weight_map()
+        single = (self.directory / SINGLE).exists()  # which Transformers reads rather than what an index names
+        weight_map = {} if single else self._weight_map()
         files = sorted(set(weight_map.values())) or self._files()
         stored: dict[str, str] = {}
         for file in files:
@@ -92,9 +93,10 @@ class StoredTensors:
         weight_map = read_config(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointReadError(f"{index} has no weight_map")
-        for file in set(weight_map.values()):
+        for file in weight_map.values():
             if not isinstance(file, str) or Path(file).name != file:
                 raise CheckpointReadError(f"{index} names {file!r}, which is no file of this folder")
+        for file in set(weight_map.values()):
             if not file.endswith(".safetensors"):
                 raise CheckpointReadError(f"{index} names {file}: only safetensors files are read")
             if not (self.directory / file).is_file():

@@ -57,8 +57,11 @@ def test_an_installed_package_names_its_environment(here):
             "there is no module no_such_module; start from the folder that it is in, set PYTHONPATH",
         ),
         ("megatron_dagger.no_such:load", "there is no module megatron_dagger.no_such"),
-        ("megatron_dagger.envs.road:lode", "megatron_dagger.envs.road has no lode"),
-        ("megatron_dagger.envs.road:", "has no function; write package.module:function"),
+        (":load", "write package.module:function"),
+        ("..m:load", "write package.module:function"),
+        ("megatron_dagger.envs.road:WAY_BACK", "road.py has no function WAY_BACK"),
+        ("megatron_dagger.envs.road:lode", "road.py has no function lode"),
+        ("megatron_dagger.envs.road:", "write package.module:function"),
     ],
 )
 def test_a_part_that_is_not_there_is_an_error_with_the_way_out(name, why):

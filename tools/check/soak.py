@@ -60,6 +60,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keep the runs in this folder (default: a temporary one)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends what was started
+    if arguments.kills < 1:
+        parser.error("--kills: write 1 or more")
     if arguments.docker and missing():
         sys.exit(f"no Docker daemon can be started: {missing()}")
     with tempfile.TemporaryDirectory(prefix="soak-") as temporary:

@@ -111,7 +111,8 @@ class DockerDaemon:
             broken_as("the containers' processes are not known"),
         ):
             running = host.client.api.containers()
-            return [host.client.api.inspect_container(c["Id"])["State"]["Pid"] for c in running]
+            pids = [host.client.api.inspect_container(c["Id"])["State"]["Pid"] for c in running]
+            return [pid for pid in pids if pid > 0]  # 0: it has ended
         return []
 
 

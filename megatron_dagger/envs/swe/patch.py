@@ -15,7 +15,7 @@ _ESCAPED = {b"a": b"\a", b"b": b"\b", b"t": b"\t", b"n": b"\n", b"v": b"\v", b"f
 
 @dataclass(frozen=True, slots=True)
 class FileChange:
-    """A file's names before and after a patch ("": there is none), and whether the patch has the file's changes.
+    """A file's names before and after a patch ("": there is none, as for a copy), and whether it has the changes.
 
     It does not have those of a binary file, unless ``git diff --binary`` made it; git refuses to apply it.
     """
@@ -26,7 +26,7 @@ class FileChange:
 
 
 def changed_files(patch: str) -> list[FileChange]:
-    """Return the change of each file, in the patch's order; of a copied file too, whose original stays."""
+    """Return the change of each file, in the patch's order."""
     return [_change(split_lines(part)) for part in _PART.split(patch) if part.startswith("diff --git ")]
 
 
@@ -43,17 +43,20 @@ def _change(lines: list[str]) -> FileChange:
     """Return the change that a part of a patch makes, from its ``diff --git`` on."""
     names = lines[0].removeprefix("diff --git ")
     half = len(names) // 2  # both names are the same where no other header gives them
-    before, after, complete = _without_prefix(names[:half]), _without_prefix(names[half + 1 :]), True
+    before, after = _without_prefix(names[:half]), _without_prefix(names[half + 1 :])
+    complete, copied = True, False
     for line in lines[1:]:
         start, _, rest = line.partition(" ")
         if line.startswith(_CONTENT):
             complete = start != "Binary"
             break
-        if line.startswith(("rename from ", "copy from ")):
+        if line.startswith("rename from "):
             before = file_name(rest.removeprefix("from "))
+        elif line.startswith("copy from "):
+            before, copied = "", True
         elif line.startswith(("rename to ", "copy to ")):
             after = file_name(rest.removeprefix("to "))
-        elif start == "---":
+        elif start == "---" and not copied:
             before = _without_prefix(rest)
         elif start == "+++":
             after = _without_prefix(rest)

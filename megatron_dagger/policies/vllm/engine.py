@@ -106,7 +106,7 @@ class VllmEngine:
         args = EngineArgs(
             model=str(model_dir),
             skip_tokenizer_init=True,  # ids in, ids out
-            generation_config="vllm",  # config.json is the only file it reads
+            generation_config="vllm",  # no sampling settings of the checkpoint
             load_format=plugin.LOAD_FORMAT,
             model_loader_extra_config=loader,
             dtype=config.dtype,
@@ -142,6 +142,7 @@ class VllmEngine:
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_tokens,
                 seed=sampling.seed,
+                ignore_eos=True,  # only stop_token ends a turn, not the ids in a checkpoint's files
                 stop_token_ids=None if sampling.stop_token is None else [sampling.stop_token],
                 logprobs=0,  # of the sampled token only
                 prompt_logprobs=0 if sampling.prompt_logprobs else None,

@@ -2,7 +2,7 @@
 
 A daemon that is killed while it removes a container may not know it when it comes back, and leave its parent process
 (containerd's shim) and what runs below it. The list is a folder of this host, with a file for each container that was
-started and is not removed yet. Ending processes needs the daemon's rights; without them they stay listed. A folder
+started and is not removed yet. Ending processes needs the daemon's rights. A folder
 that others can write in is not used: it could name what is not ours.
 """
 
@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,23 +24,20 @@ class StartedContainers:
 
     def __init__(self, daemon: str, folder: Path | None = None):
         self._daemon = daemon
-        self._folder = folder or Path(tempfile.gettempdir(), f"megatron-dagger-containers-{os.getuid()}")
-        self._private = False
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = os.lstat(self._folder)
-            own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-            self._private = own and not status.st_mode & 0o022
+        # Not TMPDIR, which differs from job to job
+        self._folder = folder or Path(f"/tmp/megatron-dagger-containers-{os.getuid()}")
 
     def add(self, container: str) -> None:
         """List a container that is about to be started."""
-        if self._private:
-            (self._folder / container).write_text(self._daemon)
+        with contextlib.suppress(OSError):  # a list that cannot be kept is no reason to start no container
+            if self._is_private():
+                (self._folder / container).write_text(self._daemon)
 
     def drop(self, container: str) -> None:
         """Forget a container that was removed."""
-        if self._private:
-            (self._folder / container).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if self._is_private():
+                (self._folder / container).unlink()
 
     def end_forgotten(self, is_known: Callable[[str], bool]) -> list[str]:
         """End what remains of the containers that the daemon no longer knows; return their ids."""
@@ -56,9 +52,19 @@ class StartedContainers:
             logger.warning("ended %d containers that a killed Docker daemon had forgotten", len(containers))
         return containers
 
+    def _is_private(self) -> bool:
+        """Make the folder if it is missing; return whether it is this user's, and no other can write in it."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = os.lstat(self._folder)
+        own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+        return own and not status.st_mode & 0o022
+
     def _ours(self) -> Iterator[Path]:
         """Yield the files of this daemon's containers."""
-        for path in self._folder.iterdir() if self._private else ():
+        paths: list[Path] = []
+        with contextlib.suppress(OSError):
+            paths = list(self._folder.iterdir()) if self._is_private() else []
+        for path in paths:
             with contextlib.suppress(OSError):  # another process may have removed the container
                 if path.read_text() == self._daemon:
                     yield path

@@ -12,6 +12,7 @@ a lost daemon raise EnvironmentBroken: later observations would say nothing abou
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -138,7 +139,7 @@ class DockerSandbox:
     def write_file(self, path: str, content: bytes) -> None:
         """Write any file; see FileSandbox.write_file."""
         with self._exclusively():
-            self._transfer(scripts.WRITE, path.encode() + b"\n" + content)
+            self._transfer(scripts.WRITE, os.fsencode(path) + b"\n" + content)
 
     def reset(self) -> None:
         """Replace the container by a new one of the same image, for another episode."""

@@ -75,7 +75,7 @@ class ContainerShell:
         """
         marker = secrets.token_hex(16).encode()
         if isinstance(stdin, str):  # bash reads no zero bytes
-            kind, body = b"text", as_command(stdin).encode()
+            kind, body = b"text", as_command(stdin).encode(errors="surrogateescape")
         else:
             kind, body = b"base64", base64.b64encode(stdin)
         code = script.encode()

@@ -103,11 +103,11 @@ class Server:
             (os.POSIX_SPAWN_DUP2, gate, 3),
         ]
         text = None
-        if len(command.encode()) > MAX_ARGUMENT_BYTES:
+        if len(os.fsencode(command)) > MAX_ARGUMENT_BYTES:
             script, arguments = 'read -r go <&3; text=$(cat <&4); exec 3<&- 4<&-; eval "$text"', []
             text = os.memfd_create("command")
             with open(os.dup(text), "wb") as file:
-                file.write(command.encode())
+                file.write(os.fsencode(command))
             os.lseek(text, 0, os.SEEK_SET)
             file_actions.append((os.POSIX_SPAWN_DUP2, text, 4))
         child = os.posix_spawn(

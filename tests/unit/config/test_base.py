@@ -126,6 +126,9 @@ def test_a_mapping_of_options_takes_any_names():
     assert changed.tasks.options == {"depth": 4, "names": ["x"], "more": {"y": 1}}
     assert build(RunConfig, yaml.safe_load(dump_yaml(changed))) == changed
     assert differing(config, changed) == differing(changed, config) == ["tasks.options.depth"]
+    assert override(RunConfig(), ["tasks.kind=a:b", "tasks.options.a.b=3"]).tasks.options == {"a": {"b": 3}}
+    with pytest.raises(ConfigError, match=r"tasks\.options\.depth is a value, not a group of settings"):
+        override(config, ["tasks.options.depth.more=3"])
     with pytest.raises(ConfigError, match=r"tasks\.options: expected a mapping, got 3"):
         override(config, ["tasks.options=3"])
     with pytest.raises(ConfigError, match=r"unknown setting tasks\.option"):

@@ -98,6 +98,19 @@ def logits(model):
         return model(tokens, use_cache=False, return_dict=True).logits
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_each_familys_own_file_is_read_and_computed(family):
+    assert logits(model_of(ModelConfig.from_hf(base(family)).hf_config())).shape == (1, 40, 96)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"layer_types": 3}, {"layer_types": [[]]}, {"rope_theta": 10**400}, {"rope_theta": float("inf")}]
+)
+def test_values_that_no_model_has_are_refused(entry):
+    with pytest.raises(ConfigError):
+        ModelConfig.from_hf(base("qwen3") | entry)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(configs())
 def test_the_model_is_the_one_that_transformers_reads(config):

@@ -36,6 +36,13 @@ def test_any_text_is_a_command(sandbox, command, output):
     assert sandbox.run("echo alive").output == "alive\n"
 
 
+def test_a_name_that_is_no_text_is_that_file(sandbox):
+    sandbox.run("printf x > \"$(printf 'a\\351.txt')\"")
+    sandbox.write_file("a\udce9.txt", b"other")
+    assert sandbox.read_file("a\udce9.txt") == b"other"
+    assert sandbox.run("ls a*.txt | wc -l; rm a*.txt").output.strip() == "1"
+
+
 def test_a_timeout_kills_every_process_of_the_command(sandbox):
     duration = f"31{os.getpid()}"
     started = time.monotonic()

@@ -59,8 +59,11 @@ def test_several_checkpoints_and_none_are_refused_with_what_to_name(tmp_path):
         with pytest.raises(CheckpointReadError, match=f"names iteration '{name}', but .* holds no checkpoint"):
             find_checkpoint(tmp_path / "steps")
     (tmp_path / "old" / "iter_0000001" / "mp_rank_00").mkdir(parents=True)
-    with pytest.raises(CheckpointReadError, match="Megatron-LM's old format, pickles"):
-        find_checkpoint(tmp_path / "old")
+    for tracked in (False, True):
+        if tracked:
+            latest(tmp_path / "old", "1")
+        with pytest.raises(CheckpointReadError, match="Megatron-LM's old format, pickles"):
+            find_checkpoint(tmp_path / "old")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").touch()
     with pytest.raises(CheckpointReadError, match="holds an adapter, not a model"):
@@ -103,11 +106,39 @@ def test_special_token_ids_and_small_files_come_back(tmp_path, family, ids):
     assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ messages }}"
     # A run's checkpoint has no files of its own: those of the run's student are taken
     run = tmp_path / "run"
+    (run / "rounds").mkdir(parents=True)
+    (run / "config.yaml").touch()
     shutil.copytree(tmp_path / "megatron", run / "rounds" / "0002" / "train" / "checkpoint")
     shutil.move(run / "rounds" / "0002" / "train" / "checkpoint" / "hf", run / "student")
     convert("megatron-to-hf", run / "rounds" / "0002" / "train" / "checkpoint", tmp_path / "exported")
     for file in ("config.json", "chat_template.jinja"):
         assert (tmp_path / "exported" / file).read_text() == (tmp_path / "back" / file).read_text()
+    # Files from elsewhere do not drop the ids, and a Hugging Face folder is resharded with its own
+    (tmp_path / "files").mkdir()
+    for command in ("hf-to-megatron", "reshard"):
+        files = ("--files", tmp_path / "files") if command == "hf-to-megatron" else ()
+        convert(command, tmp_path / "hf", tmp_path / command, *files)
+        config = json.loads((tmp_path / command / "hf" / "config.json").read_text())
+        assert {name: config[name] for name in config if name.endswith("_token_id") and config[name] is not None} == ids
+    assert (tmp_path / "reshard" / "hf" / "chat_template.jinja").exists()
+
+
+def test_a_folder_called_student_beside_a_checkpoint_is_not_its_run(tmp_path):
+    write_hf_folder(tmp_path / "student", MODEL, {"eos_token_id": 42})
+    write_checkpoint(tmp_path / "teacher", MODEL)
+    (tmp_path / "config.json").write_text((tmp_path / "teacher" / "hf" / "config.json").read_text())
+    shutil.rmtree(tmp_path / "teacher" / "hf")
+    convert("megatron-to-hf", tmp_path / "teacher", tmp_path / "out", "--model", tmp_path / "config.json")
+    assert "eos_token_id" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+def test_a_single_file_counts_more_than_an_index_beside_it(tmp_path):
+    names = families.canonical_names(MODEL)
+    write_hf(tmp_path, MODEL, lambda name: torch.zeros(names[name]), "float32", max_bytes=1)
+    write_hf(tmp_path, MODEL, lambda name: torch.ones(names[name]), "float64")
+    tensors = dict(open_checkpoint(tmp_path).canonical_tensors())
+    assert all((tensor == 1).all() and tensor.dtype is torch.float64 for tensor in tensors.values())
 
 
 def write_hf_folder(folder, model, ids):

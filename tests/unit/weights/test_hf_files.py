@@ -192,6 +192,17 @@ def test_all_small_files_are_copied_and_no_pointer(tmp_path):
     copied = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
     assert copied == {name: name for name in (*SMALL_FILES, "additional_chat_templates/tools.jinja")}
     copy_companions(tmp_path / "nowhere", target)
+    for name in ("model.ckpt", "model.nemo", "weights.pkl", "modeling_x.py", "x.safetensors.tmp"):
+        (source / name).write_text(name)
+    (tmp_path / "secret").write_text("mine")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(
+        CheckpointReadError, match=r"notes\.txt is a link to .*secret, which is not a file of the checkp"
+    ):
+        copy_companions(source, target)
+    (source / "notes.txt").unlink()
+    copy_companions(source, target)
+    assert len([path for path in target.rglob("*") if path.is_file()]) == len(copied)
     (source / "tokenizer.model").write_text(POINTER)
     with pytest.raises(CheckpointReadError, match=r"tokenizer\.model is a Git LFS pointer"):
         copy_companions(source, target)

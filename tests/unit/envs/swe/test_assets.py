@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from megatron_dagger.envs.swe.assets import with_assets
+from megatron_dagger.envs.swe.assets import _fetch, with_assets
 from megatron_dagger.envs.swe.pytest_script import eval_script
 from megatron_dagger.sandbox.base import EnvironmentBroken, SandboxLimits
 from megatron_dagger.sandbox.local import ProcessSandbox
@@ -19,7 +19,9 @@ def address():
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path == "/picture" else 404)
+            self.send_response(200 if self.path in ("/picture", "/short") else 404)
+            if self.path == "/short":
+                self.send_header("Content-Length", "9999")
             self.end_headers()
             self.wfile.write(PICTURE if self.path == "/picture" else b"not here")
 
@@ -48,3 +50,14 @@ def test_a_picture_that_cannot_be_had_breaks_the_environment_not_the_verdict(add
         pytest.raises(EnvironmentBroken, match="/none, which the task's tests read, cannot be fetched"),
     ):
         with_assets("", sandbox, [("a.png", f"{address}/none")])
+    with pytest.raises(EnvironmentBroken, match="8 of 9999 bytes have come"):
+        _fetch(f"{address}/short")
+
+
+def test_a_script_that_does_not_say_where_its_tests_begin_is_refused(address):
+    with (
+        ProcessSandbox(SandboxLimits(timeout_s=60)) as sandbox,
+        pytest.raises(EnvironmentBroken, match="has no line with"),
+    ):
+        with_assets("pytest\n", sandbox, [("a.png", f"{address}/picture")])
+    assert with_assets("pytest\n", sandbox, []) == "pytest\n"

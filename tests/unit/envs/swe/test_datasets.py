@@ -178,15 +178,25 @@ def test_git_makes_r2e_gyms_commit_of_its_gold_patch(tmp_path, before, after):
 
 
 def test_pictures_of_a_multimodal_row_are_handed_on(tmp_path):
-    pictures = {"test_patch": [{"path": "tests/a.png", "url": "https://host/a"}], "problem_statement": ["https://b"]}
+    pictures = {
+        "test_patch": [{"path": "tests/a.png", "url": "https://host.org/a"}],
+        "problem_statement": ["https://b"],
+    }
     for value in (pictures, json.dumps(pictures)):
         task = swebench_task({**BENCH, "image_assets": value})
-        assert task.assets == (("tests/a.png", "https://host/a"),)
+        assert task.assets == (("tests/a.png", "https://host.org/a"),)
         assert task.harness_row()["image_assets"] == {"test_patch": pictures["test_patch"]}
     for value in (None, "", {}, {"test_patch": None}):
         assert swebench_task({**BENCH, "image_assets": value}).assets == ()
-    for path, url in (("../a", "https://host/a"), ("/a", "https://host/a"), ("a", "file:///etc/passwd"), ("a", None)):
-        with pytest.raises(ConfigError, match="no file of the repository with an address"):
+    for path, url in (
+        *(("../a", "https://host.org/a"), ("/a", "https://host.org/a"), ("a", "file:///etc/passwd"), ("a", None)),
+        *(
+            ("a", f"http://{host}/a")
+            for host in ("127.0.0.1", "169.254.169.254", "[::1", "localhost", "h st.org", "é.org")
+        ),
+        ("a", "https://host.org/é"),
+    ):
+        with pytest.raises(ConfigError, match="no file with a public address"):
             swebench_task({**BENCH, "image_assets": {"patch": [{"path": path, "url": url}]}})
 
 

@@ -21,7 +21,7 @@ CONTENT = st.sampled_from([b"", b"1\n2\n3\n4\n5\n", b"1\n2\n3\n4\n6\n", b"--- a/
         ("diff --git a/x b/x\nnew file mode 100644\nindex 0..e\n", FileChange("", "x")),
         ("diff --git a/x b/x\r\ndeleted file mode 100644\r\n--- a/x\r\n+++ /dev/null\r\n", FileChange("x", "")),
         ("diff --git a/x b/y\nsimilarity index 90%\nrename from x\nrename to y\n", FileChange("x", "y")),
-        ("diff --git a/x b/y\nsimilarity index 90%\ncopy from x\ncopy to y\n", FileChange("x", "y")),
+        ("diff --git a/x b/y\nsimilarity index 90%\ncopy from x\ncopy to y\n--- a/x\n+++ b/y\n", FileChange("", "y")),
         (
             'diff --git "a/t\\303\\251" "b/t\\303\\251"\n--- "a/t\\303\\251"\n+++ "b/t\\303\\251"\n',
             FileChange("té", "té"),
@@ -78,7 +78,7 @@ def told_by_git(root, options):
     while fields:
         status, name = fields.pop(0), fields.pop(0)
         if status[0] in "RC":
-            names.append((name, fields.pop(0)))
+            names.append((name if status[0] == "R" else "", fields.pop(0)))
         else:
             names.append(("" if status == "A" else name, "" if status == "D" else name))
     return names

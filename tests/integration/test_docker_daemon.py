@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -11,7 +12,7 @@ import pytest
 from megatron_dagger.sandbox.base import EnvironmentBroken
 from megatron_dagger.sandbox.docker.daemon import DockerHost
 from megatron_dagger.sandbox.docker.sandbox import DockerLimits, DockerSandbox
-from tools.support.docker_engine import IMAGE, processes_with
+from tools.support.docker_engine import IMAGE, Daemon, processes_with
 
 LIMITS = DockerLimits(timeout_s=5, memory_mib=300, disk_mib=64, processes=48, output_bytes=2000)
 
@@ -103,3 +104,17 @@ def test_a_container_that_a_killed_daemon_has_forgotten_is_ended_by_the_next_sta
     assert not processes_with(f"containerd-shim.*{container}")
     assert not processes_with("sleep 34567")
     sandbox.close()
+
+
+def test_another_daemon_of_this_host_does_not_end_what_it_never_knew(docker_host):
+    other = Daemon(tempfile.mkdtemp(prefix="megatron-dagger-docker-"))
+    try:
+        other.start()
+        with DockerHost("other", other.url) as host:
+            assert host.client.info()["DockerRootDir"] != docker_host.client.info()["DockerRootDir"]
+            with DockerSandbox(docker_host, IMAGE, LIMITS) as sandbox:
+                host.reap()
+                assert sandbox.run("echo alive").output == "alive\n"
+    finally:
+        other.stop()
+        shutil.rmtree(other.home, ignore_errors=True)

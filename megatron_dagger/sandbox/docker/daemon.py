@@ -45,7 +45,8 @@ class DockerHost:
             docker = _sdk()
             self.client = docker.DockerClient(base_url=url, **options) if url else docker.from_env(**options)
             self.client.ping()
-            self._started = StartedContainers(self.client.info()["ID"])
+            about = self.client.info()  # daemons of one host may have one ID, but each has a folder of its own
+            self._started = StartedContainers(f"{about.get('ID')} {about.get('DockerRootDir')}")
         self._unremoved: set[str] = set()
         self._lock = threading.Lock()
 

@@ -50,13 +50,12 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def hf_to_megatron(arguments: argparse.Namespace) -> int:
-    source = _open(arguments.source)
-    return _to_megatron(arguments, source, arguments.files or source.directory)
+    return _to_megatron(arguments, _open(arguments.source))
 
 
 def reshard(arguments: argparse.Namespace) -> int:
     source = _open(arguments.source, _model(arguments))
-    code = _to_megatron(arguments, source, arguments.files or _companions(source.directory))
+    code = _to_megatron(arguments, source)
     if isinstance(source, MegatronFiles) and source.weights.has_optimizer:
         print("the optimizer's state was left out: training from these weights starts at step 0")
     return code
@@ -85,10 +84,9 @@ def gguf_to_hf(arguments: argparse.Namespace) -> int:
 def megatron_to_hf(arguments: argparse.Namespace) -> int:
     source = _open(arguments.source, _model(arguments))
     total = len(families.canonical_names(source.model))
-    files = arguments.files or _companions(source.directory)
+    files, ids = _companions(arguments, source)
     with _output(arguments) as folder:
         with _counted(source.read, total, "writing") as read:
-            ids = token_ids_in(_companions(source.directory)) | token_ids_in(files)
             dtype, max_bytes = arguments.dtype or source.dtype, arguments.shard_mib << 20
             write_hf(folder, source.model, read, dtype, max_bytes=max_bytes, entries=ids)
         copy_companions(files, folder)
@@ -139,8 +137,9 @@ def _open(directory: Path, model: ModelConfig | None = None) -> Checkpoint:
     return open_checkpoint(directory, model)
 
 
-def _to_megatron(arguments: argparse.Namespace, source: Checkpoint, files: Path) -> int:
-    model = source.model
+def _to_megatron(arguments: argparse.Namespace, source: Checkpoint) -> int:
+    model, dtype = source.model, arguments.dtype or source.dtype()
+    files, ids = _companions(arguments, source)
     layout = SourceLayout(
         padded_vocab_size=padded_vocab_size(model, arguments.tensor_parallel),
         tensor_model_parallel_size=arguments.tensor_parallel,
@@ -163,16 +162,20 @@ def _to_megatron(arguments: argparse.Namespace, source: Checkpoint, files: Path)
             )
         copy_companions(files, folder / HF_FILES)
         (folder / HF_FILES).mkdir(exist_ok=True)
-        dtype = arguments.dtype or source.dtype()
-        ids = token_ids_in(_companions(source.directory)) | token_ids_in(files)
-        config = model.hf_config() | {"torch_dtype": dtype, **ids}
-        atomic.write_json(folder / HF_FILES / CONFIG, config)
+        atomic.write_json(folder / HF_FILES / CONFIG, model.hf_config() | {"torch_dtype": dtype, **ids})
         atomic.write_json(folder / MARKER, _marker(model))
     print(f"wrote {arguments.target}: {total} tensors in {dtype}")
     return 0
 
 
-def _companions(checkpoint: Path) -> Path:
+def _companions(arguments: argparse.Namespace, source: Checkpoint) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of the small files to copy, and the special token ids: the source's, if --files has none."""
+    own = _own_companions(source.directory)
+    files = arguments.files or own
+    return files, token_ids_in(own) | token_ids_in(files)
+
+
+def _own_companions(checkpoint: Path) -> Path:
     """Return the folder with a checkpoint's small files: it, its HF_FILES, or the student of its run."""
     if (checkpoint / CONFIG).is_file():
         return checkpoint

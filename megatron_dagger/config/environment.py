@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+ENVIRONMENTS = ("repair", "road", "swe")  # ours, which have settings of their own
+
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentConfig:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_dagger.config.base import check_numbers, differing, number, require
 from megatron_dagger.config.dagger import DaggerConfig
-from megatron_dagger.config.environment import EnvironmentConfig
+from megatron_dagger.config.environment import ENVIRONMENTS, EnvironmentConfig
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.config.repo_repair import RepoRepairConfig
 from megatron_dagger.config.road import RoadConfig
@@ -118,9 +118,8 @@ class RunConfig:
                 f"set {setting}={'0' if name == 'road' else repr('')}, or the other's setting",
             )
             require(bool(value) or self.environment != name, f"tasks.kind={name} needs {setting}")
-        ours = self.environment in ("repair", "swe", "road")
         require(
-            not self.tasks.options or not ours,
+            not self.tasks.options or self.environment not in ENVIRONMENTS,
             f"tasks.options are for environments of your own: {self.environment} has settings of its own",
         )
         if self.environment == "swe":

@@ -8,6 +8,8 @@ from typing import Any
 from megatron_dagger.config.base import check_numbers, number, require
 from megatron_dagger.config.rollout import SamplingConfig
 
+TEACHERS = ("expert", "endpoint")  # ours
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
@@ -47,8 +49,8 @@ class TeacherConfig:
         check_numbers(self, "teacher")
         require(bool(self.urls) or self.kind != "endpoint", "teacher.kind=endpoint needs teacher.urls")
         require(not self.urls or self.kind != "expert", "teacher.kind=expert asks no endpoint: set teacher.urls=[]")
-        ours = self.source in ("expert", "endpoint")
-        require(not self.options or not ours, f"teacher.options are for a policy of your own, not for {self.source}")
+        own = self.source not in TEACHERS
+        require(own or not self.options, f"teacher.options are for a policy of your own, not for {self.source}")
         for url in self.urls:
             require(url.startswith(("http://", "https://")), f"teacher.urls: {url!r} is not an http address")
             require(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_dagger.config import ConfigError, RepoRepairConfig, RunConfig, to_dict
 from megatron_dagger.config.base import require
+from megatron_dagger.config.teacher import TEACHERS
 from megatron_dagger.config.trainer_support import check_supported
 from megatron_dagger.envs.registry import find_environment
 from megatron_dagger.envs.repo_repair import sources
@@ -16,7 +17,7 @@ from megatron_dagger.planning import GPUS, Assumptions, nearest_that_fits
 from megatron_dagger.planning.gpus import ANY_GPU, DEFAULT_GPU
 from megatron_dagger.planning.memory import GIB
 from megatron_dagger.planning.run_plan import memory_of
-from megatron_dagger.policies.registry import TEACHERS, find_teacher
+from megatron_dagger.policies.registry import find_teacher
 from megatron_dagger.weights.checkpoints import HF_FILES, MegatronFiles, model_of
 from megatron_dagger.weights.errors import CheckpointReadError
 
@@ -80,7 +81,7 @@ def check_init_checkpoint(config: RunConfig) -> None:
         + ", ".join(f"model.{name}={checkpoint[name]}, not {configured[name]}" for name in wrong[:3]),
     )
     try:
-        MegatronFiles(folder)
+        MegatronFiles(folder, model)
     except CheckpointReadError as error:
         raise ConfigError(f"init_checkpoint: {error}") from None
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_dagger.config import RunConfig
+from megatron_dagger.config.teacher import TEACHERS
 from megatron_dagger.parts import find_part
 from megatron_dagger.policies.base import Policy
 from megatron_dagger.policies.openai.cache import Response
 
 ENTRY_POINTS = "megatron_dagger.policies"
-TEACHERS = ("expert", "endpoint")  # ours
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from megatron_dagger.config.base import build
 from megatron_dagger.config.model import ModelConfig
 from megatron_dagger.weights import families
-from megatron_dagger.weights.companions import CONFIG, read_config
+from megatron_dagger.weights.companions import ADAPTER, CONFIG, read_config
 from megatron_dagger.weights.errors import CheckpointReadError
 from megatron_dagger.weights.hf_files import HfCheckpoint
 from megatron_dagger.weights.torch_dist.metadata import METADATA_FILE
@@ -100,7 +100,7 @@ def find_checkpoint(directory: Path) -> Path:
         return within[0]
     if within:
         raise CheckpointReadError(f"{directory} holds several checkpoints: name one, such as {within[-1]}")
-    if (directory / "adapter_config.json").exists():
+    if (directory / ADAPTER).exists():
         raise CheckpointReadError(f"{directory} holds an adapter, not a model: merge it into its model first")
     _refuse_old_format(directory)
     raise CheckpointReadError(f"{directory} holds neither {METADATA_FILE} (Megatron) nor {CONFIG} (Hugging Face)")

@@ -11,6 +11,7 @@ from megatron_dagger.text import parse_json
 from megatron_dagger.weights.errors import CheckpointReadError
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of LoRA weights without their model
 TEMPLATES = "additional_chat_templates"  # a folder, beside chat_template.jinja
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _WEIGHTS = (

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dagger.weights.companions import INDEX, check_no_pointer, read_config
+from megatron_dagger.weights.companions import ADAPTER, INDEX, check_no_pointer, read_config
 from megatron_dagger.weights.errors import CheckpointReadError
 
 SINGLE = "model.safetensors"
@@ -15,11 +15,11 @@ _EMBEDDING = "model.embed_tokens.weight"
 _OTHER_FORMATS = ("consolidated", "adapter_")  # Mistral's own, and LoRA's
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # of torch.compile, FSDP, recompute
 _BUFFER = re.compile(r"\.rotary_emb\.[a-z_]+$|\.attn\.(masked_)?bias$")  # older checkpoints hold what is computed
+_PICKLE = "weights in a pickle, which may run any code and is never read: save them as safetensors"
 _NO_WEIGHTS = {
-    "adapter_config.json": "an adapter, not a model: merge it into its model first (peft: merge_and_unload)",
-    "pytorch_model.bin": "weights in a pickle, which may run any code and is never read: save them as safetensors",
-    "pytorch_model.bin.index.json": "weights in pickles, which may run any code and are never read: save them as "
-    "safetensors",
+    ADAPTER: "an adapter, not a model: merge it into its model first (peft: merge_and_unload)",
+    "pytorch_model.bin": _PICKLE,
+    "pytorch_model.bin.index.json": _PICKLE,
     "consolidated.safetensors": "weights in Mistral's own format only",
 }
 
@@ -63,8 +63,7 @@ class StoredTensors:
 
     def _locate(self) -> dict[str, tuple[str, str]]:
         """Return (file, stored name) by canonical name."""
-        single = (self.directory / SINGLE).exists()  # which Transformers reads rather than what an index names
-        weight_map = {} if single else self._weight_map()
+        weight_map = self._weight_map()
         files = sorted(set(weight_map.values())) or self._files()
         stored: dict[str, str] = {}
         for file in files:
@@ -86,9 +85,9 @@ class StoredTensors:
         return located
 
     def _weight_map(self) -> Mapping[str, str]:
-        """Return the file of each tensor by the index; {} without an index."""
+        """Return the file of each tensor by the index; {} without one, or where Transformers reads a single file."""
         index = self.directory / INDEX
-        if not index.exists():
+        if not index.exists() or (self.directory / SINGLE).exists():
             return {}
         weight_map = read_config(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -104,7 +103,7 @@ class StoredTensors:
         return weight_map
 
     def _files(self) -> list[str]:
-        """Return the files of a folder without an index."""
+        """Return the files of a folder whose index does not name them."""
         if (self.directory / SINGLE).exists():
             return [SINGLE]
         names = sorted(path.name for path in self.directory.glob("*.safetensors"))

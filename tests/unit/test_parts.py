@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron_dagger.config import ConfigError
+from megatron_dagger.config import ConfigError, environment
 from megatron_dagger.envs.registry import ENTRY_POINTS, ENVIRONMENTS, find_environment
 from megatron_dagger.envs.road import load_environment
 from megatron_dagger.parts import import_part
@@ -23,6 +23,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_ours_are_imported_by_name():
+    assert sorted(ENVIRONMENTS) == sorted(environment.ENVIRONMENTS), "the settings know the same ones"
     assert find_environment("road") is load_environment
     assert all(callable(find_environment(name)) for name in ENVIRONMENTS)
 

@@ -2,8 +2,8 @@
 
 A daemon that is killed while it removes a container may not know it when it comes back, and leave its parent process
 (containerd's shim) and what runs below it. The list is a folder of this host, with a file for each container that was
-started and is not removed yet. Ending processes needs the daemon's rights. A folder
-that others can write in is not used: it could name what is not ours.
+started and is not removed yet. Ending processes needs the daemon's rights. A folder that others can write in is not
+used: it could name what is not ours.
 """
 
 from __future__ import annotations

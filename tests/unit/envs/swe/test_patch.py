@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megatron_dagger.envs.swe.patch import FileChange, changed_files, file_name
 from megatron_dagger.envs.swe.rows import read_rows
-from tests.support.git import git
+from tests.support.git import commit_each, git
 from tests.unit.envs.swe.rows import VERIFIED, needs_verified_rows
 
 NAME = st.text(st.sampled_from("ab .-\"\\'é\t\n\x7f ☃"), min_size=1, max_size=6).filter(lambda name: name.strip("."))
@@ -50,25 +50,11 @@ def test_names_that_git_quotes():
 )
 def test_the_changes_are_those_that_git_tells(tmp_path_factory, before, after, options):
     root = tmp_path_factory.mktemp("repository")
-    git(root, "init", "-q")
-    for files in (before, after):
-        git(root, "rm", "-rq", "--ignore-unmatch", ".")
-        write(root, files)
-        git(root, "add", "-A")
-        git(root, "commit", "-q", "--allow-empty", "-m", "state")
+    commit_each(root, [before, after])
     patch = git(root, "diff", *options, "HEAD~", "HEAD").decode()
     changes = changed_files(patch)
     assert [(change.before, change.after) for change in changes] == told_by_git(root, options)
     assert all(change.complete for change in changes) is ("Binary files " not in patch)
-
-
-def write(root, files):
-    """Write files; a name that is also the folder of another one is left out."""
-    for name, content in files.items():
-        path = root / name
-        if not any(other.startswith(f"{name}/") for other in files):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
 
 
 def told_by_git(root, options):

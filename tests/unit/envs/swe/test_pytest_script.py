@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from megatron_dagger.envs.swe.pytest_script import END, START, eval_script
-from tests.support.git import ENVIRONMENT, git
+from tests.support.git import ENVIRONMENT, commit_each, git
 
 BEFORE = {
     "tests/test_a.py": "1\n",
@@ -25,22 +25,11 @@ AFTER = {
 }
 
 
-def write(root, files):
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-
-
 @pytest.fixture(scope="module")
 def repository_and_patch(tmp_path_factory):
     """A repository, its first commit, and the patch to the tests of the second."""
     root = tmp_path_factory.mktemp("repository")
-    git(root, "init", "-q")
-    for files in (BEFORE, AFTER):
-        git(root, "rm", "-rq", "--ignore-unmatch", ".")
-        write(root, files)
-        git(root, "add", "-A")
-        git(root, "commit", "-qm", "state")
+    commit_each(root, [{name: text.encode() for name, text in files.items()} for files in (BEFORE, AFTER)])
     patch = git(root, "diff", "-M", "--binary", "HEAD~", "HEAD").decode()
     return root, git(root, "rev-parse", "HEAD~").decode().strip(), patch
 

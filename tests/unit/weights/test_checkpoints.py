@@ -59,8 +59,8 @@ def test_several_checkpoints_and_none_are_refused_with_what_to_name(tmp_path):
         with pytest.raises(CheckpointReadError, match=f"names iteration '{name}', but .* holds no checkpoint"):
             find_checkpoint(tmp_path / "steps")
     (tmp_path / "old" / "iter_0000001" / "mp_rank_00").mkdir(parents=True)
-    for tracked in (False, True):
-        if tracked:
+    for has_tracker in (False, True):
+        if has_tracker:
             latest(tmp_path / "old", "1")
         with pytest.raises(CheckpointReadError, match="Megatron-LM's old format, pickles"):
             find_checkpoint(tmp_path / "old")
